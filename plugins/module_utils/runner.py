@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""What every module's ``main`` has in common: options that merge, and the one place where errors become ``fail_json``."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Dict, List, Sequence
+
+from ansible.module_utils.basic import AnsibleModule, env_fallback, missing_required_lib
+
+from .errors import VadpError
+from .libraries import first_missing
+
+
+class Options:
+    """An argument spec together with its cross-field rules, so that fragments can be added up.
+
+    The keyword arguments are those of :class:`AnsibleModule` (``required_one_of`` and friends).
+    """
+
+    RULES = ("mutually_exclusive", "required_together", "required_one_of", "required_if")
+
+    def __init__(self, argument_spec: Dict[str, Any], **rules: Sequence[Any]) -> None:
+        unknown = set(rules) - set(self.RULES)
+        if unknown:
+            raise TypeError(f"unknown rules: {sorted(unknown)}")
+        self.argument_spec = dict(argument_spec)
+        self.rules: Dict[str, List[Any]] = {name: list(rules.get(name, ())) for name in self.RULES}
+
+    def __add__(self, other: "Options") -> "Options":
+        merged = {name: self.rules[name] + other.rules[name] for name in self.RULES}
+        return Options({**self.argument_spec, **other.argument_spec}, **merged)
+
+
+def connection_options() -> Options:
+    """Doc fragment ``openvadp.backup.connection``."""
+    return Options(
+        dict(
+            hostname=dict(type="str", required=True, fallback=(env_fallback, ["VMWARE_HOST"])),
+            username=dict(type="str", required=True, fallback=(env_fallback, ["VMWARE_USER"])),
+            password=dict(type="str", required=True, no_log=True, fallback=(env_fallback, ["VMWARE_PASSWORD"])),
+            port=dict(type="int", default=443, fallback=(env_fallback, ["VMWARE_PORT"])),
+            validate_certs=dict(type="bool", default=True, fallback=(env_fallback, ["VMWARE_VALIDATE_CERTS"])),
+            ca_path=dict(type="path"),
+            thumbprint=dict(type="str"),
+        )
+    )
+
+
+def vm_options() -> Options:
+    """Doc fragment ``openvadp.backup.vm``."""
+    return Options(
+        dict(
+            name=dict(type="str"),
+            uuid=dict(type="str"),
+            use_instance_uuid=dict(type="bool", default=False),
+            moid=dict(type="str"),
+            folder=dict(type="str"),
+            datacenter=dict(type="str"),
+        ),
+        required_one_of=[("name", "uuid", "moid")],
+        mutually_exclusive=[("name", "uuid", "moid")],
+    )
+
+
+def repository_options() -> Options:
+    """Doc fragment ``openvadp.backup.repository``: the repository alone."""
+    return Options(dict(repository=dict(type="path", required=True)))
+
+
+def repository_vm_options(required: bool = True) -> Options:
+    """Doc fragment ``openvadp.backup.repository_vm``: a VM as the repository knows it, no vCenter needed."""
+    return Options(
+        dict(vm_uuid=dict(type="str"), vm_name=dict(type="str")),
+        required_one_of=[("vm_uuid", "vm_name")] if required else [],
+        mutually_exclusive=[("vm_uuid", "vm_name")],
+    )
+
+
+def transport_options(transports: Sequence[str]) -> Options:
+    """Doc fragment ``openvadp.backup.transport``.
+
+    :param transports: the default order, which differs between reading and writing.
+    """
+    return Options(
+        dict(
+            transports=dict(
+                type="list",
+                elements="str",
+                choices=["san", "hotadd", "nbdssl", "nbd", "https"],
+                default=list(transports),
+            ),
+            require_transport=dict(type="bool", default=False),
+            vddk_libdir=dict(type="path"),
+            nfc_port=dict(type="int", default=902),
+            io_timeout=dict(type="int", default=180),
+        )
+    )
+
+
+def run_module(options: Options, body: Callable[[AnsibleModule], Dict[str, Any]], libraries: Sequence[str] = ()) -> None:
+    """Parse the options, check the libraries, run *body* and exit with what it returns.
+
+    :param body: takes the module, returns the result (``changed`` included); a :class:`VadpError` becomes ``fail_json``
+        with the message and an ``error`` dictionary, anything else keeps its traceback.
+    :param libraries: import names (see ``libraries``) without which the module can't do its work.
+    """
+    module = AnsibleModule(argument_spec=options.argument_spec, supports_check_mode=True, **options.rules)
+    name, what, trace = first_missing(*libraries)
+    if name:
+        module.fail_json(msg=missing_required_lib(what), exception=trace)
+    try:
+        result = body(module)
+    except VadpError as error:
+        module.fail_json(msg=str(error), error=error.to_result())
+    module.exit_json(**result)
