@@ -43,7 +43,7 @@ options:
   thumbprint:
     description:
       - SHA-1 or SHA-256 thumbprint of the server's certificate, in hexadecimal with colons.
-      - It is worked out from the server's verified certificate, so it is needed only where the certificate can't be verified.
+      - It is worked out from the server's verified certificate, so it is needed only where that can't be verified.
     type: str
 requirements:
   - pyVmomi

@@ -43,7 +43,7 @@ vmodl = getattr(pyVmomi, "vmodl", None)
 
 
 def first_missing(*names: str) -> Tuple[str, str, str]:
-    """The first of the libraries that is absent: (import name, what to install, traceback); three empty strings if none is."""
+    """The first of the libraries that is absent: (import name, what to install, traceback), or three empty strings."""
     for name in names:
         if name in _missing:
             return name, _NAMES[name], _missing[name]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""What every module's ``main`` has in common: options that merge, and the one place where errors become ``fail_json``."""
+"""What every module's ``main`` has in common: options that merge, and the one place where errors become failures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Options:
         self.argument_spec = dict(argument_spec)
         self.rules: Dict[str, List[Any]] = {name: list(rules.get(name, ())) for name in self.RULES}
 
-    def __add__(self, other: "Options") -> "Options":
+    def __add__(self, other: Options) -> Options:
         merged = {name: self.rules[name] + other.rules[name] for name in self.RULES}
         return Options({**self.argument_spec, **other.argument_spec}, **merged)
 
@@ -98,7 +98,9 @@ def transport_options(transports: Sequence[str]) -> Options:
     )
 
 
-def run_module(options: Options, body: Callable[[AnsibleModule], Dict[str, Any]], libraries: Sequence[str] = ()) -> None:
+def run_module(
+    options: Options, body: Callable[[AnsibleModule], Dict[str, Any]], libraries: Sequence[str] = ()
+) -> None:
     """Parse the options, check the libraries, run *body* and exit with what it returns.
 
     :param body: takes the module, returns the result (``changed`` included); a :class:`VadpError` becomes ``fail_json``

@@ -1,0 +1,97 @@
+#!/usr/bin/env bash
+# Everything that `make demo` and `make test` need, on a fresh Debian 12 or 13 with git and make, as root or with sudo.
+# Idempotent: what is there already is left alone, so a second run takes about a second.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+mkdir -p build
+
+say() { printf 'setup: %s\n' "$*"; }
+as_root() {
+    if [ "$(id -u)" -eq 0 ]; then
+        "$@"
+    elif command -v sudo >/dev/null; then
+        sudo "$@"
+    else
+        say "needs root (or sudo) for: $*"
+        exit 1
+    fi
+}
+
+PACKAGES=(python3 python3-venv python3-dev python3-libnbd libnbd-bin nbdkit qemu-utils gcc libc6-dev make git openssl curl
+    e2fsprogs ntfs-3g xfsprogs dosfstools fdisk util-linux procps openssh-client shellcheck)
+
+apt_install() {
+    # Lists on a fresh image are absent or old: one update, then the install.
+    if [ ! -e build/.apt-updated ]; then
+        as_root apt-get -q update
+        touch build/.apt-updated
+    fi
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends "$@"
+}
+
+missing=()
+for package in "${PACKAGES[@]}"; do
+    dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q '^install ok installed$' || missing+=("$package")
+done
+if [ "${#missing[@]}" -gt 0 ]; then
+    say "installing ${missing[*]}"
+    apt_install "${missing[@]}"
+fi
+
+# The real VDDK plugin of nbdkit. Debian 13 packages it (contrib); that package's plugin also loads into Debian 12's nbdkit.
+# Its package can't be installed there, so the one file goes where nbdkit looks for plugins.
+fetch_vddk_plugin() {
+    local work mirror
+    work=$PWD/build/vddk-plugin
+    rm -rf "$work"
+    mkdir -p "$work/lists/partial"
+    mirror=$(sed -n 's/^URIs: *\([^ ]*\).*/\1/p; s/^deb \(\[[^]]*\] \)\?\([^ ]*\) .*/\2/p' \
+        /etc/apt/sources.list.d/debian.sources /etc/apt/sources.list 2>/dev/null | head -n 1)
+    echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] ${mirror:-http://deb.debian.org/debian} trixie main contrib" >"$work/trixie.list"
+    local options=(-q -o "Dir::Etc::sourcelist=$work/trixie.list" -o Dir::Etc::sourceparts=- -o "Dir::State::Lists=$work/lists"
+        -o "Dir::Cache=$work/cache" -o APT::Sandbox::User=root)
+    mkdir -p "$work/cache/archives/partial"
+    apt-get "${options[@]}" update
+    (cd "$work" && apt-get "${options[@]}" download nbdkit-plugin-vddk && dpkg -x nbdkit-plugin-vddk_*.deb root)
+    as_root install -m 0644 "$(find "$work/root" -name nbdkit-vddk-plugin.so)" "$(nbdkit --dump-config | sed -n 's/^plugindir=//p')/"
+    rm -rf "$work"
+}
+if ! nbdkit vddk --dump-plugin >/dev/null 2>&1; then
+    say "installing nbdkit's VDDK plugin"
+    if apt-cache show nbdkit-plugin-vddk >/dev/null 2>&1; then
+        apt_install nbdkit-plugin-vddk
+    else
+        fetch_vddk_plugin
+    fi
+    nbdkit vddk --dump-plugin >/dev/null
+fi
+
+# An SSH server for one test, unpacked rather than installed: installing it would start a public server on this machine.
+if [ ! -x build/openssh/usr/sbin/sshd ]; then
+    say "unpacking an SSH server for the tests"
+    rm -rf build/openssh
+    mkdir -p build/openssh
+    if ! (cd build/openssh && apt-get -q download openssh-server); then
+        as_root apt-get -q update
+        (cd build/openssh && apt-get -q download openssh-server)
+    fi
+    dpkg -x build/openssh/openssh-server_*.deb build/openssh
+    rm build/openssh/openssh-server_*.deb
+fi
+
+# libnbd's binding exists for the distribution's Python only, so the environment is made from that one and sees its packages.
+wanted=$(cat requirements.txt requirements-dev.txt tests/setup.sh | sha256sum | cut -c -16)
+if [ "$(cat .venv/.wanted 2>/dev/null)" != "$wanted" ]; then
+    say "making .venv"
+    [ -x .venv/bin/python ] || /usr/bin/python3 -m venv --system-site-packages .venv
+    .venv/bin/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+    echo "$wanted" >.venv/.wanted
+fi
+.venv/bin/python -c 'import nbd, pyVmomi, requests, jmespath, blake3'
+
+# Ansible wants a collection at ansible_collections/NAMESPACE/NAME.
+mkdir -p build/tree/ansible_collections/openvadp
+ln -sfn ../../../.. build/tree/ansible_collections/openvadp/backup
+
+make -s -C tests/simulator/vixdisklib OUT="$PWD/build/vddk"
+say "ready"

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# ansible-test sanity on a staged copy: all tests on the controller's Python; import and compile on every Python found.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+root=$PWD
+tree=$(tests/tools/stage.sh build/ansible-test)
+export HOME=$root/build/ansible-test/home
+mkdir -p "$HOME/.ansible/test/cache"
+for version in 24_2 25_2; do
+    cp tests/tools/get_pip.py "$HOME/.ansible/test/cache/get_pip_$version.py"
+done
+pythons=$("$root/tests/tools/pythons.sh" | sed 's|/[^/]*$||' | paste -sd:)
+export PATH="$root/.venv/bin:$PATH${pythons:+:$pythons}"
+cd "$tree"
+ansible-test sanity --local --color no --python "$("$root/.venv/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')" \
+    --skip-test pslint --skip-test import --skip-test compile
+ansible-test sanity --local --color no --test import --test compile --python default
