@@ -22,7 +22,8 @@ demo: setup
 	@tests/demo
 
 # One after the other, the quick ones first; the first that fails ends it.
-test: setup
+test:
+	@tests/setup.sh tests
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory unit
 	@$(MAKE) --no-print-directory sanity

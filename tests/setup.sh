@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # Everything that `make demo` and `make test` need, on a fresh Debian 12 or 13 with git and make, as root or with sudo.
 # Idempotent: what is there already is left alone, so a second run takes about a second.
+# usage: setup.sh [tests]    with "tests", also what only the tests need
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p build
+for_tests=${1:-}
 
 say() { printf 'setup: %s\n' "$*"; }
 as_root() {
@@ -67,7 +69,7 @@ if ! nbdkit vddk --dump-plugin >/dev/null 2>&1; then
 fi
 
 # An SSH server for one test, unpacked rather than installed: installing it would start a public server on this machine.
-if [ ! -x build/openssh/usr/sbin/sshd ]; then
+if [ "$for_tests" ] && [ ! -x build/openssh/usr/sbin/sshd ]; then
     say "unpacking an SSH server for the tests"
     rm -rf build/openssh
     mkdir -p build/openssh
@@ -89,9 +91,32 @@ if [ "$(cat .venv/.wanted 2>/dev/null)" != "$wanted" ]; then
 fi
 .venv/bin/python -c 'import nbd, pyVmomi, requests, jmespath, blake3'
 
+# Other controllers, for a smoke test on each: the oldest ansible-core that is supported, and the newest, which wants a newer
+# Python than Debian 12 has and is left out where there is none.
+controller() {
+    local name=$1 python=$2 requirement=$3
+    if [ "$(cat "build/controllers/$name/.wanted" 2>/dev/null)" != "$requirement" ]; then
+        say "making a controller with $requirement"
+        rm -rf "build/controllers/$name"
+        "$python" -m venv "build/controllers/$name"
+        "build/controllers/$name/bin/python" -m pip install -q --disable-pip-version-check "$requirement" jmespath
+        echo "$requirement" >"build/controllers/$name/.wanted"
+    fi
+}
+if [ "$for_tests" ]; then
+    mkdir -p build/controllers
+    controller oldest /usr/bin/python3 'ansible-core==2.16.*'
+    newest_python=$(tests/tools/pythons.sh | grep -E 'python3\.1[2-9]$' | tail -n 1 || true)
+    if [ "$newest_python" ]; then
+        controller newest "$newest_python" 'ansible-core>=2.20'
+    else
+        say "no Python 3.12 or newer: the newest ansible-core is not tried"
+    fi
+fi
+
 # Ansible wants a collection at ansible_collections/NAMESPACE/NAME.
 mkdir -p build/tree/ansible_collections/openvadp
 ln -sfn ../../../.. build/tree/ansible_collections/openvadp/backup
 
-make -s -C tests/simulator/vixdisklib OUT="$PWD/build/vddk"
+[ ! -e tests/simulator/vixdisklib/Makefile ] || make -s -C tests/simulator/vixdisklib OUT="$PWD/build/vddk"
 say "ready"
