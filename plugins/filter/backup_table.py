@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""The table that ends a backup: one line a disk, the reasons below it."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
+
+from ansible.errors import AnsibleFilterError
+
+DOCUMENTATION = r"""
+name: backup_table
+short_description: Backups of many virtual machines as a table for people
+version_added: 0.1.0
+author: openvadp maintainers (@openvadp)
+description:
+  - Renders the facts C(vm_backup_result) that role P(openvadp.backup.vm_backup#role) leaves for each virtual machine.
+  - Each disk is one line. Why a disk was read as it was, and why a virtual machine failed, stands below the table.
+  - Print the lines with M(openvadp.backup.show_lines).
+options:
+  _input:
+    description: Results of role P(openvadp.backup.vm_backup#role), in the order of the table.
+    type: list
+    elements: dict
+    required: true
+  width:
+    description: Columns that the reasons below the table are folded to.
+    type: int
+    default: 140
+seealso:
+  - plugin: openvadp.backup.show_lines
+    plugin_type: module
+"""
+
+EXAMPLES = r"""
+- name: Show what was backed up
+  openvadp.backup.show_lines:
+    lines: "{{ ansible_play_hosts_all | map('extract', hostvars, 'vm_backup_result') | openvadp.backup.backup_table }}"
+"""
+
+RETURN = r"""
+_value:
+  description: The table's lines, without line ends.
+  type: list
+  elements: str
+"""
+
+Row = List[str]
+_HEADINGS = ["VM", "disk", "mode", "transport", "read", "stored", "MiB/s", "changed", "verified"]
+_RIGHT = {"read", "stored", "MiB/s", "changed"}
+_NONE = "-"
+
+
+def format_bytes(count: Optional[int]) -> str:
+    """A size as people read it: ``21.3 MiB``. None is a dash."""
+    if count is None:
+        return _NONE
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.2f} TiB"
+
+
+def format_speed(count: Optional[int], seconds: Optional[float]) -> str:
+    """MiB a second, or a dash where nothing was read or no time passed."""
+    if not count or not seconds:
+        return _NONE
+    return f"{count / seconds / (1 << 20):.1f}"
+
+
+def format_change_rate(disk: Mapping[str, Any]) -> str:
+    """What part of the disk an incremental or differential had to read. A full has no change rate."""
+    capacity = disk.get("capacity_bytes")
+    if disk.get("mode") not in ("incremental", "differential") or not capacity or disk.get("bytes_read") is None:
+        return _NONE
+    return f"{100.0 * disk['bytes_read'] / capacity:.1f} %"
+
+
+class _Notes:
+    """Reasons, each said once and numbered in the order of their first use."""
+
+    def __init__(self) -> None:
+        self.texts: List[str] = []
+
+    def mark(self, text: Optional[str]) -> str:
+        """`` [n]`` to stand behind a word; nothing where there is no reason."""
+        text = (text or "").strip()
+        if not text:
+            return ""
+        if text not in self.texts:
+            self.texts.append(text)
+        return f" [{self.texts.index(text) + 1}]"
+
+    def lines(self, width: int) -> List[str]:
+        out: List[str] = []
+        for number, text in enumerate(self.texts, start=1):
+            prefix = f"[{number}] "
+            out += textwrap.wrap(text, max(width, 40), initial_indent=prefix, subsequent_indent=" " * len(prefix))
+        return out
+
+
+def _disk_row(result: Mapping[str, Any], disk: Mapping[str, Any], notes: _Notes) -> Row:
+    reasons = "; ".join(disk.get("transport_reasons") or [])
+    return [
+        str(result.get("vm", _NONE)),
+        f"{disk.get('key', '')} {disk.get('label', '')}".strip() or _NONE,
+        f"{disk.get('mode') or _NONE}{notes.mark(disk.get('reason'))}",
+        f"{disk.get('transport') or _NONE}{notes.mark(reasons)}",
+        format_bytes(disk.get("bytes_read")),
+        format_bytes(disk.get("bytes_stored")),
+        format_speed(disk.get("bytes_read"), disk.get("seconds")),
+        format_change_rate(disk),
+        str(disk.get("verified") or result.get("verified") or "no"),
+    ]
+
+
+def _vm_row(result: Mapping[str, Any], word: str) -> Row:
+    return [str(result.get("vm", _NONE)), _NONE, word] + [_NONE] * (len(_HEADINGS) - 3)
+
+
+_STATES: Dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "complete": lambda result: f"point {result.get('point')}",
+    "unchanged": lambda result: f"point {result.get('point')} was complete already",
+    "planned": lambda result: "check mode: nothing was touched",
+    "failed": lambda result: "FAILED",
+}
+
+
+def backup_table(results: Sequence[Mapping[str, Any]], width: int = 140) -> List[str]:
+    """The lines of the table.
+
+    :param results: ``vm_backup_result`` of each VM: ``vm``, ``state`` (complete, unchanged, planned, failed), ``point``,
+        ``reason``, ``notes``, ``verified`` and ``disks`` as the manifest has them; a disk that was skipped carries
+        ``skip_reason``.
+    :param width: columns for the text below the table.
+    """
+    if isinstance(results, (str, bytes, Mapping)) or not all(isinstance(result, Mapping) for result in results):
+        raise AnsibleFilterError(
+            "backup_table takes a list of the dictionaries that role vm_backup leaves in vm_backup_result."
+        )
+    notes = _Notes()
+    rows: List[Row] = []
+    below: List[str] = []
+    for result in results:
+        state = str(result.get("state"))
+        if state not in _STATES:
+            raise AnsibleFilterError(f"backup_table knows the states {', '.join(_STATES)}; got {state!r}.")
+        if state == "failed":
+            rows.append(_vm_row(result, "FAILED" + notes.mark(result.get("reason") or "no reason was recorded")))
+        else:
+            disks = result.get("disks") or []
+            rows += [_disk_row(result, disk, notes) for disk in disks]
+            if not disks:
+                rows.append(_vm_row(result, _NONE))
+        for disk in result.get("skipped") or []:
+            label = f"{disk.get('key', '')} {disk.get('label', '')}".strip()
+            row = _vm_row(result, "skipped" + notes.mark(disk.get("skip_reason")))
+            row[1] = label
+            rows.append(row)
+        extra = [_STATES[state](result)] + [str(note) for note in result.get("notes") or []]
+        below += textwrap.wrap(f"{result.get('vm')}: {'; '.join(extra)}", max(width, 40), subsequent_indent="  ")
+    return _render(rows) + [""] + notes.lines(width) + ([""] if notes.texts else []) + below
+
+
+def _render(rows: Sequence[Row]) -> List[str]:
+    table = [_HEADINGS] + list(rows)
+    widths = [max(len(row[column]) for row in table) for column in range(len(_HEADINGS))]
+
+    def line(row: Row) -> str:
+        cells = [
+            cell.rjust(size) if heading in _RIGHT else cell.ljust(size)
+            for cell, size, heading in zip(row, widths, _HEADINGS)
+        ]
+        return "  ".join(cells).rstrip()
+
+    return [line(_HEADINGS), "  ".join("-" * size for size in widths)] + [line(row) for row in rows]
+
+
+class FilterModule:
+    """The filters of this file."""
+
+    def filters(self) -> Dict[str, Callable[..., Any]]:
+        return {"backup_table": backup_table}

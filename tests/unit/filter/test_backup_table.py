@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+from __future__ import annotations
+
+import pytest
+from ansible.errors import AnsibleFilterError
+from ansible_collections.openvadp.backup.plugins.filter.backup_table import (
+    FilterModule,
+    backup_table,
+    format_bytes,
+    format_change_rate,
+    format_speed,
+)
+
+MIB = 1 << 20
+
+
+def disk(**fields):
+    return {
+        "key": 2000,
+        "label": "Hard disk 1",
+        "mode": "full",
+        "reason": "there is no earlier point of this disk",
+        "transport": "nbdssl",
+        "transport_reasons": ["san: planned", "hotadd: planned"],
+        "capacity_bytes": 256 * MIB,
+        "bytes_read": 64 * MIB,
+        "bytes_stored": 21 * MIB,
+        "seconds": 2.0,
+        **fields,
+    }
+
+
+def test_a_line_for_each_disk_and_each_reason_said_once():
+    results = [
+        {
+            "vm": "app01",
+            "state": "complete",
+            "point": "p1",
+            "verified": "data",
+            "disks": [disk(), disk(key=2001, label="Hard disk 2")],
+        },
+        {
+            "vm": "db-with-a-long-name",
+            "state": "complete",
+            "point": "p1",
+            "disks": [disk(mode="incremental", reason=None, bytes_read=32 * MIB)],
+        },
+    ]
+    lines = backup_table(results)
+    assert lines[0].split() == ["VM", "disk", "mode", "transport", "read", "stored", "MiB/s", "changed", "verified"]
+    assert [line.split()[0] for line in lines[2:5]] == ["app01", "app01", "db-with-a-long-name"]
+    assert "full [1]" in lines[2] and "nbdssl [2]" in lines[2] and "64.0 MiB" in lines[2] and lines[2].endswith("data")
+    assert "incremental " in lines[4] and "12.5 %" in lines[4] and lines[4].endswith("no")
+    assert sum("there is no earlier point" in line for line in lines) == 1
+    assert sum("san: planned; hotadd: planned" in line for line in lines) == 1
+    # The columns stand under their headings.
+    assert {line.index("Hard disk") for line in lines[2:5]} == {lines[0].index("disk") + 5}
+    assert max(map(len, lines)) <= 140
+
+
+def test_a_failed_vm_is_named_with_its_reason():
+    lines = backup_table(
+        [
+            {
+                "vm": "app02",
+                "state": "failed",
+                "reason": "No space left. " + "x" * 30 + " word" * 60,
+                "notes": ["snapshot-7 is still there"],
+            },
+            {"vm": "app01", "state": "complete", "point": "p1", "disks": [disk()]},
+        ],
+        width=120,
+    )
+    assert lines[2].split()[:4] == ["app02", "-", "FAILED", "[1]"]
+    assert any(line.startswith("[1] No space left.") for line in lines)
+    assert any("app02: FAILED; snapshot-7 is still there" in line for line in lines)
+    assert max(map(len, lines)) <= 140
+
+
+def test_skipped_disks_plans_and_unchanged_points():
+    lines = backup_table(
+        [
+            {
+                "vm": "a",
+                "state": "planned",
+                "disks": [],
+                "skipped": [
+                    {"key": 2002, "label": "Hard disk 3", "skip_reason": "independent disks are not in a snapshot"}
+                ],
+            },
+            {
+                "vm": "b",
+                "state": "unchanged",
+                "point": "p9",
+                "disks": [disk(mode="differential", bytes_read=0, seconds=0.0)],
+            },
+        ]
+    )
+    text = "\n".join(lines)
+    assert "2002 Hard disk 3  skipped" in text and "independent disks are not in a snapshot" in text
+    assert "a: check mode: nothing was touched" in text
+    assert "b: point p9 was complete already" in text
+    assert "0.0 %" in text
+
+
+@pytest.mark.parametrize("bad", ["text", {"vm": "a"}, [1], [{"vm": "a", "state": "odd"}]])
+def test_anything_else_is_refused(bad):
+    with pytest.raises(AnsibleFilterError):
+        backup_table(bad)
+
+
+def test_figures():
+    assert [format_bytes(n) for n in (None, 0, 1023, 1536, 3 * MIB, 5 << 30, 3 << 40)] == [
+        "-", "0 B", "1023 B", "1.5 KiB", "3.0 MiB", "5.0 GiB", "3.00 TiB",
+    ]  # fmt: skip
+    assert format_speed(10 * MIB, 4.0) == "2.5" and format_speed(0, 1.0) == "-" and format_speed(5, 0.0) == "-"
+    assert format_change_rate(disk()) == "-"
+    assert format_change_rate(disk(mode="incremental", capacity_bytes=100, bytes_read=1)) == "1.0 %"
+
+
+def test_it_is_registered():
+    assert FilterModule().filters() == {"backup_table": backup_table}
