@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""A disk of a VM as an NBD endpoint on a private Unix socket: one nbdkit for each disk."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import re
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Sequence
+from urllib.parse import quote
+
+from ..datapath.processes import Child, RuntimeDir
+from ..errors import DataPathError, TransportError, VadpError
+from ..libraries import nbd
+from .vddk import Vddk, choose_thumbprint, temporary_folder, write_config
+from .vix_errors import decode_log, last_error_line
+
+if TYPE_CHECKING:
+    from ..vsphere.inventory import VmRef
+    from ..vsphere.session import Session
+
+_START_TIMEOUT = 60
+_STOP_TIMEOUT = 10
+_LOG_TAIL_BYTES = 256 * 1024
+_LOG_TAIL_LINES = 20
+_POLL_MS = 100
+
+_numbers = itertools.count(1)
+
+
+@dataclass
+class Endpoint:
+    """A disk that is being served.
+
+    :param uri: for libnbd and qemu.
+    :param transport: the mode that VDDK really uses.
+    :param log_path: nbdkit's and VDDK's log, mode 0600, gone with the runtime folder.
+    :param size_bytes: the size of the disk as it is served.
+    """
+
+    uri: str
+    transport: str
+    log_path: Path
+    size_bytes: int
+    subject: str
+    child: Child = field(repr=False)
+
+    def check(self) -> None:
+        """:raises TransportError: the server died; the reason is read from its log."""
+        if not self.child.alive:
+            raise _log_error("The server of the disk's data has ended", self.subject, self.log_path)
+
+    def explain(self, error: VadpError) -> VadpError:
+        """What VDDK's log says of an I/O error, of which NBD tells nothing but EIO (VADP facts 47).
+
+        :returns: a TransportError where the log has a reason, else *error* itself.
+        """
+        text = _tail(self.log_path)
+        if self.child.alive and decode_log(text) is None:
+            return error
+        better = _log_error(error.what, self.subject, self.log_path)
+        better.details["error"] = error.to_result()
+        return better
+
+
+@contextmanager
+def open_vddk(
+    session: Session,
+    vm: VmRef,
+    *,
+    file: str,
+    snapshot_moid: Optional[str],
+    transports: Sequence[str],
+    writable: bool,
+    vddk: Vddk,
+    nfc_port: int,
+    run_dir: RuntimeDir,
+    io_timeout: int,
+) -> Iterator[Endpoint]:
+    """Serve one disk through VDDK; the disk is opened once before this returns, so that errors surface here.
+
+    The thread that opens an endpoint must live as long as it: nbdkit ends with the thread that started it
+    (VADP facts 45). Open a disk only when its copy begins (VADP facts 22).
+
+    :param file: the datastore path, verbatim: with a snapshot that of the snapshot's own configuration, for writing
+        that of the VM's current leaf (VADP facts 14, 40).
+    :param snapshot_moid: the snapshot that is read; None for a VM without snapshots.
+    :param transports: the modes that are allowed, the preferred one first.
+    :param io_timeout: seconds; bounds the open, a request and all its retries together.
+    :raises TransportError: the disk can't be opened (thumbprint, port 902, credentials, licence, ...), or VDDK uses
+        a mode that is not in *transports* (VADP facts 42).
+    """
+    subject = f"disk '{file}' of VM '{vm.name}' ({vm.moid})"
+    name = f"vddk-{next(_numbers)}"
+    folder = Path(run_dir.path)
+    socket, config, log = folder / f"{name}.sock", folder / f"{name}.conf", folder / f"{name}.log"
+    write_config(config, vddk=vddk, io_timeout=io_timeout, tmp_folder=temporary_folder())
+    connection = session.connection
+    password_fd = _password_pipe(connection.password)
+    try:
+        argv = nbdkit_argv(
+            socket=socket,
+            config=config,
+            password_fd=password_fd,
+            server=connection.hostname,
+            port=connection.port,
+            user=connection.username,
+            thumbprint=choose_thumbprint(session.thumbprints, vddk),
+            vm_moid=vm.moid,
+            file=file,
+            snapshot_moid=snapshot_moid,
+            transports=transports,
+            writable=writable,
+            vddk=vddk,
+            nfc_port=nfc_port,
+            io_timeout=io_timeout,
+        )
+        child = Child.start(argv, log_path=str(log), name=f"nbdkit of {subject}", pass_fds=(password_fd,))
+    finally:
+        os.close(password_fd)
+    try:
+        try:
+            child.wait_for_socket(str(socket), _START_TIMEOUT)
+        except DataPathError as error:
+            raise _log_error("The server of the disk's data did not start", subject, log) from error
+        size = _first_connection(child, socket, subject, log, io_timeout)
+        mode = mode_used(_read(log))
+        if mode not in transports:
+            raise TransportError(
+                "VDDK does not use the transport that was asked for",
+                subject=subject,
+                reason=f"it uses {mode or 'one that its log does not name'}, allowed is {', '.join(transports)}",
+                remedy="Allow that transport, or make the other one work on this machine",
+            )
+        uri = f"nbd+unix:///?socket={quote(str(socket))}"
+        yield Endpoint(uri, str(mode), log, size, subject, child)
+    finally:
+        child.stop(_STOP_TIMEOUT)
+        config.unlink()
+
+
+def nbdkit_argv(
+    *,
+    socket: Path,
+    config: Path,
+    password_fd: int,
+    server: str,
+    port: int,
+    user: str,
+    thumbprint: str,
+    vm_moid: str,
+    file: str,
+    snapshot_moid: Optional[str],
+    transports: Sequence[str],
+    writable: bool,
+    vddk: Vddk,
+    nfc_port: int,
+    io_timeout: int,
+) -> List[str]:
+    """The command line of one nbdkit; it holds no secret: the password comes through a pipe (VADP facts 41).
+
+    Filters, the client's side first: `retry` reopens the disk after an error (a handle whose connection was cut stays
+    dead); `blocksize` keeps requests below what exhausts a host's memory, and on sectors (VADP facts 23).
+    """
+    # Not --exit-with-parent: it would weaken the child's SIGKILL at our death to a SIGTERM (VADP facts 45).
+    argv = ["nbdkit", "--foreground", "--unix", str(socket), "--verbose"]
+    # A line for each request would fill the disk with log.
+    argv += ["-D", "nbdkit.backend.datapath=0", "-D", "vddk.datapath=0"]
+    if not writable:
+        argv.append("--readonly")
+    argv += ["--filter=retry", "--filter=blocksize", "vddk", f"libdir={vddk.libdir}", f"config={config}"]
+    argv += [f"server={server}", f"port={port}", f"user={user}", f"password=-{password_fd}", f"thumbprint={thumbprint}"]
+    argv += [f"vm=moref={vm_moid}", f"file={file}", f"transports={':'.join(transports)}"]
+    if snapshot_moid is not None:
+        argv.append(f"snapshot={snapshot_moid}")
+    if vddk.has_nfc_port:
+        argv.append(f"nfchostport={nfc_port}")
+    elif nfc_port != 902:
+        raise TransportError(
+            "The port of the ESXi hosts can't be chosen",
+            reason=f"nbdkit's VDDK plugin {vddk.plugin} has no parameter nfchostport",
+            remedy="Leave nfc_port at 902, or install a newer plugin",
+        )
+    return argv + ["minblock=512", "maxdata=2M", f"retries={retries_within(io_timeout)}", "retry-delay=1"]
+
+
+def retries_within(io_timeout: int) -> int:
+    """How often a request is retried, so that all waits together (1, 2, 4, ... s) take at most half of *io_timeout*."""
+    return max(1, int(math.log2(io_timeout / 2 + 1)))
+
+
+def mode_used(log_text: str) -> Optional[str]:
+    """The transport mode that the plugin's debug log names last (VADP facts 42)."""
+    found = re.findall(r"debug: transport mode: (\S+)", log_text)
+    return found[-1] if found else None
+
+
+def _first_connection(child: Child, socket: Path, subject: str, log: Path, timeout: int) -> int:
+    """Open the disk once and return its size; asynchronously, because an open that hangs must not hang us."""
+    handle = nbd.NBD()
+    deadline = time.monotonic() + timeout
+    try:
+        handle.aio_connect_unix(str(socket))
+        while not handle.aio_is_ready():
+            if handle.aio_is_dead() or handle.aio_is_closed() or not child.alive:
+                raise _log_error("The disk can't be opened", subject, log)
+            if time.monotonic() > deadline:
+                raise _log_error(f"The disk was not opened within {timeout} s", subject, log)
+            handle.poll(_POLL_MS)
+        size = int(handle.get_size())
+        handle.shutdown()
+        return size
+    except nbd.Error as error:
+        raise _log_error("The disk can't be opened", subject, log, fallback=str(error)) from error
+
+
+def _log_error(what: str, subject: str, log: Path, fallback: Optional[str] = None) -> TransportError:
+    text = _tail(log)
+    details: Dict[str, Any] = {"log": text.splitlines()[-_LOG_TAIL_LINES:]}
+    finding = decode_log(text)
+    if finding is None:
+        reason = last_error_line(text) or fallback or "its log gives no reason"
+        return TransportError(what, subject=subject, reason=reason, details=details)
+    details["finding"] = {"code": finding.code, "meaning": finding.meaning, "evidence": finding.evidence}
+    return TransportError(
+        what,
+        subject=subject,
+        reason=finding.meaning,
+        remedy=finding.remedy,
+        retryable=finding.retryable,
+        details=details,
+    )
+
+
+def _password_pipe(password: str) -> int:
+    """The read end of a pipe that holds the password: never in an argument, an environment or a file."""
+    data = password.encode("utf-8")
+    if b"\n" in data or len(data) > 4096:
+        raise TransportError("The password can't be handed to VDDK", reason="it has several lines or is too long")
+    read_end, write_end = os.pipe()
+    try:
+        os.write(write_end, data)
+    finally:
+        os.close(write_end)
+    return read_end
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+
+def _tail(path: Path) -> str:
+    if not path.exists():
+        return ""
+    with path.open("rb") as stream:
+        stream.seek(max(0, os.fstat(stream.fileno()).st_size - _LOG_TAIL_BYTES))
+        return stream.read().decode("utf-8", errors="replace")

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""VMware's Virtual Disk Development Kit on this machine: where it is, which version, and how it is configured."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import stat
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Dict, List, Mapping, Optional, Tuple
+
+from ..datapath.processes import run_tool
+from ..errors import DataPathError, TransportError
+from .vix_errors import Finding, decode_log, last_error_line
+
+__all__ = [
+    "Finding",
+    "Vddk",
+    "choose_thumbprint",
+    "decode_log",
+    "find_library",
+    "last_error_line",
+    "look_for_library",
+    "temporary_folder",
+    "write_config",
+]
+
+_PROBE_TIMEOUT = 60
+
+# VADP facts 40: which thumbprint `thumbprint=` takes, by the major version of VDDK; any other version takes SHA-1.
+THUMBPRINT_OF_VERSION = {9: "sha256"}
+
+# VADP facts 21: 16 x 64 KiB x 4 = 4 MiB a connection; versions before 7 do not know these keys.
+AIO_BUFFER_64K = 16
+AIO_BUFFER_COUNT = 4
+AIO_FROM_VERSION = 7
+
+# VADP facts 22: milliseconds for the default io_timeout of 180 s; they scale with it.
+_TIMEOUTS_MS = {
+    "vixDiskLib.nfc.AcceptTimeoutMs": 180000,
+    "vixDiskLib.nfc.RequestTimeoutMs": 180000,
+    "vixDiskLib.nfc.ReadTimeoutMs": 60000,
+    "vixDiskLib.nfc.WriteTimeoutMs": 600000,
+}
+_DEFAULT_IO_TIMEOUT = 180
+
+_MACHINES = {3: "x86 (32 bit)", 40: "ARM", 62: "x86-64", 183: "aarch64", 21: "ppc64", 22: "s390", 243: "RISC-V"}
+_X86_64 = 62
+
+
+@dataclass(frozen=True)
+class Vddk:
+    """A VDDK that nbdkit can load.
+
+    :param libdir: the folder that holds ``lib64/libvixDiskLib.so.*``.
+    :param version: the library's version, at least the major one ("8" or "8.0.3").
+    :param plugin: version of the nbdkit plugin.
+    :param has_nfc_port: the plugin takes ``nfchostport=``.
+    """
+
+    libdir: str
+    version: str
+    plugin: str
+    has_nfc_port: bool = True
+
+    @property
+    def major(self) -> int:
+        return int(self.version.split(".")[0])
+
+
+def find_library(libdir: Optional[str] = None) -> Vddk:
+    """Ask nbdkit's VDDK plugin whether it can load the library (VADP facts 37, 39).
+
+    :param libdir: where VDDK lies; the plugin's own default if None.
+    :raises TransportError: nbdkit, its plugin or the library is missing or can't be loaded; says what to install.
+    """
+    if shutil.which("nbdkit") is None:
+        raise TransportError(
+            "nbdkit is not installed",
+            reason="no program 'nbdkit' in the search path",
+            remedy=f"{_install_hint()} The package nbdkit itself is in every distribution",
+        )
+    plugin = _dump_plugin(None)
+    where = libdir or plugin.get("vddk_default_libdir", "")
+    if not os.path.isdir(where):
+        raise TransportError(
+            "VDDK is not there",
+            subject=where,
+            reason="the folder does not exist" + ("" if libdir else " (it is the plugin's default)"),
+            remedy="Unpack VDDK, and name its folder in 'vddk_libdir'",
+        )
+    facts = _dump_plugin(libdir) if libdir else plugin
+    if "vddk_library_version" not in facts:
+        raise _cannot_load(where)
+    return Vddk(
+        libdir=where,
+        version=_full_version(facts),
+        plugin=facts.get("version", "unknown"),
+        has_nfc_port=facts.get("vddk_has_nfchostport") == "1",
+    )
+
+
+def look_for_library(libdir: Optional[str] = None) -> Tuple[Optional[Vddk], Optional[str]]:
+    """As :func:`find_library`, for the planner: (the library, None) or (None, why there is none)."""
+    try:
+        return find_library(libdir), None
+    except TransportError as error:
+        return None, str(error).rstrip(".")
+
+
+def choose_thumbprint(thumbprints: Mapping[str, str], vddk: Vddk) -> str:
+    """The thumbprint that this VDDK takes (VADP facts 40).
+
+    :param thumbprints: ``sha1`` and ``sha256`` of the certificate of the server named in ``server=``.
+    """
+    return thumbprints[THUMBPRINT_OF_VERSION.get(vddk.major, "sha1")]
+
+
+def write_config(path: str | Path, *, vddk: Vddk, io_timeout: int, tmp_folder: str | Path) -> None:
+    """Write VDDK's configuration file (VADP facts 21, 22, 44).
+
+    :param io_timeout: seconds; the time-outs of VDDK scale with it.
+    :param tmp_folder: fixed for this machine and user, or a clean-up after a crash finds nothing.
+    """
+    scale = io_timeout / _DEFAULT_IO_TIMEOUT
+    lines = [f'tmpDirectory="{tmp_folder}"']
+    lines += [f"{key}={max(1000, round(value * scale))}" for key, value in sorted(_TIMEOUTS_MS.items())]
+    lines += ["vixDiskLib.nfc.LogLevel=2", "vixDiskLib.transport.LogLevel=3"]
+    if vddk.major >= AIO_FROM_VERSION:
+        lines.append(f"vixDiskLib.nfcAio.Session.BufSizeIn64KB={AIO_BUFFER_64K}")
+        lines.append(f"vixDiskLib.nfcAio.Session.BufCount={AIO_BUFFER_COUNT}")
+    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def temporary_folder(parent: str | Path = "/var/tmp") -> Path:
+    """VDDK's ``tmpDirectory``: always the same for one user of this machine, and nobody else's (VADP facts 44).
+
+    :raises TransportError: something of that name is there and is not a folder of this user alone.
+    """
+    path = Path(parent) / f"openvadp-vddk-{os.getuid()}"
+    try:
+        path.mkdir(mode=0o700)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise TransportError("VDDK's temporary folder can't be made", subject=str(path), reason=str(error)) from error
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise TransportError(
+            "VDDK's temporary folder can't be trusted",
+            subject=str(path),
+            reason="it is not a folder that belongs to this user alone",
+            remedy="Remove it, and run again",
+        )
+    return path
+
+
+def _dump_plugin(libdir: Optional[str]) -> Dict[str, str]:
+    argv = ["nbdkit", "vddk", "--dump-plugin"]
+    if libdir:
+        argv.append(f"libdir={libdir}")
+    try:
+        text = run_tool(argv, what="Asking nbdkit's VDDK plugin", timeout=_PROBE_TIMEOUT)
+    except DataPathError as error:
+        if "cannot open plugin" in str(error):
+            raise TransportError(
+                "nbdkit's VDDK plugin is not installed", reason=error.reason, remedy=_install_hint()
+            ) from error
+        raise TransportError(
+            "nbdkit's VDDK plugin does not answer", subject=libdir, reason=error.reason or str(error)
+        ) from error
+    pairs = (line.split("=", 1) for line in text.splitlines() if "=" in line)
+    return dict(pairs)
+
+
+def _full_version(facts: Mapping[str, str]) -> str:
+    """The version of the file that is loaded: a library 9 hides behind a link named ``.so.8`` (VADP facts 37)."""
+    real = os.path.realpath(facts.get("vddk_dll", ""))
+    match = re.search(r"libvixDiskLib\.so\.(\d+(?:\.\d+)*)$", real)
+    return match.group(1) if match else facts["vddk_library_version"]
+
+
+def _cannot_load(libdir: str) -> TransportError:
+    """Why a folder that exists gives no library."""
+    folder = Path(libdir) / "lib64"
+    libraries = sorted(folder.glob("libvixDiskLib.so.*"))
+    if not libraries:
+        found = sorted(path for path in Path(libdir).glob("libvixDiskLib.so*"))
+        return TransportError(
+            "VDDK is not there",
+            subject=libdir,
+            reason=f"no libvixDiskLib.so.* in {folder}" + (", but in the folder itself" if found else ""),
+            remedy="Name the folder that holds lib64 in 'vddk_libdir'",
+        )
+    foreign = _foreign_machine(libraries[-1])
+    if foreign:
+        return TransportError(
+            "VDDK can't be loaded", subject=str(libraries[-1]), reason=foreign, remedy="Unpack the Linux x86-64 VDDK"
+        )
+    names = [path.name for path in libraries]
+    if all(re.search(r"\.so\.(9|\d\d)", name) for name in names):
+        return TransportError(
+            "VDDK can't be loaded",
+            subject=libdir,
+            reason=f"this nbdkit plugin looks for versions 6 to 8, and there is {', '.join(names)}",
+            remedy=f"Make a relative link: ln -s {names[-1]} {folder}/libvixDiskLib.so.8",
+        )
+    return TransportError(
+        "VDDK can't be loaded",
+        subject=libdir,
+        reason=_load_failure(libdir),
+        remedy="Check that the whole VDDK was unpacked and that its files can be read by this user",
+    )
+
+
+def _foreign_machine(library: Path) -> Optional[str]:
+    """Why *library* is no library for this kind of machine, from its ELF header; None if it is one."""
+    try:
+        with library.open("rb") as stream:
+            header = stream.read(20)
+    except OSError as error:
+        return error.strerror
+    if len(header) < 20 or header[:4] != b"\x7fELF":
+        return "it is not a Linux shared library"
+    machine = struct.unpack("<H" if header[5] == 1 else ">H", header[18:20])[0]
+    if machine != _X86_64 or header[4] != 2:
+        return f"it is built for {_MACHINES.get(machine, f'machine type {machine}')}, and VDDK works on x86-64 only"
+    return None
+
+
+def _load_failure(libdir: str) -> str:
+    """The loader's own words, by starting the plugin on a file that does not exist."""
+    argv = ["nbdkit", "-r", "vddk", f"libdir={libdir}", "file=/nonexistent", "--run", "true"]
+    try:
+        run_tool(argv, what="Loading VDDK", timeout=_PROBE_TIMEOUT)
+    except DataPathError as error:
+        return error.reason or str(error)
+    return "nbdkit does not say why"
+
+
+def _install_hint(os_release: str | Path = "/etc/os-release") -> str:
+    """What to install on this distribution (VADP facts 39)."""
+    facts = _os_release(os_release)
+    family: List[str] = [facts.get("ID", "")] + facts.get("ID_LIKE", "").split()
+    if facts.get("ID") == "debian" and facts.get("VERSION_ID", "").split(".")[0] == "12":
+        return (
+            "Debian 12 has no package of the plugin: install nbdkit, and nbdkit-plugin-vddk of Debian 13 (contrib),"
+            " which works with Debian 12's nbdkit."
+        )
+    if "ubuntu" in family:
+        return "Install the package nbdkit-plugin-vddk (Ubuntu 25.04 or newer)."
+    if "debian" in family:
+        return "Install the package nbdkit-plugin-vddk (Debian 13 or newer, section contrib)."
+    if "fedora" in family or "rhel" in family:
+        return "Install the package nbdkit-vddk-plugin."
+    return (
+        "Install nbdkit's VDDK plugin: nbdkit-vddk-plugin on Fedora and RHEL, nbdkit-plugin-vddk on Debian 13 (contrib)"
+        " and Ubuntu 25.04."
+    )
+
+
+def _os_release(path: str | Path) -> Dict[str, str]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    pairs = (line.split("=", 1) for line in lines if "=" in line)
+    return {key: value.strip("\"'") for key, value in pairs}
