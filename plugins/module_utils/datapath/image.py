@@ -1,0 +1,370 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""Images and layers: all that calls ``qemu-img`` and ``qemu-nbd``, and the writing of files that survive a crash.
+
+A layer is a qcow2 image with zstd and 64 KiB clusters; an overlay names its parent by a bare file name in the same
+folder, format stated. Nothing here follows a backing file that points anywhere else: an image could otherwise make
+qemu read any file of the host.
+
+A layer is made in these steps: :func:`create_layer` (size rounded up to a cluster, which the compress filter needs),
+:func:`serve` with ``compress`` for the copier, :func:`shrink_to` the exact size, :func:`fsync_file`, rename,
+:func:`fsync_dir`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import struct
+import uuid
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
+from urllib.parse import quote
+
+from ..errors import DamagedError, DataPathError
+from .processes import Child, run_tool, tool_result
+
+CLUSTER_BYTES = 65536
+
+#: Formats that :func:`convert` writes.
+FORMATS = ("raw", "qcow2", "vmdk")
+
+_QCOW2_MAGIC = 0x514649FB
+_INCOMPATIBLE_DATA_FILE = 1 << 2
+_EXTENSION_BACKING_FORMAT = 0xE2792ACA
+
+_PERCENT = re.compile(rb"\((\d+(?:\.\d+)?)/100%\)")
+
+
+class Qcow2Header(NamedTuple):
+    """What a qcow2 header says about other files."""
+
+    capacity_bytes: int
+    backing: Optional[str]
+    backing_format: Optional[str]
+    external_data: bool
+
+
+def read_header(path: str) -> Qcow2Header:
+    """The header of a qcow2 image, read without qemu and without following it anywhere.
+
+    :raises DamagedError: no qcow2 image, or a header that makes no sense.
+    """
+    try:
+        with open(path, "rb") as image:
+            data = image.read(2 * CLUSTER_BYTES)
+    except FileNotFoundError:
+        raise DamagedError(
+            "A layer is missing", subject=path, remedy="Bring the file back; without it its overlays can't be read"
+        ) from None
+    except OSError as error:
+        raise DataPathError("A layer can't be read", subject=path, reason=error.strerror) from error
+    try:
+        magic, version, backing_offset, backing_length = struct.unpack_from(">IIQI", data)
+        if magic != _QCOW2_MAGIC or version not in (2, 3):
+            raise DamagedError("A layer is no qcow2 image", subject=path)
+        capacity = struct.unpack_from(">Q", data, 24)[0]
+        incompatible, header_length = 0, 72
+        if version == 3:
+            incompatible = struct.unpack_from(">Q", data, 72)[0]
+            header_length = struct.unpack_from(">I", data, 100)[0]
+        backing = None
+        if backing_offset:
+            raw = data[backing_offset : backing_offset + backing_length]
+            if len(raw) != backing_length or not raw:
+                raise DamagedError("The backing file's name of a layer is damaged", subject=path)
+            backing = raw.decode("utf-8", "surrogateescape")
+        backing_format = None
+        position = header_length
+        while position < len(data):
+            kind, length = struct.unpack_from(">II", data, position)
+            if kind == 0:
+                break
+            if kind == _EXTENSION_BACKING_FORMAT:
+                backing_format = data[position + 8 : position + 8 + length].decode("ascii", "replace")
+            position += 8 + length + -length % 8
+    except struct.error:
+        raise DamagedError("A layer's header is damaged", subject=path) from None
+    return Qcow2Header(capacity, backing, backing_format, bool(incompatible & _INCOMPATIBLE_DATA_FILE))
+
+
+def chain_files(path: str) -> List[str]:
+    """The files of a layer's chain, the layer first, its base last; read from the headers.
+
+    :raises DamagedError: a file is missing, a backing file is not a bare name of a qcow2 image in the same folder, or
+        the chain goes in a circle.
+    """
+    path = os.path.abspath(path)
+    folder = os.path.dirname(path)
+    files: List[str] = []
+    while True:
+        if path in files:
+            raise DamagedError("A chain of layers goes in a circle", subject=path)
+        header = read_header(path)
+        files.append(path)
+        if header.external_data:
+            raise DamagedError("A layer keeps its data in another file", subject=path)
+        if header.backing is None:
+            return files
+        if not _is_bare(header.backing):
+            raise DamagedError(
+                "A layer's backing file is not in its folder",
+                subject=path,
+                reason=f"it names {header.backing!r}",
+                remedy="Don't open this image: it was not written by openvadp.backup",
+            )
+        if header.backing_format != "qcow2":
+            raise DamagedError(
+                "A layer does not state its backing file as qcow2", subject=path, reason=str(header.backing_format)
+            )
+        path = os.path.join(folder, header.backing)
+
+
+def _is_bare(name: str) -> bool:
+    """A plain file name: no folder, and nothing qemu would take for a protocol or JSON."""
+    return bool(name) and name not in (".", "..") and not set(name) & set("/:\0\n")
+
+
+def create_layer(path: str, capacity_bytes: int, *, backing: Optional[str] = None) -> None:
+    """Make an empty layer: qcow2, zstd, 64 KiB clusters, its size *capacity_bytes* rounded up to a cluster.
+
+    :param backing: bare file name of the parent's layer in the same folder, for an overlay.
+    :raises DataPathError: *path* exists, or qemu-img refused.
+    """
+    path = os.path.abspath(path)
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", f"compression_type=zstd,cluster_size={CLUSTER_BYTES}"]
+    if backing is not None:
+        if not _is_bare(backing):
+            raise ValueError(f"the backing file must be a bare file name: {backing!r}")
+        chain_files(os.path.join(os.path.dirname(path), backing))
+        command += ["-b", backing, "-F", "qcow2"]
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    except OSError as error:
+        raise DataPathError("A layer can't be made", subject=path, reason=error.strerror) from error
+    size = capacity_bytes + -capacity_bytes % CLUSTER_BYTES
+    try:
+        run_tool(command + [path, str(size)], what="A layer can't be made", subject=path)
+    except DataPathError as error:
+        os.unlink(path)
+        if "compression" in (error.reason or "").lower() or "zstd" in (error.reason or "").lower():
+            error.remedy = "This qemu-img knows no zstd: install qemu 5.1 or newer, built with zstd"
+        raise
+
+
+def shrink_to(path: str, capacity_bytes: int) -> None:
+    """Give a finished layer its exact size. Nothing else may have it open.
+
+    :raises DataPathError: qemu-img refused, or the size is another one afterwards.
+    """
+    path = os.path.abspath(path)
+    if read_header(path).capacity_bytes > capacity_bytes:
+        run_tool(
+            ["qemu-img", "resize", "-q", "-f", "qcow2", "--shrink", path, str(capacity_bytes)],
+            what="A layer could not be given its exact size",
+            subject=path,
+        )
+    size = image_info(path)["virtual-size"]
+    if size != capacity_bytes:
+        raise DataPathError(
+            "A layer has the wrong size", subject=path, reason=f"{size} bytes instead of {capacity_bytes}"
+        )
+
+
+def _image_opts(path: str, image_format: str, compress: bool) -> str:
+    """The value of ``--image-opts``; a comma in a file name is doubled."""
+    name = os.path.abspath(path).replace(",", ",,")
+    if compress:
+        return f"driver=compress,file.driver={image_format},file.file.driver=file,file.file.filename={name}"
+    return f"driver={image_format},file.driver=file,file.filename={name}"
+
+
+@contextlib.contextmanager
+def serve(
+    path: str,
+    *,
+    run_dir: str | os.PathLike[str],
+    writable: bool = False,
+    compress: bool = False,
+    connections: int = 2,
+    format: str = "qcow2",
+) -> Iterator[Child]:
+    """Serve an image by qemu-nbd on a private Unix socket; ``.uri`` of the child is what to connect to.
+
+    The thread that enters must be the one that leaves (see :mod:`.processes`). On leaving, the clients must have
+    disconnected; qemu-nbd then writes what it holds back and ends.
+
+    :param run_dir: folder for the socket and the log; its path is short (:class:`.processes.RuntimeDir`).
+    :param writable: otherwise read-only; a writable image is locked against every other user.
+    :param compress: writes are compressed. They must then cover whole clusters, each cluster once.
+    :param connections: how many clients may be connected at once.
+    :param format: what the image is ("qcow2" or "raw"); never guessed, for a guest could forge it.
+    :raises DamagedError: the chain leaves the image's folder (qcow2).
+    :raises DataPathError: qemu-nbd could not serve, or did not end well after writing.
+    """
+    if format == "qcow2":
+        chain_files(path)
+    stem = os.path.join(os.fspath(run_dir), f"nbd-{uuid.uuid4().hex[:8]}")
+    socket_path, log_path = stem + ".sock", stem + ".log"
+    command = ["qemu-nbd", "--persistent", f"--shared={connections}", f"--socket={socket_path}", "--cache=writeback"]
+    command += ["--discard=unmap", "--detect-zeroes=off"] if writable else ["--read-only"]
+    command += ["--image-opts", _image_opts(path, format, compress)]
+    child = Child.start(command, log_path=log_path, name=f"qemu-nbd of {os.path.basename(path)}")
+    clean = False
+    try:
+        child.wait_for_socket(socket_path, timeout=60)
+        child.uri = "nbd+unix:///?socket=" + quote(socket_path)
+        yield child
+        clean = True
+    finally:
+        returncode = child.stop(timeout=60 if clean else 5)
+        if clean and writable and returncode != 0:
+            raise DataPathError(
+                "An image was not closed properly",
+                subject=path,
+                reason=child.log_tail() or f"qemu-nbd ended with status {returncode}",
+                retryable=True,
+            )
+
+
+def image_info(path: str, chain: bool = False) -> Any:
+    """What ``qemu-img info`` says: a dictionary, or with *chain* a list of them, the layer first.
+
+    :raises DamagedError: with *chain*, see :func:`chain_files`.
+    """
+    if chain:
+        return [image_info(link) for link in chain_files(path)]
+    text = run_tool(
+        ["qemu-img", "info", "--output=json", "-f", "qcow2", os.path.abspath(path)],
+        what="An image's facts can't be read",
+        subject=path,
+    )
+    return json.loads(text)
+
+
+def check(path: str) -> Dict[str, Any]:
+    """The report of ``qemu-img check`` on one qcow2 file. Leaked clusters waste space and are no damage.
+
+    :raises DamagedError: the file's structure is damaged.
+    """
+    result = tool_result(
+        ["qemu-img", "check", "--output=json", "-f", "qcow2", os.path.abspath(path)],
+        what="An image can't be checked",
+        subject=path,
+        accept=(0, 1, 2, 3),
+    )
+    try:
+        report = json.loads(result.stdout)
+    except ValueError:
+        report = {}
+    problems = {name: report.get(name, 0) for name in ("corruptions", "check-errors")}
+    if result.returncode in (1, 2) or any(problems.values()):
+        words = result.stderr.strip().splitlines()[:3]
+        reason = " ".join(words) or ", ".join(f"{count} {name}" for name, count in problems.items())
+        raise DamagedError("An image is damaged", subject=path, reason=reason, details=report)
+    return report
+
+
+def compare(a: str, b: str, *, a_format: str = "qcow2", b_format: str = "qcow2") -> bool:
+    """Both images hold the same bytes and have the same size.
+
+    :raises DataPathError: one of them can't be read.
+    """
+    for path, image_format in ((a, a_format), (b, b_format)):
+        if image_format == "qcow2":
+            chain_files(path)
+    result = tool_result(
+        ["qemu-img", "compare", "-f", a_format, "-F", b_format, os.path.abspath(a), os.path.abspath(b)],
+        what="Two images can't be compared",
+        subject=f"{a} and {b}",
+        accept=(0, 1),
+    )
+    # qemu-img takes images for identical if the longer one ends in zeros, and says so.
+    return result.returncode == 0 and "image size mismatch" not in (result.stdout + result.stderr).lower()
+
+
+def convert(
+    source: str,
+    dest: str,
+    format: str,
+    *,
+    part_id: Optional[str] = None,
+    on_progress: Optional[Callable[[int, int], None]] = None,
+) -> None:
+    """Write a layer with all it stands on into an image file that stands alone.
+
+    Written to ``<dest>.part-<part_id>``, synced, then renamed, so *dest* is either whole or what it was.
+
+    :param source: a qcow2 layer.
+    :param format: raw, qcow2 or vmdk (monolithicSparse).
+    :param part_id: the run's id; a random one otherwise.
+    :param on_progress: gets done and total bytes.
+    :raises DamagedError: the chain leaves the layer's folder, or a file of it is missing.
+    :raises DataPathError: qemu-img failed; no part file stays.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"not one of {FORMATS}: {format!r}")
+    source, dest = os.path.abspath(source), os.path.abspath(dest)
+    chain_files(source)
+    total = read_header(source).capacity_bytes
+    part = f"{dest}.part-{part_id or uuid.uuid4().hex[:12]}"
+    command = ["qemu-img", "convert", "-f", "qcow2", "-O", format, "-m", "16", "-W"]
+
+    def percent(piece: bytes) -> None:
+        found = _PERCENT.findall(piece)
+        if found and on_progress is not None:
+            on_progress(int(total * float(found[-1]) / 100), total)
+
+    try:
+        tool_result(
+            command + (["-p"] if on_progress else []) + [source, part],
+            what="An image could not be written",
+            subject=dest,
+            on_output=percent if on_progress else None,
+        )
+        fsync_file(part)
+        os.rename(part, dest)
+    except OSError as error:
+        raise DataPathError("An image could not be written", subject=dest, reason=error.strerror) from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(part)
+    fsync_dir(os.path.dirname(dest))
+
+
+def fsync_file(path: str) -> None:
+    """Return when the file's bytes are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_dir(path: str) -> None:
+    """Return when the folder's entries (new files, renames) are on the disk."""
+    fsync_file(path)
+
+
+def atomic_write(path: str, data: str | bytes, mode: int = 0o644) -> None:
+    """Give the file *path* the content *data* at once and for good: a reader or a crash sees the old or the new file.
+
+    :param data: text is written as UTF-8.
+    :param mode: the file's permissions, whatever the umask.
+    """
+    path = os.path.abspath(path)
+    part = f"{path}.part-{uuid.uuid4().hex[:12]}"
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(data.encode("utf-8") if isinstance(data, str) else data)
+            stream.flush()
+            os.fchmod(stream.fileno(), mode)
+            os.fsync(stream.fileno())
+        os.rename(part, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(part)
+        raise
+    fsync_dir(os.path.dirname(path))

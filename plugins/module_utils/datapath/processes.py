@@ -1,0 +1,359 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""Child processes: NBD servers that live as long as their user, and tools that run to their end.
+
+Each child runs in a session of its own, reads nothing, inherits no file but those it is given, and is killed by the
+kernel when we die (``setpriv --pdeathsig KILL``). Mind that this signal follows the *thread* that started the child: a
+child started by a thread that ends is killed at that moment. So the thread that starts a child must outlive it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import select
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+from ..errors import DataPathError
+
+PREFIX = "openvadp-"
+_OWNER = "owner"
+# The path of a Unix socket has 107 usable bytes; this leaves 47 for the name of the socket.
+_PATH_LIMIT = 60
+_RUN_ID_CHARACTERS = 24
+_POLL_SECONDS = 0.01
+_TAIL_BYTES = 64 * 1024
+
+# After the death signal is set, a shell makes sure that the parent is still there, then becomes the program.
+_STILL_OURS = 'test "$PPID" = "$1" || exit 125; shift; exec "$@"'
+
+# A variable that can carry a password does not go to a child.
+_SECRET = re.compile(r"^VMWARE_|PASSW|SECRET|TOKEN|CREDENTIAL", re.IGNORECASE)
+
+
+class RuntimeDir:
+    """A private folder (0700) with a short path for a run's sockets and logs; removed at exit.
+
+    It lies in ``/run/user/<uid>``, ``$TMPDIR`` or ``/tmp``, whichever comes first, can be written and keeps the path
+    below 60 bytes. The file ``owner`` in it holds the run id and is locked while the owner lives, so that
+    :meth:`leftovers` tells what a crash left.
+    """
+
+    def __init__(self, run_id: str) -> None:
+        self.run_id = run_id
+        self.path = self._make(run_id)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        self._owner = os.open(os.path.join(self.path, _OWNER), flags, 0o600)
+        fcntl.flock(self._owner, fcntl.LOCK_EX)
+        os.write(self._owner, run_id.encode("utf-8"))
+
+    @staticmethod
+    def _bases() -> List[str]:
+        bases = [f"/run/user/{os.geteuid()}", os.environ.get("TMPDIR", ""), "/tmp"]
+        return [base for base in dict.fromkeys(bases) if os.path.isabs(base)]
+
+    @classmethod
+    def _make(cls, run_id: str) -> str:
+        stem = PREFIX + re.sub(r"[^A-Za-z0-9]", "", run_id)[:_RUN_ID_CHARACTERS] + "-"
+        reasons = []
+        for base in cls._bases():
+            if len(os.path.join(base, stem)) + 8 >= _PATH_LIMIT:
+                reasons.append(f"{base}: its path is too long")
+                continue
+            try:
+                return tempfile.mkdtemp(prefix=stem, dir=base)
+            except OSError as error:
+                reasons.append(f"{base}: {error.strerror}")
+        raise DataPathError(
+            "No folder for sockets could be made",
+            reason="; ".join(reasons),
+            remedy="Make /tmp writable, or set TMPDIR to a folder with a short path",
+        )
+
+    def __enter__(self) -> RuntimeDir:
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self.remove()
+
+    def __fspath__(self) -> str:
+        return self.path
+
+    def remove(self) -> None:
+        """Remove the folder with all that is in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._owner)
+
+    @classmethod
+    def leftovers(cls, run_id: str) -> List[str]:
+        """Paths of this user's folders of the run *run_id* whose owner is dead; the caller removes them."""
+        found = []
+        for base in cls._bases():
+            try:
+                names = sorted(os.listdir(base))
+            except OSError:
+                continue
+            for name in names:
+                path = os.path.join(base, name)
+                if name.startswith(PREFIX) and _is_abandoned(path, run_id):
+                    found.append(path)
+        return found
+
+
+def _is_abandoned(path: str, run_id: str) -> bool:
+    try:
+        status = os.lstat(path)
+        if status.st_uid != os.geteuid() or (status.st_mode & 0o170777) != 0o040700:
+            return False
+        with open(os.path.join(path, _OWNER), encoding="utf-8") as owner:
+            if owner.read() != run_id:
+                return False
+            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+    except OSError:
+        # Gone meanwhile, not one of these folders, or locked by its living owner.
+        return False
+
+
+def _environment(extra: Optional[Mapping[str, str]] = None) -> Dict[str, str]:
+    env = {name: value for name, value in os.environ.items() if not _SECRET.search(name)}
+    env.update(LANG="C", LC_ALL="C")
+    env.update(extra or {})
+    return env
+
+
+def _spawn(argv: Sequence[str], env: Optional[Mapping[str, str]] = None, **popen: Any) -> subprocess.Popen[bytes]:
+    """Start *argv* in a session of its own, bound to the life of this thread."""
+    program = shutil.which(argv[0])
+    setpriv = shutil.which("setpriv")
+    for name, found, package in ((argv[0], program, argv[0]), ("setpriv", setpriv, "util-linux")):
+        if found is None:
+            raise DataPathError(
+                "A program is not installed", subject=name, remedy=f"Install the package that holds {package}"
+            )
+    command = [str(setpriv), "--pdeathsig", "KILL", "/bin/sh", "-c", _STILL_OURS, "sh", str(os.getpid()), str(program)]
+    return subprocess.Popen(
+        command + list(argv[1:]),
+        stdin=subprocess.DEVNULL,
+        env=_environment(env),
+        start_new_session=True,
+        close_fds=True,
+        **popen,
+    )
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # all of them have ended already
+        os.killpg(process.pid, number)
+
+
+class Child:
+    """A supervised child process. Its output goes to a log file."""
+
+    def __init__(self, process: subprocess.Popen[bytes], name: str, log_path: str) -> None:
+        self._process = process
+        self._sockets: List[str] = []
+        self.name = name
+        self.log_path = log_path
+        self.pid = process.pid
+        self.start_time = _start_time(process.pid)
+        #: The NBD URI that the child serves, once somebody has said so.
+        self.uri = ""
+
+    @classmethod
+    def start(
+        cls,
+        argv: Sequence[str],
+        *,
+        log_path: str,
+        name: str,
+        pass_fds: Sequence[int] = (),
+        env: Optional[Mapping[str, str]] = None,
+    ) -> Child:
+        """Start *argv*; the thread that calls must outlive the child (see the module's text).
+
+        :param log_path: appended to; made with mode 0600.
+        :param name: what messages call the child ("qemu-nbd of disk 2000").
+        :param pass_fds: file descriptors that the child inherits under the same numbers.
+        :param env: variables on top of ours; ours go without those that can carry a secret, and with ``LANG=C``.
+        :raises DataPathError: the program or ``setpriv`` is not installed.
+        """
+        log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            process = _spawn(argv, env=env, stdout=log, stderr=log, pass_fds=tuple(pass_fds))
+        finally:
+            os.close(log)
+        return cls(process, name, log_path)
+
+    @property
+    def alive(self) -> bool:
+        """The process has not ended."""
+        return self._process.poll() is None
+
+    @property
+    def returncode(self) -> Optional[int]:
+        """As in :mod:`subprocess`: None while it lives, negative if a signal ended it."""
+        return self._process.poll()
+
+    def log_tail(self, lines: int = 20) -> str:
+        """The log's last *lines* lines."""
+        try:
+            with open(self.log_path, "rb") as log:
+                log.seek(0, os.SEEK_END)
+                log.seek(max(0, log.tell() - _TAIL_BYTES))
+                text = log.read().decode("utf-8", "replace")
+        except FileNotFoundError:
+            return ""
+        return "\n".join(text.splitlines()[-lines:])
+
+    def wait_for_socket(self, path: str, timeout: float) -> None:
+        """Return when the child listens on the Unix socket *path* (absolute).
+
+        No connection is made: servers count their clients. :meth:`stop` removes the socket's file.
+
+        :param timeout: seconds.
+        :raises DataPathError: the child ended, or does not listen in time.
+        """
+        self._sockets.append(path)
+        deadline = time.monotonic() + timeout
+        while not _listening(path):
+            if not self.alive:
+                raise DataPathError(
+                    "A server ended before it could serve",
+                    subject=self.name,
+                    reason=self.log_tail() or f"exit status {self.returncode}",
+                    details={"log": self.log_path},
+                )
+            if time.monotonic() > deadline:
+                raise DataPathError(
+                    "A server does not listen in time",
+                    subject=self.name,
+                    reason=f"no socket after {timeout:g} s; its log ends with: {self.log_tail() or 'nothing'}",
+                    retryable=True,
+                    details={"log": self.log_path},
+                )
+            time.sleep(_POLL_SECONDS)
+
+    def stop(self, timeout: float = 10.0) -> int:
+        """End the child: SIGTERM, after *timeout* seconds SIGKILL; no socket file stays. Returns the return code.
+
+        nbdkit goes on after SIGTERM while a client is connected (VADP facts 45): disconnect first.
+        """
+        if self.alive:
+            _signal_group(self._process, signal.SIGTERM)
+            try:
+                self._process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                _signal_group(self._process, signal.SIGKILL)
+        returncode = self._process.wait()
+        for path in self._sockets:
+            with contextlib.suppress(FileNotFoundError):  # the server may remove it itself
+                os.unlink(path)
+        return returncode
+
+
+def _start_time(pid: int) -> int:
+    """When a process started, in clock ticks since boot: with the pid it names one process for good. 0 if it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stat:
+            # The name in parentheses may hold spaces: count from behind it. Start time is field 22.
+            return int(stat.read().rpartition(")")[2].split()[19])
+    except FileNotFoundError:
+        return 0
+
+
+def _listening(path: str) -> bool:
+    """Somebody listens on the Unix socket *path*: the kernel says so, the file alone does not."""
+    if not os.path.exists(path):
+        return False
+    with open("/proc/net/unix", encoding="utf-8", errors="surrogateescape") as sockets:
+        for line in sockets:
+            # Num RefCount Protocol Flags Type St Inode Path; flag 0x10000 is "accepts connections"
+            fields = line.rstrip("\n").split(" ", 7)
+            if len(fields) == 8 and fields[7].lstrip() == path and fields[3] == "00010000":
+                return True
+    return False
+
+
+class ToolResult(NamedTuple):
+    """How a tool ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def tool_result(
+    argv: Sequence[str],
+    *,
+    what: str,
+    subject: Optional[str] = None,
+    timeout: Optional[float] = None,
+    accept: Tuple[int, ...] = (0,),
+    on_output: Optional[Callable[[bytes], None]] = None,
+) -> ToolResult:
+    """Run a tool to its end. It dies with the calling thread.
+
+    :param what: what fails if the tool does ("The image could not be converted").
+    :param subject: the object it works on.
+    :param timeout: seconds; then it is killed.
+    :param accept: exit statuses that are no failure.
+    :param on_output: called with each piece of standard output as it comes; ``stdout`` of the result is then empty.
+    :raises DataPathError: with the tool's last words.
+    """
+    deadline = None if timeout is None else time.monotonic() + timeout
+    with tempfile.TemporaryFile() as stderr, tempfile.TemporaryFile() as stdout:
+        process = _spawn(argv, stdout=stdout if on_output is None else subprocess.PIPE, stderr=stderr)
+        try:
+            if on_output is not None and process.stdout is not None:
+                for piece in _pieces(process.stdout.fileno(), deadline):
+                    on_output(piece)
+            process.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            raise DataPathError(
+                what, subject=subject, reason=f"{argv[0]} did not end within {timeout:g} s", retryable=True
+            ) from None
+        finally:
+            if process.poll() is None:
+                _signal_group(process, signal.SIGKILL)
+                process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
+        texts = []
+        for stream in (stdout, stderr):
+            stream.seek(0)
+            texts.append(stream.read().decode("utf-8", "replace"))
+    result = ToolResult(process.returncode, texts[0], texts[1])
+    if result.returncode not in accept:
+        words = (result.stderr.strip() or result.stdout.strip()).splitlines()[-5:]
+        reason = " ".join(words) or _ending(result.returncode)
+        raise DataPathError(what, subject=subject, reason=reason, details={"returncode": result.returncode})
+    return result
+
+
+def _pieces(fd: int, deadline: Optional[float]) -> Iterator[bytes]:
+    """What comes out of a pipe, until its end or the deadline."""
+    while True:
+        wait = None if deadline is None else max(0.0, deadline - time.monotonic())
+        if not select.select([fd], [], [], wait)[0]:
+            return
+        piece = os.read(fd, 4096)
+        if not piece:
+            return
+        yield piece
+
+
+def _ending(returncode: int) -> str:
+    return f"exit status {returncode}" if returncode >= 0 else f"killed by signal {-returncode}"
+
+
+def run_tool(argv: Sequence[str], *, what: str, subject: Optional[str] = None, timeout: Optional[float] = None) -> str:
+    """Run a tool that must succeed and return its standard output. See :func:`tool_result`."""
+    return tool_result(argv, what=what, subject=subject, timeout=timeout).stdout
