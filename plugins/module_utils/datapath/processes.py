@@ -260,7 +260,7 @@ class Child:
 
 
 def _start_time(pid: int) -> int:
-    """When a process started, in clock ticks since boot: with the pid it names one process for good. 0 if it is gone."""
+    """When a process started (clock ticks since boot; 0 if it is gone). With the pid it names one process for good."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stat:
             # The name in parentheses may hold spaces: count from behind it. Start time is field 22.

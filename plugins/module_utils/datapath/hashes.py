@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""The ``.hashes`` file beside a layer: what was read from the disk, as BLAKE3 sums of pieces.
+
+JSON lines: a header ``{"format": 1, "algorithm": "blake3", "block_bytes": ..., "capacity_bytes": ...}``, then
+``[offset, length, hex]``, sorted, not overlapping, no piece crossing a multiple of ``block_bytes``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import heapq
+import json
+import os
+import re
+import struct
+import tempfile
+from typing import Any, BinaryIO, Dict, Iterator, List, Optional, Tuple
+
+from ..errors import DamagedError, DataPathError
+from ..libraries import blake3
+
+FORMAT = 1
+ALGORITHM = "blake3"
+
+# Big-endian, so that sorting the packed bytes sorts by offset.
+_RECORD = struct.Struct(">QI32s")
+# Pieces kept in memory before they go to a temporary file, sorted: some 5 MB.
+_SPILL_RECORDS = 65536
+_READ_RECORDS = 4096
+_FILE_CHUNK = 1 << 20
+_HEX = re.compile(r"[0-9a-f]{64}")
+_LINE_LIMIT = 4096
+
+Piece = Tuple[int, int, str]
+
+
+class HashWriter:
+    """Collects the sums of what is read, in any order, and writes the file on :meth:`close`.
+
+    Its memory does not grow with the disk: sorted runs go to an unnamed temporary file in the same folder. Nothing
+    has a name before the file is complete. Used by one thread. As a context manager it closes on success and discards
+    on an error.
+    """
+
+    def __init__(self, path: str, capacity_bytes: int, block_bytes: int = 1 << 20) -> None:
+        self.path = path
+        self.capacity_bytes = capacity_bytes
+        self.block_bytes = block_bytes
+        self._records: List[bytes] = []
+        self._spill: Optional[BinaryIO] = None
+        self._runs: List[Tuple[int, int]] = []
+        self._zeros = bytes(block_bytes)
+        self._zero_digest = functools.lru_cache(maxsize=256)(self._hash_zeros)
+
+    def __enter__(self) -> HashWriter:
+        return self
+
+    def __exit__(self, kind: Any, *exc_info: Any) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.discard()
+
+    def _hash_zeros(self, length: int) -> bytes:
+        return blake3.blake3(memoryview(self._zeros)[:length]).digest()
+
+    def add(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """The disk holds *data* (bytes) at *offset*."""
+        view = memoryview(data)
+        position = 0
+        for piece_offset, length in self._cut(offset, len(view)):
+            digest = blake3.blake3(view[position : position + length]).digest()
+            self._append(piece_offset, length, digest)
+            position += length
+
+    def add_zeros(self, offset: int, length: int) -> None:
+        """The disk holds *length* zeros at *offset*."""
+        for piece_offset, piece_length in self._cut(offset, length):
+            self._append(piece_offset, piece_length, self._zero_digest(piece_length))
+
+    def _cut(self, offset: int, length: int) -> Iterator[Tuple[int, int]]:
+        end = offset + length
+        if offset < 0 or end > self.capacity_bytes:
+            raise ValueError(f"{length} bytes at {offset} are not inside {self.capacity_bytes} bytes")
+        while offset < end:
+            cut = min(end, offset - offset % self.block_bytes + self.block_bytes)
+            yield offset, cut - offset
+            offset = cut
+
+    def _append(self, offset: int, length: int, digest: bytes) -> None:
+        self._records.append(_RECORD.pack(offset, length, digest))
+        if len(self._records) >= _SPILL_RECORDS:
+            self._spill_records()
+
+    def _spill_records(self) -> None:
+        with self._errors():
+            if self._spill is None:
+                folder = os.path.dirname(os.path.abspath(self.path))
+                self._spill = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - discard() closes it
+            self._records.sort()
+            self._runs.append((self._spill.tell(), len(self._records)))
+            self._spill.write(b"".join(self._records))
+        self._records = []
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DataPathError("The hashes can't be written", subject=self.path, reason=error.strerror) from error
+
+    def _run(self, start: int, count: int) -> Iterator[bytes]:
+        """One sorted run, read in steps; several are read in turn, so each step seeks."""
+        assert self._spill is not None
+        while count:
+            step = min(count, _READ_RECORDS)
+            self._spill.seek(start)
+            data = self._spill.read(step * _RECORD.size)
+            for position in range(0, len(data), _RECORD.size):
+                yield data[position : position + _RECORD.size]
+            start += len(data)
+            count -= step
+
+    def close(self) -> None:
+        """Write the file, sorted, and return when it is on the disk. Its folder is not synced.
+
+        :raises DataPathError: the file can't be written; nothing of it stays.
+        :raises ValueError: pieces overlap.
+        """
+        try:
+            with self._errors():
+                self._write()
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path)
+            raise
+        finally:
+            self.discard()
+
+    def _write(self) -> None:
+        self._records.sort()
+        if self._spill is not None:
+            self._spill.flush()
+        header = {
+            "format": FORMAT,
+            "algorithm": ALGORITHM,
+            "block_bytes": self.block_bytes,
+            "capacity_bytes": self.capacity_bytes,
+        }
+        with open(self.path, "w", encoding="ascii", buffering=_FILE_CHUNK) as stream:
+            stream.write(json.dumps(header) + "\n")
+            last_end = 0
+            for record in heapq.merge(*[self._run(start, count) for start, count in self._runs], self._records):
+                offset, length, digest = _RECORD.unpack(record)
+                if offset < last_end:
+                    raise ValueError(f"two pieces overlap at {offset}")
+                last_end = offset + length
+                stream.write(f'[{offset}, {length}, "{digest.hex()}"]\n')
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def discard(self) -> None:
+        """Forget everything; nothing is written."""
+        self._records = []
+        self._runs = []
+        if self._spill is not None:
+            self._spill.close()
+            self._spill = None
+
+
+def read_hashes(path: str) -> Tuple[Dict[str, Any], Iterator[Piece]]:
+    """The header of a ``.hashes`` file and an iterator of (offset, length, hex), ascending, read as a stream.
+
+    :raises DamagedError: now or while iterating: not such a file, or pieces that are unsorted, overlap, lie outside
+        the capacity or are larger than a block.
+    """
+    try:
+        stream = open(path, encoding="utf-8", errors="replace")  # noqa: SIM115 - the iterator closes it
+    except OSError as error:
+        raise DamagedError("A file of hashes can't be read", subject=path, reason=error.strerror) from error
+    try:
+        header = _parse(path, 1, stream.readline(_LINE_LIMIT))
+        if not isinstance(header, dict) or header.get("format") != FORMAT or header.get("algorithm") != ALGORITHM:
+            raise _damaged(path, 1, f"its header is not of format {FORMAT}, {ALGORITHM}")
+        for name in ("block_bytes", "capacity_bytes"):
+            if not _is_count(header.get(name)) or header[name] == 0:
+                raise _damaged(path, 1, f"{name} is no size")
+    except BaseException:
+        stream.close()
+        raise
+    return header, _read_pieces(path, stream, header["block_bytes"], header["capacity_bytes"])
+
+
+def _read_pieces(path: str, stream: Any, block_bytes: int, capacity_bytes: int) -> Iterator[Piece]:
+    with stream:
+        last_end = 0
+        number = 1
+        for line in iter(lambda: stream.readline(_LINE_LIMIT), ""):
+            number += 1
+            piece = _parse(path, number, line)
+            if not isinstance(piece, list) or len(piece) != 3:
+                raise _damaged(path, number, "it is no [offset, length, hex]")
+            offset, length, digest = piece
+            if not _is_count(offset) or not _is_count(length) or length == 0:
+                raise _damaged(path, number, "offset or length is no number of bytes")
+            if offset < last_end:
+                raise _damaged(path, number, "the pieces overlap or are not sorted")
+            if offset + length > capacity_bytes:
+                raise _damaged(path, number, f"it lies outside the disk's {capacity_bytes} bytes")
+            if offset % block_bytes + length > block_bytes:
+                raise _damaged(path, number, f"it crosses a border of {block_bytes} bytes")
+            if not isinstance(digest, str) or not _HEX.fullmatch(digest):
+                raise _damaged(path, number, "its sum is not 64 hexadecimal digits")
+            last_end = offset + length
+            yield offset, length, digest
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _parse(path: str, number: int, line: str) -> Any:
+    if not line.endswith("\n"):
+        raise _damaged(path, number, "it is cut off")
+    try:
+        return json.loads(line)
+    except ValueError:
+        raise _damaged(path, number, "it is no JSON") from None
+
+
+def _damaged(path: str, number: int, reason: str) -> DamagedError:
+    return DamagedError("A file of hashes is damaged", subject=path, reason=f"line {number}: {reason}")
+
+
+def hash_file(path: str) -> str:
+    """BLAKE3 of a whole file, as hex.
+
+    :raises DamagedError: the file is missing.
+    :raises DataPathError: it can't be read.
+    """
+    hasher = blake3.blake3()
+    buffer = bytearray(_FILE_CHUNK)
+    view = memoryview(buffer)
+    try:
+        with open(path, "rb", buffering=0) as stream:
+            while True:
+                count = stream.readinto(buffer)
+                if not count:
+                    return hasher.hexdigest()
+                hasher.update(view[:count])
+    except FileNotFoundError:
+        raise DamagedError("A file is missing", subject=path) from None
+    except OSError as error:
+        raise DataPathError("A file can't be read", subject=path, reason=error.strerror) from error
+
+
+def canonical_blake3(obj: Any) -> str:
+    """BLAKE3 of plain data as canonical JSON (sorted keys, no spaces, UTF-8), as hex."""
+    text = json.dumps(obj, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return blake3.blake3(text.encode("utf-8")).hexdigest()
