@@ -66,7 +66,16 @@ class InputError(VadpError):
 
 
 class VsphereError(VadpError):
-    """vCenter or ESXi refused, or could not be reached."""
+    """vCenter or ESXi refused, or could not be reached.
+
+    ``fault`` is the vSphere fault behind it where there is one (a ``vmodl.MethodFault``).
+    """
+
+    fault: Any = None
+
+
+class ConnectionLostError(VsphereError):
+    """The connection broke in the middle of a call: whether it was carried out is not known."""
 
 
 class AuthenticationError(VsphereError):

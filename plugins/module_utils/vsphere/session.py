@@ -1,0 +1,619 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""One login to vCenter or an ESXi host, and all that goes through it.
+
+Every read is one ``RetrievePropertiesEx`` with narrow paths: pyVmomi's lazy attributes cost a round trip each and fail
+for unset values on some servers. Every call is retried where that is safe, and only there::
+
+    refused as busy (TaskInProgress, InvalidState)       the server did nothing      again, with back-off
+    session expired (NotAuthenticated)                   the server did nothing      one new login, then again
+    no connection could be made                          nothing was sent            again, with back-off
+    connection lost after the request was sent           not known                   again only if idempotent
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import http.client
+import os
+import socket
+import ssl
+import threading
+import time
+from dataclasses import dataclass, field
+from http.cookies import SimpleCookie
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from xml.etree import ElementTree
+from xml.parsers.expat import ExpatError
+
+from ..errors import (
+    AuthenticationError,
+    ConnectionLostError,
+    InputError,
+    PrivilegeError,
+    TaskError,
+    VadpError,
+    VsphereError,
+)
+from ..libraries import pyVmomi, vim, vmodl
+from . import faults
+
+# Making a connection either works at once or not at all; an answer may take minutes (a changed-area query of a large
+# disk, a vCenter under load).
+CONNECT_TIMEOUT = 30
+ANSWER_TIMEOUT = 600
+
+# vCenter ends a session after 30 minutes without a call.
+KEEP_ALIVE_SECONDS = 300
+
+# vCenter closes idle connections after minutes; one that is taken from the pool must be alive, or a call that may
+# not be repeated is lost with it.
+POOL_IDLE_SECONDS = 30
+
+BUSY_TIMEOUT = 300
+RECONNECT_TIMEOUT = 60
+
+_API_PATH = "/sdk"
+# Versions for servers that don't list theirs: both are old enough for every supported vSphere.
+_OLDEST_VERSIONS = ("vim25/6.7", "vim25/6.5")
+
+_LOST = (OSError, http.client.HTTPException, ExpatError)
+
+
+@dataclass
+class Connection:
+    """How to reach a server; the options of doc fragment ``connection``."""
+
+    hostname: str
+    username: str
+    password: str = field(repr=False)
+    port: int = 443
+    validate_certs: bool = True
+    ca_path: Optional[str] = None
+    thumbprint: Optional[str] = None
+
+    @classmethod
+    def from_params(cls, params: Dict[str, Any]) -> "Connection":
+        """From ``module.params``."""
+        names = ("hostname", "username", "password", "port", "validate_certs", "ca_path", "thumbprint")
+        return cls(**{name: params[name] for name in names})
+
+    @property
+    def address(self) -> str:
+        return f"{self.hostname}:{self.port}"
+
+
+def normal_thumbprint(text: str) -> str:
+    """A SHA-1 or SHA-256 thumbprint as lower-case hexadecimal without colons (VADP facts 40). :raises InputError:"""
+    digits = text.replace(":", "").replace(" ", "").lower()
+    if len(digits) not in (40, 64) or any(digit not in "0123456789abcdef" for digit in digits):
+        raise InputError(
+            "The thumbprint is none",
+            subject=text,
+            reason="it must be 20 (SHA-1) or 32 (SHA-256) bytes in hexadecimal",
+            remedy="Take it from the server's certificate: openssl x509 -noout -fingerprint -sha256",
+        )
+    return digits
+
+
+def colons(digest: str) -> str:
+    """Hexadecimal as thumbprints are written: ``AA:BB:...``."""
+    upper = digest.upper()
+    return ":".join(upper[start : start + 2] for start in range(0, len(upper), 2))
+
+
+class ConnectFailure(OSError):
+    """No connection was made, so nothing was sent. ``error`` is what to tell the user."""
+
+    def __init__(self, error: VsphereError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class Tls:
+    """Makes connections to one server and verifies each of them the same way, whatever is sent over it.
+
+    With ``validate_certs`` the certificate must come from a trusted authority and carry the server's name. A given
+    thumbprint must match in every case.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._pinned = normal_thumbprint(connection.thumbprint) if connection.thumbprint else None
+        self._certificate = b""
+        if connection.ca_path and not os.path.isfile(connection.ca_path):
+            raise InputError(
+                "The file of ca_path can't be read", subject=connection.ca_path, reason="there is no such file"
+            )
+        try:
+            self.context = ssl.create_default_context(cafile=connection.ca_path)
+        except (OSError, ssl.SSLError) as error:
+            raise InputError(
+                "The file of ca_path can't be read",
+                subject=connection.ca_path,
+                reason=str(error),
+                remedy="It must hold certificates in PEM form",
+            ) from error
+        if not connection.validate_certs:
+            self.context.check_hostname = False
+            self.context.verify_mode = ssl.CERT_NONE
+
+    @property
+    def thumbprints(self) -> Dict[str, str]:
+        """``sha1`` and ``sha256`` of the certificate that the last connection was verified with."""
+        return {
+            "sha1": colons(hashlib.sha1(self._certificate).hexdigest()),
+            "sha256": colons(hashlib.sha256(self._certificate).hexdigest()),
+        }
+
+    def new(self, **_unused: Any) -> "_VerifiedConnection":
+        """A connection that is not open yet. Takes, and ignores, what pyVmomi hands to a connection class."""
+        return _VerifiedConnection(self, self._connection)
+
+    def accept(self, sock: ssl.SSLSocket) -> None:
+        """Check the pinned thumbprint and remember the certificate of a connection that was just made."""
+        certificate = sock.getpeercert(binary_form=True) or b""
+        if self._pinned:
+            algorithm = hashlib.sha1 if len(self._pinned) == 40 else hashlib.sha256
+            found = algorithm(certificate).hexdigest()
+            if not hmac.compare_digest(found, self._pinned):
+                raise AuthenticationError(
+                    "The server's certificate is another one",
+                    subject=self._connection.address,
+                    reason=f"its thumbprint is {colons(found)}, not {colons(self._pinned)}",
+                    remedy="Find out why it changed; if it was renewed, set the new thumbprint",
+                )
+        self._certificate = certificate
+
+
+class _VerifiedConnection(http.client.HTTPSConnection):
+    """An HTTPS connection that raises :class:`ConnectFailure` or :class:`AuthenticationError` while it is being made."""
+
+    def __init__(self, tls: Tls, connection: Connection) -> None:
+        super().__init__(connection.hostname, connection.port, timeout=CONNECT_TIMEOUT, context=tls.context)
+        self._tls = tls
+        self._address = connection
+
+    def connect(self) -> None:
+        try:
+            super().connect()
+            self._tls.accept(self.sock)
+            self.sock.settimeout(ANSWER_TIMEOUT)
+        except ssl.SSLCertVerificationError as error:
+            self.close()
+            raise _certificate_error(self._address, error) from error
+        except OSError as error:
+            self.close()
+            raise ConnectFailure(_network_error(self._address, error)) from error
+        except VadpError:
+            self.close()
+            raise
+
+
+def _certificate_error(connection: Connection, error: ssl.SSLCertVerificationError) -> AuthenticationError:
+    what = "The server's certificate is not trusted"
+    remedy = "Set ca_path to the file with the authority's certificate (vCenter offers it at /certs/download.zip)"
+    if error.verify_code in (62, 64):  # X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH
+        what = "The server's certificate carries another name"
+        remedy = "Set hostname to a name that stands in the certificate"
+    elif error.verify_code in (9, 10):  # not yet valid, has expired
+        what = "The server's certificate is out of its time"
+        remedy = "Renew the certificate of the server, or set this machine's clock"
+    return AuthenticationError(
+        what, subject=connection.address, reason=error.verify_message or str(error), remedy=remedy
+    )
+
+
+def _network_error(connection: Connection, error: OSError) -> VsphereError:
+    what = "The server can't be reached"
+    reason = error.strerror or str(error)
+    remedy = "Check the network between this machine and the server"
+    if isinstance(error, socket.gaierror):
+        remedy = "Check hostname and the name servers of this machine"
+        reason = f"the name can't be resolved: {reason}"
+    elif isinstance(error, ConnectionRefusedError):
+        remedy = "Check port, and that the server's services run"
+    elif isinstance(error, (socket.timeout, TimeoutError)):
+        reason = "no answer in time"
+        remedy = "Check hostname, and that no firewall drops packets between this machine and the server"
+    elif isinstance(error, ssl.SSLError):
+        remedy = "Check port: what answers there may not speak TLS"
+    return VsphereError(what, subject=connection.address, reason=reason, remedy=remedy, retryable=True)
+
+
+class Session:
+    """One login; a context manager that logs out at its end. Usable from several threads.
+
+    ``connection``, ``content`` (``vim.ServiceInstanceContent``), ``about``, ``stub``, ``clock`` and ``sleep`` are public.
+
+    :param stub: a pyVmomi stub adapter that is not logged in.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        stub: Any,
+        tls: Optional[Tls] = None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.connection = connection
+        self.stub = stub
+        self.tls = tls
+        self.clock = clock
+        self.sleep = sleep
+        self.busy_timeout = BUSY_TIMEOUT
+        self.reconnect_timeout = RECONNECT_TIMEOUT
+        self._login_lock = threading.Lock()
+        self._logins = 0
+        self._last_call = clock()
+        self._closing = threading.Event()
+        self._keep_alive: Optional[threading.Thread] = None
+        self.service = vim.ServiceInstance("ServiceInstance", stub)
+        self.content = self._first_contact(self.service.RetrieveContent)
+        self.about = self.content.about
+        self._first_contact(self._login)
+
+    @classmethod
+    def connect(
+        cls,
+        connection: Connection,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> "Session":
+        """Log in. :raises AuthenticationError: certificate, user or password; :raises VsphereError: not reached."""
+        tls = Tls(connection)
+        stub = pyVmomi.SoapStubAdapter(
+            host=connection.hostname,
+            port=connection.port,
+            path=_API_PATH,
+            version=_negotiate_version(connection, tls),
+            sslContext=tls.context,
+            connectionPoolTimeout=POOL_IDLE_SECONDS,
+        )
+        stub.scheme = tls.new
+        session = cls(connection, stub, tls, clock, sleep)
+        session._keep_alive = threading.Thread(
+            target=session._keep_session_alive, name="vsphere-keep-alive", daemon=True
+        )
+        session._keep_alive.start()
+        return session
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *_exc: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Log out. Never raises: a session that can't be ended ends by itself."""
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        try:
+            self.content.sessionManager.Logout()
+        except (vmodl.MethodFault, VadpError) + _LOST:
+            return
+        finally:
+            self.stub.DropConnections()
+
+    @property
+    def is_vcenter(self) -> bool:
+        return self.about.apiType == "VirtualCenter"
+
+    @property
+    def thumbprints(self) -> Dict[str, str]:
+        """``{"sha1": "AA:BB:...", "sha256": ...}`` of the certificate that this session's connections were verified with."""
+        return self.tls.thumbprints if self.tls else {}
+
+    @property
+    def cookie(self) -> str:
+        """The session's cookie as a request's ``Cookie`` header, for ``/folder``."""
+        morsel = SimpleCookie(self.stub.cookie).get("vmware_soap_session")
+        return f'vmware_soap_session="{morsel.value}"' if morsel else ""
+
+    # Logins
+
+    def _first_contact(self, function: Callable[[], Any]) -> Any:
+        """Run one of the first two calls, which nothing can be retried for yet."""
+        what = "The login failed"
+        subject = f"{self.connection.username} at {self.connection.address}"
+        try:
+            return function()
+        except vmodl.MethodFault as fault:
+            raise faults.to_error(fault, what, subject) from fault
+        except ConnectFailure as failure:
+            raise failure.error from failure
+        except _LOST as error:
+            raise VsphereError(
+                what,
+                subject=subject,
+                reason=_words(error),
+                remedy="Check that the services of the server run (it may be starting), and that port is its API's",
+                retryable=True,
+            ) from error
+
+    def _login(self) -> None:
+        self.content.sessionManager.Login(self.connection.username, self.connection.password, None)
+        self._logins += 1
+
+    def renew_login(self, seen: int) -> None:
+        """Log in again, unless another thread has done so since login number *seen*."""
+        with self._login_lock:
+            if self._logins == seen:
+                self.stub.cookie = ""
+                self._first_contact(self._login)
+
+    @property
+    def logins(self) -> int:
+        """How often this session has logged in so far; see :meth:`renew_login`."""
+        return self._logins
+
+    def _keep_session_alive(self) -> None:
+        while not self._closing.wait(KEEP_ALIVE_SECONDS):
+            if self.clock() - self._last_call >= KEEP_ALIVE_SECONDS:
+                try:
+                    self.call(self.service.CurrentTime, what="The session was not kept alive", idempotent=True)
+                except VsphereError:
+                    # Nobody waits for this call. The next real one meets the same trouble and reports it.
+                    continue
+
+    # Calls
+
+    def call(
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        what: str,
+        subject: Optional[str] = None,
+        idempotent: bool = False,
+    ) -> Any:
+        """Call a managed method (``vm.CreateSnapshot_Task``) and return its result.
+
+        :param what: what failed if it fails ("The snapshot was not created").
+        :param idempotent: calling it twice does no harm, so a call whose connection broke is repeated.
+        :raises VsphereError: or one of its kinds for a fault; :class:`ConnectionLostError` if it is not known whether
+            a call that is not idempotent was carried out.
+        """
+        started = self.clock()
+        lost_at: Optional[float] = None
+        pauses = _pauses()
+        renewed = False
+        while True:
+            seen = self._logins
+            try:
+                result = function(*args)
+                self._last_call = self.clock()
+                return result
+            except vmodl.MethodFault as fault:
+                if faults.is_not_authenticated(fault) and not renewed:
+                    renewed = True
+                    self.renew_login(seen)
+                elif faults.is_busy(fault) and self.clock() - started < self.busy_timeout:
+                    self.sleep(next(pauses))
+                else:
+                    raise faults.to_error(fault, what, subject) from fault
+            except _LOST as error:
+                nothing_sent = isinstance(error, ConnectFailure)
+                if not (nothing_sent or idempotent):
+                    raise self._lost(ConnectionLostError, what, subject, error) from error
+                now = self.clock()
+                lost_at = now if lost_at is None else lost_at
+                if now - lost_at >= self.reconnect_timeout:
+                    raise self._lost(VsphereError, what, subject, error) from error
+                self.sleep(next(pauses))
+
+    def _lost(self, kind: Any, what: str, subject: Optional[str], error: BaseException) -> VsphereError:
+        lost: VsphereError = kind(
+            what,
+            subject=subject,
+            reason=f"the connection to {self.connection.address} was lost: {_words(error)}",
+            remedy="Check the network and the services of the server, then run again",
+            retryable=True,
+        )
+        return lost
+
+    # Reads
+
+    def read(self, obj: Any, *paths: str) -> Dict[str, Any]:
+        """Properties of one object in one call: path -> value, ``None`` where it is unset.
+
+        :raises NotFoundError: the object is gone; :raises PrivilegeError: a property may not be read.
+        """
+        return self.read_many([obj], type(obj), paths)[obj._moId]
+
+    def read_many(self, objs: Sequence[Any], kind: Any, paths: Sequence[str]) -> Dict[str, Dict[str, Any]]:
+        """Properties of several objects of one type in one call: moid -> (path -> value or ``None``)."""
+        if not objs:
+            return {}
+        spec = filter_spec(objs, {kind: paths})
+        return {content.obj._moId: _values(content, paths, strict=True) for content in self.retrieve([spec])}
+
+    def find(self, kind: Any, paths: Sequence[str], root: Any = None) -> List[Tuple[Any, Dict[str, Any]]]:
+        """All objects of a type below *root* (the whole inventory): [(object, path -> value or ``None``)]."""
+        manager = self.content.viewManager
+        what = "The inventory was not read"
+        view = self.call(
+            manager.CreateContainerView, root or self.content.rootFolder, [kind], True, what=what, idempotent=True
+        )
+        members = vmodl.query.PropertyCollector.TraversalSpec(type=type(view), path="view", skip=False)
+        contents = self.retrieve([filter_spec([view], {kind: paths}, [members], skip=True)], what=what)
+        self.call(view.DestroyView, what=what, idempotent=True)
+        return [(content.obj, _values(content, paths, strict=False)) for content in contents]
+
+    def retrieve(self, specs: Sequence[Any], what: str = "The inventory was not read") -> List[Any]:
+        """All pages of ``RetrievePropertiesEx`` for filter specs (see :func:`filter_spec`): [ObjectContent]."""
+        collector = self.content.propertyCollector
+
+        def all_pages() -> List[Any]:
+            # A page token does not survive a new login, so a retry starts with the first page.
+            options = vmodl.query.PropertyCollector.RetrieveOptions()
+            page = collector.RetrievePropertiesEx(list(specs), options)
+            found: List[Any] = []
+            while page is not None:
+                found.extend(page.objects)
+                page = collector.ContinueRetrievePropertiesEx(page.token) if page.token else None
+            for content in found:
+                for missing in content.missingSet:
+                    if faults.is_not_authenticated(missing.fault):
+                        raise missing.fault
+            return found
+
+        contents: List[Any] = self.call(all_pages, what=what, idempotent=True)
+        return contents
+
+    # Tasks
+
+    def wait(self, task: Any, *, what: str, subject: Optional[str] = None, timeout: float = 3600) -> Any:
+        """Wait for a task and return its result.
+
+        :raises TaskError: it failed (with ``fault``), or did not end within *timeout* seconds.
+        """
+        deadline = self.clock() + timeout
+        pause = 0.15
+        while True:
+            try:
+                info = self.read(task, "info.state", "info.result", "info.error")
+            except VsphereError as error:
+                if isinstance(error.fault, vmodl.fault.ManagedObjectNotFound):
+                    raise TaskError(
+                        what,
+                        subject=subject,
+                        reason=f"vCenter no longer knows the task {task._moId} (it may have been restarted)",
+                        remedy="Look at the object in the vSphere client, then run again",
+                        retryable=True,
+                    ) from error
+                raise
+            state = info["info.state"]
+            if state == "success":
+                return info["info.result"]
+            if state == "error":
+                fault = info["info.error"]
+                if fault is None:
+                    raise TaskError(what, subject=subject, reason="the task failed without saying why")
+                raise faults.to_error(fault, what, subject, kind=TaskError)
+            remaining = deadline - self.clock()
+            if remaining <= 0:
+                raise TaskError(
+                    what,
+                    subject=subject,
+                    reason=f"the task {task._moId} did not end within {timeout:g} s",
+                    remedy="It goes on in vCenter; wait for it there, or set a longer timeout",
+                    retryable=True,
+                    details={"task": task._moId, "timed_out": True},
+                )
+            # A short task is seen to end soon, a long one costs few calls.
+            self.sleep(min(pause, remaining))
+            pause = min(pause * 1.5, 5.0)
+
+    def run_task(
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        what: str,
+        subject: Optional[str] = None,
+        timeout: float = 3600,
+        idempotent: bool = False,
+    ) -> Any:
+        """Start a task, wait for it, and start it again where it failed because the object was busy (VADP facts 17)."""
+        deadline = self.clock() + timeout
+        busy_until = min(deadline, self.clock() + self.busy_timeout)
+        pauses = _pauses()
+        while True:
+            task = self.call(function, *args, what=what, subject=subject, idempotent=idempotent)
+            try:
+                return self.wait(task, what=what, subject=subject, timeout=max(deadline - self.clock(), 0))
+            except TaskError as error:
+                if not (faults.is_busy(error.fault) and self.clock() < busy_until):
+                    raise
+            self.sleep(next(pauses))
+
+
+def _pauses() -> Any:
+    """0.5, 1, 2, ... 30 seconds."""
+    pause = 0.5
+    while True:
+        yield pause
+        pause = min(pause * 2, 30.0)
+
+
+def _words(error: BaseException) -> str:
+    if isinstance(error, ConnectFailure):
+        return error.error.reason or str(error.error)
+    if isinstance(error, (socket.timeout, TimeoutError)):
+        return "no answer in time"
+    return f"{error} ({type(error).__name__})"
+
+
+def filter_spec(
+    objs: Sequence[Any], properties: Dict[Any, Sequence[str]], traversals: Sequence[Any] = (), skip: bool = False
+) -> Any:
+    """A filter spec over *objs* and what *traversals* lead to.
+
+    :param properties: managed type -> paths.
+    :param skip: leave *objs* themselves out.
+    """
+    collector = vmodl.query.PropertyCollector
+    return collector.FilterSpec(
+        objectSet=[collector.ObjectSpec(obj=obj, skip=skip, selectSet=list(traversals)) for obj in objs],
+        propSet=[
+            collector.PropertySpec(type=kind, pathSet=list(paths), all=False) for kind, paths in properties.items()
+        ],
+    )
+
+
+def _values(content: Any, paths: Sequence[str], strict: bool) -> Dict[str, Any]:
+    values: Dict[str, Any] = dict.fromkeys(paths)
+    values.update((prop.name, prop.val) for prop in content.propSet)
+    if strict:
+        for missing in content.missingSet:
+            error = faults.to_error(missing.fault, f"The property {missing.path} can't be read", content.obj._moId)
+            if isinstance(error, PrivilegeError) and not error.details["privileges"]:
+                error.reason = "the user lacks the privilege System.Read"
+            raise error
+    return values
+
+
+def _negotiate_version(connection: Connection, tls: Tls) -> str:
+    """The newest API version that the server lists and pyVmomi knows, as pyVmomi names it."""
+    what = "The server does not answer as a vSphere API"
+    remedy = "Check hostname and port; a vCenter that is starting answers after some minutes"
+    server = tls.new()
+    try:
+        server.request("GET", f"{_API_PATH}/vimServiceVersions.xml")
+        response = server.getresponse()
+        body = response.read()
+    except ConnectFailure as failure:
+        raise failure.error from failure
+    except (OSError, http.client.HTTPException) as error:
+        raise VsphereError(
+            what, subject=connection.address, reason=_words(error), remedy=remedy, retryable=True
+        ) from error
+    finally:
+        server.close()
+    listed: List[str] = []
+    if response.status == 200:
+        try:
+            root = ElementTree.fromstring(body)
+        except ElementTree.ParseError as error:
+            raise VsphereError(what, subject=connection.address, reason=str(error), remedy=remedy) from error
+        for namespace in root.findall("namespace"):
+            if namespace.findtext("name") == "urn:vim25":
+                listed.append(f"vim25/{namespace.findtext('version')}")
+                listed.extend(f"vim25/{prior.text}" for prior in namespace.findall("priorVersions/version"))
+    elif response.status != 404:
+        raise VsphereError(
+            what,
+            subject=connection.address,
+            reason=f"HTTP {response.status} {response.reason}",
+            remedy=remedy,
+            retryable=response.status >= 500,
+        )
+    for name in listed + list(_OLDEST_VERSIONS):
+        if name in pyVmomi.VmomiSupport.versionMap:
+            version: str = pyVmomi.VmomiSupport.versionMap[name]
+            return version
+    raise VsphereError(
+        what, subject=connection.address, reason="pyVmomi knows none of its versions", remedy="Update pyVmomi"
+    )
