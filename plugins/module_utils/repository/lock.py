@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""One writer for each VM of a repository: a lock that dies with the process that holds it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+from datetime import datetime, timezone
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Dict, Optional, Type
+
+from ..errors import LockedError, RepositoryError
+from .shapes import format_time
+
+
+class VmLock:
+    """A context manager that holds a VM's lock. Taking it does not wait.
+
+    It is a ``flock`` on a file that is never removed (removing it would let two processes hold "the" lock). The
+    lock belongs to the open file, so the kernel drops it when the process ends, however it ends; the descriptor is
+    close-on-exec, so no child holds it on. Inside the file stands who holds it, for the message of those who come
+    too late.
+    """
+
+    def __init__(self, path: Path, run_id: str, what: str) -> None:
+        self.path = path
+        self.run_id = run_id
+        self.what = what
+        self._descriptor: Optional[int] = None
+
+    @property
+    def held(self) -> bool:
+        """Whether this object holds the lock now."""
+        return self._descriptor is not None
+
+    def __enter__(self) -> VmLock:
+        if self._descriptor is not None:
+            raise RuntimeError("this lock is already held by the same object")
+        try:
+            descriptor = os.open(str(self.path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        except OSError as error:
+            raise RepositoryError(
+                "The VM's lock can't be opened",
+                subject=str(self.path),
+                reason=error.strerror,
+                remedy="The repository has to be writable for the user who runs the backup",
+            ) from None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = _read_holder(descriptor)
+            os.close(descriptor)
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise self._locked(holder) from None
+            raise RepositoryError(
+                "The VM's lock can't be taken",
+                subject=str(self.path),
+                reason=error.strerror,
+                remedy="The repository's file system has to support locks; on NFS the lock service has to run",
+            ) from None
+        try:
+            self._write(descriptor, json.dumps(self._holder(), sort_keys=True) + "\n")
+        except OSError as error:
+            # A full repository must still be lockable: recovery needs the lock to remove what fills it.
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                os.close(descriptor)
+                raise RepositoryError(
+                    "The VM's lock can't be written", subject=str(self.path), reason=error.strerror
+                ) from None
+        self._descriptor = descriptor
+        return self
+
+    def __exit__(
+        self, kind: Optional[Type[BaseException]], value: Optional[BaseException], trace: Optional[TracebackType]
+    ) -> None:
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            # Closing drops the lock, whatever the emptying of the file comes to (a full or a vanished file system).
+            try:
+                self._write(descriptor, "")
+            finally:
+                os.close(descriptor)
+
+    def _holder(self) -> Dict[str, Any]:
+        return {
+            "run_id": self.run_id,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "since": format_time(datetime.now(timezone.utc)),
+            "what": self.what,
+        }
+
+    @staticmethod
+    def _write(descriptor: int, content: str) -> None:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, content.encode("utf-8"), 0)
+
+    def _locked(self, holder: Dict[str, Any]) -> LockedError:
+        if holder:
+            who = "run {run_id} ({what}), process {pid} on {host}, since {since}".format(**holder)
+        else:
+            who = "a run that has not written its name yet"
+        return LockedError(
+            "Another run works on this VM",
+            subject=str(self.path.parent),
+            reason=f"the lock is held by {who}",
+            remedy="Wait until it has ended; the lock goes with its process",
+            retryable=True,
+            details={"holder": holder},
+        )
+
+
+def _read_holder(descriptor: int) -> Dict[str, Any]:
+    """Who the file says holds the lock; empty while the holder is still writing it."""
+    try:
+        holder = json.loads(os.pread(descriptor, 65536, 0).decode("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    wanted = ("run_id", "host", "pid", "since", "what")
+    return holder if isinstance(holder, dict) and all(name in holder for name in wanted) else {}

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""The manifest of a restore point: what it holds, where it came from, and the hashes that prove it.
+
+``docs/schemas/restore-point-1.json` is its schema for other programs. The manifest is written last: without it the
+point does not exist.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Dict, Optional
+
+from ..datapath.hashes import canonical_blake3
+from ..errors import DamagedError, RepositoryError
+from .shapes import (
+    BLAKE3_PATTERN,
+    POINT_PATTERN,
+    RUN_ID_PATTERN,
+    UUID_PATTERN,
+    Shape,
+    ShapeError,
+    boolean,
+    integer,
+    list_of,
+    mapping,
+    nullable,
+    number,
+    one_of,
+    record,
+    text,
+    time,
+    to_json,
+)
+
+FORMAT = 1
+FULL = "full"
+INCREMENTAL = "incremental"
+DIFFERENTIAL = "differential"
+
+STORED_FILE: Shape = record({"file": text(), "size_bytes": integer(), "blake3": text(BLAKE3_PATTERN)})
+
+DISK: Shape = record(
+    {
+        "key": integer(),
+        "label": text(),
+        "uuid": nullable(text()),
+        "file": text(),
+        "datastore": nullable(text()),
+        "capacity_bytes": integer(512),
+        "change_id": nullable(text()),
+        "mode": one_of(FULL, INCREMENTAL, DIFFERENTIAL),
+        "parent": nullable(text(POINT_PATTERN)),
+        "reason": text(),
+        "transport": text(),
+        "bytes_read": integer(),
+        "bytes_stored": integer(),
+        "areas": integer(),
+        "seconds": number(),
+        "layer": STORED_FILE,
+        "hashes": STORED_FILE,
+    }
+)
+
+_FOREIGN_SNAPSHOT: Shape = record({"moid": text(), "name": text(empty=True), "created": time})
+
+_MANIFEST: Shape = record(
+    {
+        "format": one_of(FORMAT),
+        "repository_id": text(UUID_PATTERN),
+        "vm_uuid": text(UUID_PATTERN),
+        "vm_name": text(),
+        "vm_moid": text(),
+        "point": text(POINT_PATTERN),
+        "run_id": text(RUN_ID_PATTERN),
+        "started": time,
+        "finished": time,
+        "seconds": number(),
+        "snapshot": record(
+            {
+                "moid": nullable(text()),
+                "name": nullable(text(empty=True)),
+                "created": time,
+                "quiesced": boolean,
+                "foreign": list_of(_FOREIGN_SNAPSHOT),
+            }
+        ),
+        "disks": list_of(DISK),
+        "skipped_disks": list_of(record({"key": integer(), "label": text(), "reason": text()})),
+        "configuration": STORED_FILE,
+        "nvram": nullable(STORED_FILE),
+        "tools": mapping(r".+", nullable(text())),
+    },
+    {"warnings": list_of(text()), "manifest_blake3": text(BLAKE3_PATTERN)},
+)
+
+
+def check_shape(manifest: Any) -> None:
+    """Raise :class:`ShapeError` unless *manifest* is one, sealed or not."""
+    _MANIFEST(manifest, "")
+    point = manifest["point"]
+    if not manifest["disks"]:
+        raise ShapeError("disks", "is empty")
+    keys = set()
+    for index, disk in enumerate(manifest["disks"]):
+        where = f"disks[{index}]"
+        if disk["key"] in keys:
+            raise ShapeError(where + ".key", f"occurs twice: {disk['key']}")
+        keys.add(disk["key"])
+        if disk["capacity_bytes"] % 512:
+            raise ShapeError(where + ".capacity_bytes", f"is no multiple of 512: {disk['capacity_bytes']}")
+        if disk["mode"] == FULL and disk["parent"] is not None:
+            raise ShapeError(where + ".parent", f"is {disk['parent']!r} for a full layer")
+        if disk["mode"] != FULL and disk["parent"] in (None, point):
+            raise ShapeError(where + ".parent", f"is {disk['parent']!r} for an {disk['mode']} layer")
+        # The names are fixed: a manifest can't point at a file of another point, nor out of the repository.
+        _expect_file(disk["layer"], point + ".qcow2", where + ".layer")
+        _expect_file(disk["hashes"], point + ".hashes", where + ".hashes")
+    _expect_file(manifest["configuration"], point + ".json", "configuration")
+    if manifest["nvram"] is not None:
+        _expect_file(manifest["nvram"], point + ".nvram", "nvram")
+
+
+def _expect_file(stored: Dict[str, Any], name: str, where: str) -> None:
+    if stored["file"] != name:
+        raise ShapeError(where + ".file", f"is {stored['file']!r}, not {name!r}")
+
+
+def _hash(manifest: Dict[str, Any]) -> str:
+    return canonical_blake3({name: value for name, value in manifest.items() if name != "manifest_blake3"})
+
+
+def seal(manifest: Dict[str, Any]) -> Dict[str, Any]:
+    """A copy of *manifest* with ``manifest_blake3``, the BLAKE3 of its canonical JSON without that key.
+
+    :raises RepositoryError: the manifest is incomplete (a defect of the caller, told with the path of what is
+        missing).
+    """
+    # Through JSON, so that what is hashed is what a reader will see.
+    document: Dict[str, Any] = json.loads(to_json(manifest).decode("utf-8"))
+    document.pop("manifest_blake3", None)
+    try:
+        check_shape(document)
+    except ShapeError as error:
+        raise RepositoryError(
+            "The manifest is not complete", subject=str(manifest.get("point")), reason=str(error)
+        ) from None
+    document["manifest_blake3"] = _hash(document)
+    return document
+
+
+def validate(manifest: Any, path: str) -> Dict[str, Any]:
+    """*manifest* itself, if it is a sealed and undamaged manifest.
+
+    :param path: where it was read, for the message.
+    :raises DamagedError: with the path of what is wrong inside the document.
+    :raises RepositoryError: it has a newer format.
+    """
+    version = manifest.get("format") if isinstance(manifest, dict) else None
+    if isinstance(version, int) and not isinstance(version, bool) and version > FORMAT:
+        raise RepositoryError(
+            "The restore point was written by a newer version",
+            subject=path,
+            reason=f"it has format {version}, this version knows format {FORMAT}",
+            remedy="Upgrade the collection openvadp.backup",
+        )
+    try:
+        check_shape(manifest)
+    except ShapeError as error:
+        raise _damaged(path, str(error)) from None
+    if "manifest_blake3" not in manifest:
+        raise _damaged(path, "manifest_blake3 is missing")
+    if manifest["manifest_blake3"] != _hash(manifest):
+        raise _damaged(path, "its content does not have the hash that was recorded in manifest_blake3")
+    return dict(manifest)
+
+
+def load(path: Path, vm_uuid: Optional[str] = None) -> Dict[str, Any]:
+    """Read and check a manifest.
+
+    The file has to hold exactly the bytes that :func:`seal` and the commit wrote: JSON has more than one spelling
+    of the same value (``\\u00e9``, ``1E3``), so a flipped bit may not change what the document means.
+
+    :param vm_uuid: the VM under which it lies; the point's name must be that of the file.
+    :raises FileNotFoundError: there is no such point.
+    :raises DamagedError: the manifest is not what was written.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise RepositoryError("A manifest can't be read", subject=str(path), reason=error.strerror) from None
+    try:
+        document = json.loads(data.decode("utf-8"))
+        spelled = to_json(document)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(str(path), f"it is no JSON document of ours ({error})") from None
+    manifest = validate(document, str(path))
+    if spelled != data:
+        raise _damaged(str(path), "it is not spelled as it was written")
+    if manifest["point"] != path.name[: -len(".json")]:
+        raise _damaged(str(path), f"it is the manifest of point {manifest['point']!r}")
+    if vm_uuid is not None and manifest["vm_uuid"] != vm_uuid:
+        raise _damaged(str(path), f"it belongs to the VM {manifest['vm_uuid']}")
+    return manifest
+
+
+def disk_of(manifest: Dict[str, Any], key: int) -> Optional[Dict[str, Any]]:
+    """The entry of the disk with that device key, or None."""
+    for disk in manifest["disks"]:
+        if disk["key"] == key:
+            found: Dict[str, Any] = disk
+            return found
+    return None
+
+
+def _damaged(path: str, reason: str) -> DamagedError:
+    return DamagedError(
+        "The manifest of a restore point is damaged",
+        subject=path,
+        reason=reason,
+        remedy="Use another restore point, and look for the cause with restore_point_verify",
+    )

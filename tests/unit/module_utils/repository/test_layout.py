@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from datetime import datetime, timezone
+from pathlib import Path
+
+import pytest
+
+from ansible_collections.openvadp.backup.plugins.module_utils.errors import (
+    DamagedError,
+    InputError,
+    LockedError,
+    RepositoryError,
+)
+from ansible_collections.openvadp.backup.plugins.module_utils.repository import layout
+from ansible_collections.openvadp.backup.plugins.module_utils.repository.layout import (
+    Repository,
+    check_point_name,
+    new_point_name,
+)
+from ansible_collections.openvadp.backup.plugins.module_utils.repository.runs import Run, new_run_id
+
+from .conftest import KEY, PREFIX, UUID, World, disk_entry
+
+MIB = 1 << 20
+
+
+def test_open_refuses_what_is_no_repository(tmp_path: Path) -> None:
+    with pytest.raises(RepositoryError, match="no such folder.*mounted"):
+        Repository.open(str(tmp_path / "absent"), create=True)
+    with pytest.raises(RepositoryError, match="repository.json is missing"):
+        Repository.open(str(tmp_path))
+    assert os.listdir(str(tmp_path)) == []
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(RepositoryError, match="holds other data: photos"):
+        Repository.open(str(tmp_path), create=True)
+    assert os.listdir(str(tmp_path)) == ["photos"]
+
+
+def test_open_makes_a_repository_of_an_empty_folder_once(tmp_path: Path) -> None:
+    (tmp_path / "lost+found").mkdir()
+    # What a crash between writing and naming the file leaves.
+    (tmp_path / "repository.json.part-1234").write_text("{")
+    assert layout.is_empty_folder(str(tmp_path))
+    first = Repository.open(str(tmp_path), create=True)
+    assert Repository.open(str(tmp_path)).id == first.id == Repository.open(str(tmp_path), create=True).id
+    assert sorted(os.listdir(str(tmp_path))) == ["lost+found", "repository.json"]
+    assert json.loads((tmp_path / "repository.json").read_text()) == {"format": 1, "id": first.id}
+    assert not layout.is_empty_folder(str(tmp_path))
+
+
+def test_two_who_create_a_repository_agree_on_its_id(tmp_path: Path) -> None:
+    for number in range(20):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        barrier = threading.Barrier(4)
+        ids = []
+
+        def create(folder: Path = folder, barrier: threading.Barrier = barrier) -> None:
+            barrier.wait()
+            ids.append(Repository.open(str(folder), create=True).id)
+
+        threads = [threading.Thread(target=create) for dummy in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(ids) == 4 and len(set(ids)) == 1
+        assert os.listdir(str(folder)) == ["repository.json"]
+
+
+@pytest.mark.parametrize(
+    "content, error, words",
+    [
+        ('{"format": 2, "id": "x"}', RepositoryError, "newer version.*format 2"),
+        ('{"format": 1}', DamagedError, "lacks 'id'"),
+        ('{"format": true, "id": "00000000-0000-0000-0000-000000000001"}', DamagedError, "format"),
+        ("[]", DamagedError, "no object"),
+        ("", DamagedError, "damaged"),
+    ],
+)
+def test_open_refuses_a_bad_description(tmp_path: Path, content: str, error: type, words: str) -> None:
+    (tmp_path / "repository.json").write_text(content)
+    with pytest.raises(error, match=words):
+        Repository.open(str(tmp_path))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="drops from root to an ordinary user")
+def test_open_for_writing_tells_that_it_may_not(world: World) -> None:
+    path = str(world.repository.path)
+    os.chmod(path, 0o755)
+    program = (
+        "import os, sys\n"
+        "from ansible_collections.openvadp.backup.plugins.module_utils.repository.layout import Repository\n"
+        "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        "Repository.open(sys.argv[1])\n"
+        "try:\n    Repository.open(sys.argv[1], writable=True)\n"
+        "except Exception as error:\n    print(type(error).__name__, error)\n"
+    )
+    for parent in Path(path).parents:
+        if str(parent).startswith("/tmp/"):
+            os.chmod(str(parent), 0o755)
+    done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("RepositoryError The repository is not writable")
+
+
+@pytest.mark.parametrize("name", ["a", "20261122T084203Z-2", "A.b_c+d-e", "x" * 128, "a..b"])
+def test_point_names_that_may_be(name: str) -> None:
+    assert check_point_name(name) == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "..", "../x", "a/b", "a\n", "a\0", "-a", "x" * 129, "x" * 300, "ä", "a b", "latest", "a.part-b"],
+)
+def test_point_names_that_may_not_be(name: str, world: World) -> None:
+    for use in (check_point_name, world.store.point, world.store.config_path):
+        with pytest.raises(InputError):
+            use(name)
+
+
+def test_no_path_leaves_the_repository(world: World, tmp_path: Path) -> None:
+    for uuid in ("..", "../../etc", UUID + "\n", UUID[:-1], ""):
+        with pytest.raises(InputError):
+            world.repository.vm(uuid)
+    assert world.repository.vm(UUID.upper()).uuid == UUID
+    for key in (-1, True, "2000", "../x"):
+        with pytest.raises(InputError):
+            world.store.layer_path(key, "a")  # type: ignore[arg-type]
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    with world.store.lock(new_run_id(), "test"):
+        (world.store.path / f"disk-{KEY}").symlink_to(outside)
+        with pytest.raises(DamagedError, match="leads out of the repository"):
+            world.store.make_disk_folder(KEY)
+    (world.store.path / "vm.json").symlink_to("/etc/passwd")
+    with pytest.raises(DamagedError, match="leads out of the repository"):
+        world.store.facts  # noqa: B018
+
+
+def test_new_point_names_do_not_collide() -> None:
+    now = datetime(2026, 11, 22, 8, 42, 3, 999999, tzinfo=timezone.utc)
+    assert new_point_name([], now) == "20261122T084203Z"
+    assert new_point_name(["20261122T084203Z", "20261122T084203Z-2"], now) == "20261122T084203Z-3"
+
+
+HOLDER = """
+import subprocess, sys
+from ansible_collections.openvadp.backup.plugins.module_utils.repository.layout import Repository
+store = Repository.open(sys.argv[1]).vm(sys.argv[2])
+with store.lock("the-run", "vadp_disk_export"):
+    # A child that outlives us must not keep the lock.
+    child = subprocess.Popen(["sleep", "60"], close_fds=False, stdout=subprocess.DEVNULL)
+    print(child.pid, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_lock_excludes_names_its_holder_and_dies_with_it(world: World) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(world.repository.path), UUID],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    child = int(process.stdout.readline())
+    try:
+        with pytest.raises(LockedError) as raised, world.store.lock(new_run_id(), "test"):
+            pass
+        text = str(raised.value)
+        assert "the-run (vadp_disk_export)" in text and f"process {process.pid} on " in text and "since 20" in text
+        assert raised.value.retryable
+        # Another VM is free.
+        with world.repository.vm(UUID.replace("5", "6", 1)).lock(new_run_id(), "test"):
+            pass
+        process.kill()
+        process.wait()
+        with world.store.lock(new_run_id(), "test"), pytest.raises(LockedError, match="test"):
+            # Also within one process.
+            world.repository.vm(UUID).lock(new_run_id(), "again").__enter__()
+    finally:
+        os.kill(child, 9)
+        process.kill()
+        process.wait()
+    with world.store.lock(new_run_id(), "test"):
+        pass
+
+
+def test_writing_needs_the_lock(world: World) -> None:
+    with pytest.raises(RuntimeError):
+        world.store.create_run("p1")
+    with world.store.lock(new_run_id(), "test"):
+        world.store.create_run("p1")
+    with pytest.raises(RuntimeError):
+        world.store.write_facts({"name": "app01"})
+
+
+def test_facts_and_look_ups(world: World) -> None:
+    other = world.repository.vm(UUID.replace("5", "6", 1))
+    for store, name in ((world.store, "app01"), (other, "app02")):
+        with store.lock(new_run_id(), "test"):
+            store.write_facts({"name": name, "path": f"/DC0/vm/{name}", "moid": "vm-1", "bios_uuid": UUID})
+    assert world.repository.find_vm(vm_name="app02").uuid == other.uuid
+    assert world.repository.find_vm(vm_uuid=UUID.upper()).name == "app01"
+    with pytest.raises(RepositoryError, match="no such virtual machine.*app03.*app01.*app02"):
+        world.repository.find_vm(vm_name="app03")
+    with other.lock(new_run_id(), "test"):
+        other.write_facts({"name": "app01"})
+    with pytest.raises(RepositoryError, match=f"{UUID} .*/DC0/vm/app01.*{other.uuid}"):
+        world.repository.find_vm(vm_name="app01")
+    # A VM whose facts are damaged does not hide the others.
+    (world.store.path / "vm.json").write_text("{")
+    assert world.repository.find_vm(vm_name="app01").uuid == other.uuid
+    with pytest.raises(DamagedError):
+        world.repository.find_vm(vm_name="app02")
+
+
+def test_points_are_ordered_by_their_snapshots(world: World) -> None:
+    first = world.point("zulu", MIB, [(0, b"a" * 65536)])
+    second = world.point("alpha", MIB, [(65536, b"b" * 65536)], parent="zulu")
+    assert [manifest["point"] for manifest in world.store.points()] == ["zulu", "alpha"]
+    assert world.store.resolve("latest") == second
+    assert world.store.point("zulu") == first and world.store.point("mike") is None
+    with pytest.raises(RepositoryError, match="no such restore point.*mike.*alpha, zulu"):
+        world.store.resolve("mike")
+    assert (os.stat(str(world.store.nvram_path("zulu"))).st_mode & 0o777) == 0o600
+    # A damaged manifest might be the latest one: then nobody can tell which is.
+    world.store.manifest_path("alpha").write_text("{}")
+    assert [manifest["point"] for manifest in world.store.points()] == ["zulu"]
+    assert list(world.store.read_points()[1]) == ["alpha"]
+    with pytest.raises(DamagedError, match="newest that can be read is zulu"):
+        world.store.resolve("latest")
+
+
+def test_a_commit_needs_all_that_the_manifest_names(world: World) -> None:
+    store = world.store
+    with store.lock(new_run_id(), "test"):
+        full = world.layer("p1", MIB, [(0, b"a" * 65536)])
+        for broken, words in (
+            (dict(full, capacity_bytes=2 * MIB), "the image has 1048576 bytes, the disk has 2097152"),
+            (dict(full, layer=dict(full["layer"], size_bytes=1)), "the file has"),
+            (dict(full, mode="incremental", parent="p0"), "its parent p0 is missing"),
+            (dict(full, key=KEY + 1), "the file is missing"),
+        ):
+            with pytest.raises(RepositoryError, match=words):
+                world.commit("p1", broken)
+        hashes = store.hashes_path(KEY, "p1")
+        hashes.rename(hashes.parent / "away")
+        with pytest.raises(RepositoryError, match="p1.hashes.*missing"):
+            world.commit("p1", full)
+        (hashes.parent / "away").rename(hashes)
+        with pytest.raises(RepositoryError, match=r"disks\[0\]\.layer\.file"):
+            world.commit("p1", dict(full, layer=dict(full["layer"], file="../p1.qcow2")))
+        with pytest.raises(RepositoryError, match="belongs elsewhere"):
+            world.commit("p1", full, vm_uuid=UUID.replace("5", "6", 1))
+        assert store.points() == [] and store.point_names() == []
+        assert [path.name for path in store.uncommitted_files()] == ["p1.hashes", "p1.qcow2", "p1.json", "p1.nvram"]
+        world.commit("p1", full)
+        assert store.uncommitted_files() == []
+        with pytest.raises(RepositoryError, match="exists already"):
+            world.commit("p1", full)
+        # An overlay of another size than its parent, and one that names another file than its parent's layer.
+        grown = world.layer("p2", 2 * MIB, [(0, b"b" * 65536)], parent="p1")
+        with pytest.raises(RepositoryError, match="its parent p1 has 1048576 bytes"):
+            world.commit("p2", grown)
+        alone = world.layer("p3", MIB, [(0, b"c" * 65536)])
+        with pytest.raises(RepositoryError, match="its backing file is None, not 'p1.qcow2'"):
+            world.commit("p3", dict(alone, mode="incremental", parent="p1"))
+    assert store.chain_facts().problems == {}
+    layer = store.layer_path(KEY, "p1")
+    os.truncate(str(layer), layer.stat().st_size - 1)
+    assert "p1" in str(store.chain_facts().problems) and "bytes" in store.chain_facts().problems[("p1", KEY)]
+
+
+def test_a_run_keeps_its_record_through_crashes(world: World) -> None:
+    store = world.store
+    with store.lock(new_run_id(), "test"):
+        run = store.create_run("p1", vm_moid="vm-16", vm_name="app01")
+        snapshot = run.record("snapshot", name="backup")
+        process = run.record("process", pid=1)
+        run.update(snapshot, moid="snapshot-7")
+        run.done(process)
+        run.set_snapshot("snapshot-7", "2026-11-22T08:42:03Z", {2000: f"{PREFIX}/1", 2001: None})
+        run.finish_disk(2000, disk_entry("p1"))
+    # What another process finds after a crash.
+    (found,) = world.repository.vm(UUID).runs()
+    assert found.data == run.data and found.run_id == run.run_id
+    assert [dict(intent, recorded="") for intent in found.intents()] == [
+        {"id": snapshot, "what": "snapshot", "name": "backup", "moid": "snapshot-7", "recorded": ""}
+    ]
+    ids = {2000: f"{PREFIX}/1", 2001: None}
+    assert found.matches_snapshot("snapshot-7", "2026-11-22T08:42:03Z", ids)
+    assert not found.matches_snapshot("snapshot-8", "2026-11-22T08:42:03Z", ids)
+    assert not found.matches_snapshot("snapshot-7", "2026-11-22T08:42:04Z", ids)
+    assert not found.matches_snapshot("snapshot-7", "2026-11-22T08:42:03Z", {**ids, 2001: "x/1"})
+    assert not found.matches_snapshot("snapshot-7", "2026-11-22T08:42:03Z", {2000: f"{PREFIX}/1"})
+    assert found.finished_disk(2000) == disk_entry("p1") and found.finished_disk(2001) is None
+    # Another snapshot: what was read of the first one does not count any more.
+    found.set_snapshot("snapshot-8", "2026-11-22T08:43:03Z", ids)
+    assert found.finished_disk(2000) is None
+    assert store.run(found.run_id) is not None and store.run("../../x") is None
+    # Unfinished files do not count as records, and are found.
+    part = store.path / "runs" / f"{found.run_id}.json.part-0123"
+    part.write_text("{")
+    assert len(store.runs()) == 1 and store.part_files() == [part]
+    found.remove()
+    assert store.runs() == []
+
+
+def test_run_ids_sort_by_time_and_differ() -> None:
+    now = datetime.now(timezone.utc)
+    assert len({new_run_id(now) for dummy in range(100)}) == 100
+    assert new_run_id(now.replace(microsecond=1)) < new_run_id(now.replace(microsecond=2))
+
+
+def test_a_record_that_cannot_be_written_changes_nothing(world: World) -> None:
+    with world.store.lock(new_run_id(), "test"):
+        run = world.store.create_run("p1")
+    folder = run.path.parent
+    folder.rename(folder.parent / "away")
+    with pytest.raises(RepositoryError, match="can't be written"):
+        run.record("snapshot", name="x")
+    (folder.parent / "away").rename(folder)
+    assert run.intents() == [] and Run.load(run.path).intents() == []
