@@ -32,14 +32,14 @@ def _optional(name: str) -> Any:
         return None
 
 
-pyVmomi = _optional("pyVmomi")
+pyVmomi: Any = _optional("pyVmomi")
 requests = _optional("requests")
 jmespath = _optional("jmespath")
 nbd = _optional("nbd")
 blake3 = _optional("blake3")
 
-vim = getattr(pyVmomi, "vim", None)
-vmodl = getattr(pyVmomi, "vmodl", None)
+vim: Any = getattr(pyVmomi, "vim", None)
+vmodl: Any = getattr(pyVmomi, "vmodl", None)
 
 
 def first_missing(*names: str) -> Tuple[str, str, str]:

@@ -29,8 +29,9 @@ class Disk:
     """One virtual disk.
 
     ``file`` is ``backing.fileName`` verbatim (VADP facts 14), ``change_id`` opaque (facts 3, 4; ``None``: the next
-    backup of this disk is a full one), ``controller`` {type, key, bus} with a type out of pvscsi, lsilogic, lsilogic-sas,
-    buslogic, ide, sata, nvme. ``included`` says whether a snapshot holds the disk, ``skip_reason`` why it doesn't.
+    backup of this disk is a full one), ``controller`` {type, key, bus} with a type out of pvscsi, lsilogic,
+    lsilogic-sas, buslogic, ide, sata, nvme. ``included`` says whether a snapshot holds the disk, ``skip_reason`` why
+    it doesn't.
     """
 
     key: int
@@ -127,7 +128,7 @@ def is_multi_writer(device: Any) -> bool:
 
 
 def vm_obstacles(config: Any) -> List[str]:
-    """Why this virtual machine can't be backed up at all (VADP facts 13), each with what would change that; may be empty.
+    """Why this virtual machine can't be backed up at all (VADP facts 13), each with what would change that.
 
     :param config: ``vim.vm.ConfigInfo``, or anything with its ``template`` and ``hardware.device``.
     """

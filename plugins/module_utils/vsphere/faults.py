@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""vSphere faults as messages: what was refused, the fault's class and words, the privilege that lacks, what to do next."""
+"""vSphere faults as messages: what was refused, its class and words, the missing privilege, what to do next."""
 
 from __future__ import annotations
 
 import re
-from typing import Any, Dict, Optional, Type
+from typing import Any, Dict, List, Optional, Type
 
 from ..errors import AuthenticationError, NotFoundError, PrivilegeError, VsphereError
 from ..libraries import vim, vmodl
@@ -15,7 +15,7 @@ _REMEDIES = {
     "InvalidState": "The object is busy or in the wrong state (a vMotion, another task); run again when that is over",
     "InvalidPowerState": "Bring the virtual machine into the power state that the message asks for",
     "QuestionPending": "Answer the virtual machine's pending question in the vSphere client",
-    "FileLocked": "A disk of the virtual machine is open elsewhere, perhaps attached to a backup proxy: detach it there",
+    "FileLocked": "A disk is open elsewhere, perhaps attached to a backup proxy: detach it there",
     "ApplicationQuiesceFault": "Look at VMware Tools and the VSS writers in the guest, or use quiesce: preferred",
     "FilesystemQuiesceFault": "Look at VMware Tools and the load in the guest, or use quiesce: preferred",
     "ToolsUnavailable": "Install and start VMware Tools in the guest",
@@ -44,7 +44,7 @@ def fault_text(fault: Any) -> str:
     file_name = getattr(fault, "file", None)
     if isinstance(file_name, str):
         words.append(file_name)
-    said = []
+    said: List[str] = []
     for word in words:
         text = " ".join(str(word).split()) if word else ""
         if text and not any(text in earlier for earlier in said):

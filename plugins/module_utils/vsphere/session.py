@@ -74,7 +74,7 @@ class Connection:
     thumbprint: Optional[str] = None
 
     @classmethod
-    def from_params(cls, params: Dict[str, Any]) -> "Connection":
+    def from_params(cls, params: Dict[str, Any]) -> Connection:
         """From ``module.params``."""
         names = ("hostname", "username", "password", "port", "validate_certs", "ca_path", "thumbprint")
         return cls(**{name: params[name] for name in names})
@@ -147,7 +147,7 @@ class Tls:
             "sha256": colons(hashlib.sha256(self._certificate).hexdigest()),
         }
 
-    def new(self, **_unused: Any) -> "_VerifiedConnection":
+    def new(self, **_unused: Any) -> _VerifiedConnection:
         """A connection that is not open yet. Takes, and ignores, what pyVmomi hands to a connection class."""
         return _VerifiedConnection(self, self._connection)
 
@@ -168,7 +168,7 @@ class Tls:
 
 
 class _VerifiedConnection(http.client.HTTPSConnection):
-    """An HTTPS connection that raises :class:`ConnectFailure` or :class:`AuthenticationError` while it is being made."""
+    """An HTTPS connection. Making it raises :class:`ConnectFailure` or :class:`AuthenticationError`."""
 
     def __init__(self, tls: Tls, connection: Connection) -> None:
         super().__init__(connection.hostname, connection.port, timeout=CONNECT_TIMEOUT, context=tls.context)
@@ -225,7 +225,7 @@ def _network_error(connection: Connection, error: OSError) -> VsphereError:
 class Session:
     """One login; a context manager that logs out at its end. Usable from several threads.
 
-    ``connection``, ``content`` (``vim.ServiceInstanceContent``), ``about``, ``stub``, ``clock`` and ``sleep`` are public.
+    ``connection``, ``content`` (``vim.ServiceInstanceContent``), ``about``, ``stub``, ``clock``, ``sleep`` are public.
 
     :param stub: a pyVmomi stub adapter that is not logged in.
     """
@@ -261,7 +261,7 @@ class Session:
         connection: Connection,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
-    ) -> "Session":
+    ) -> Session:
         """Log in. :raises AuthenticationError: certificate, user or password; :raises VsphereError: not reached."""
         tls = Tls(connection)
         stub = pyVmomi.SoapStubAdapter(
@@ -280,7 +280,7 @@ class Session:
         session._keep_alive.start()
         return session
 
-    def __enter__(self) -> "Session":
+    def __enter__(self) -> Session:
         return self
 
     def __exit__(self, *_exc: Any) -> None:
@@ -304,7 +304,7 @@ class Session:
 
     @property
     def thumbprints(self) -> Dict[str, str]:
-        """``{"sha1": "AA:BB:...", "sha256": ...}`` of the certificate that this session's connections were verified with."""
+        """``{"sha1": "AA:BB:...", "sha256": ...}`` of the certificate that the connections were verified with."""
         return self.tls.thumbprints if self.tls else {}
 
     @property

@@ -18,7 +18,6 @@ from typing import Any, Dict, List, Optional, Tuple
 from ..errors import (
     AmbiguousError,
     ConnectionLostError,
-    InputError,
     NotFoundError,
     TaskError,
     VsphereError,
@@ -49,7 +48,7 @@ _VM_PATHS = (
 
 @dataclass
 class Snapshot:
-    """A snapshot in the tree. ``created`` is UTC ISO 8601; ``quiesced`` means "made with the option" (VADP facts 16)."""
+    """A snapshot in the tree. ``created`` is UTC ISO 8601, ``quiesced`` "made with the option" (VADP facts 16)."""
 
     obj: Any
     moid: str
@@ -309,14 +308,10 @@ def create_snapshot(
     state = state or vm_state(session, vm)
     check_can_snapshot(vm, state)
     plan = plan_quiesce(vm, quiesce, state.power_state, state.tools_running)
-    if memory and any(isinstance(device, vim.vm.device.VirtualPCIPassthrough) for device in state.devices):
-        raise InputError(
-            "A snapshot with memory is not possible", subject=str(vm), reason="it has a passthrough device"
-        )
     deadline = session.clock() + timeout
     try:
         moid = _create(session, vm, state, name, description, memory, plan.achieved == "quiesced", timeout)
-    except TaskError as error:
+    except VsphereError as error:
         if quiesce != "preferred" or plan.achieved != "quiesced" or not _is_quiesce_fault(error.fault):
             raise
         plan = Quiesce(quiesce, "crash-consistent", f"quiescing failed: {faults.fault_text(error.fault)}")
@@ -488,8 +483,8 @@ def consolidate_if_needed(session: Session, vm: VmRef, timeout: float = 3600) ->
                 what,
                 subject=str(vm),
                 reason=reason or "delta files without a snapshot are still there",
-                remedy="Look for whoever has the disks open (a backup proxy with an attached disk, a running copy), then"
-                " consolidate in the vSphere client or run again",
+                remedy="Look for whoever has the disks open (a backup proxy with an attached disk, a running copy),"
+                " then consolidate in the vSphere client or run again",
                 retryable=True,
                 details={"consolidation_needed": needed, "files": leftover},
             )

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""Changed block tracking of a virtual machine: on, off, and started anew (VADP facts 7 and 8)."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from dataclasses import dataclass
+from typing import Any, Dict, List
+
+from ..errors import VsphereError
+from ..libraries import vim
+from .disks import Disk, disks_of
+from .inventory import VmRef
+from .session import Session
+from .snapshots import MARKER, Snapshot, create_snapshot, remove_snapshot, snapshots_of
+
+_PURPOSE = "change tracking"
+_DESCRIPTION = json.dumps({"by": MARKER, "purpose": _PURPOSE}, sort_keys=True)
+
+
+@dataclass
+class Tracking:
+    """Change tracking of a virtual machine as it is.
+
+    ``effective``: it is switched on, and either each disk that a snapshot can hold carries a change id in the virtual
+    machine's configuration, or the virtual machine is off and so writes nothing before tracking begins.
+    ``snapshots`` are those of others, ``leftovers`` temporary ones of this module that a crash left.
+    """
+
+    enabled: bool
+    supported: bool
+    effective: bool
+    disks: List[Disk]
+    snapshots: List[Snapshot]
+    leftovers: List[Snapshot]
+    power_state: str
+    template: bool
+
+    def to_dict(self) -> Dict[str, Any]:
+        return {
+            "enabled": self.enabled,
+            "supported": self.supported,
+            "effective": self.effective,
+            "disks": [{"key": disk.key, "label": disk.label, "change_id": disk.change_id} for disk in self.disks],
+        }
+
+
+def state(session: Session, vm: VmRef) -> Tracking:
+    """Change tracking as it is; one call."""
+    values = session.read(
+        vm.obj,
+        "config.changeTrackingEnabled",
+        "config.template",
+        "config.hardware.device",
+        "capability.changeTrackingSupported",
+        "runtime.powerState",
+        "snapshot",
+    )
+    disks = disks_of(values["config.hardware.device"] or [])
+    tracked = [disk for disk in disks if disk.included]
+    enabled = bool(values["config.changeTrackingEnabled"])
+    power_state = str(values["runtime.powerState"])
+    snapshots = snapshots_of(values["snapshot"])
+    leftovers = [item for item in snapshots if item.marker is not None and item.marker.get("purpose") == _PURPOSE]
+    return Tracking(
+        enabled=enabled,
+        supported=bool(values["capability.changeTrackingSupported"]),
+        effective=enabled and (power_state == "poweredOff" or all(disk.change_id for disk in tracked)),
+        disks=disks,
+        snapshots=[item for item in snapshots if item not in leftovers],
+        leftovers=leftovers,
+        power_state=power_state,
+        template=bool(values["config.template"]),
+    )
+
+
+def plan(vm: VmRef, tracking: Tracking, wanted: str, activate: bool = True) -> List[str]:
+    """The steps to a wanted state, out of ``clean``, ``enable``, ``disable``, ``stun``; none if it is reached.
+
+    :param wanted: ``enabled``, ``disabled`` or ``reset``.
+    :param activate: make what is switched effective at once on a running virtual machine, by a stun cycle. A reset
+        always does: without the cycles it is none (VADP facts 8).
+    :raises VsphereError: the virtual machine can't have it, or has snapshots in the way.
+    """
+    clean = ["clean"] if tracking.leftovers else []
+    stun = ["stun"] if activate and tracking.power_state != "poweredOff" else []
+    if wanted == "disabled":
+        return clean + (["disable"] + stun if tracking.enabled else [])
+    _check_supported(vm, tracking)
+    if wanted == "reset":
+        _check_no_snapshots(vm, tracking, "be reset")
+        return clean + (["disable", "stun"] if tracking.enabled else []) + ["enable", "stun"]
+    if not tracking.enabled:
+        _check_no_snapshots(vm, tracking, "be switched on")
+        return clean + ["enable"] + stun
+    if not tracking.effective and stun:
+        _check_no_snapshots(vm, tracking, "take effect")
+        return clean + stun
+    return clean
+
+
+def _check_supported(vm: VmRef, tracking: Tracking) -> None:
+    what = "Change tracking is not possible"
+    if tracking.template:
+        raise VsphereError(
+            what,
+            subject=str(vm),
+            reason="it is a template, which can't have a snapshot",
+            remedy="Convert it to a virtual machine",
+        )
+    if not tracking.supported:
+        raise VsphereError(
+            what,
+            subject=str(vm),
+            reason="its virtual hardware does not support it",
+            remedy="Upgrade the virtual hardware to version 7 or later",
+        )
+
+
+def _check_no_snapshots(vm: VmRef, tracking: Tracking, verb: str) -> None:
+    """Tracking that begins over a snapshot misses changes without an error (VADP facts 7)."""
+    if tracking.snapshots:
+        listed = ", ".join(f"'{item.name}' ({item.moid}, {item.created})" for item in tracking.snapshots)
+        raise VsphereError(
+            f"Change tracking can't {verb} while there are snapshots",
+            subject=str(vm),
+            reason=f"it would miss changes without an error; there are: {listed}",
+            remedy="Remove these snapshots first",
+            details={"snapshots": [item.to_dict() for item in tracking.snapshots]},
+        )
+
+
+def apply(session: Session, vm: VmRef, tracking: Tracking, steps: List[str], timeout: float = 3600) -> Tracking:
+    """Carry out the steps of :func:`plan` and return what came of it.
+
+    :raises VsphereError: a step failed, or a reset did not change the change ids.
+    """
+    for step in steps:
+        if step == "clean":
+            for leftover in tracking.leftovers:
+                remove_snapshot(session, vm, leftover, timeout=timeout)
+        elif step == "stun":
+            _stun(session, vm, timeout)
+        else:
+            _switch(session, vm, step == "enable", timeout)
+    if not steps:
+        return tracking
+    after = state(session, vm)
+    wanted = "disable" not in steps or "enable" in steps
+    if ("enable" in steps or "disable" in steps) and after.enabled != wanted:
+        raise VsphereError(
+            "Change tracking was not switched",
+            subject=str(vm),
+            reason=f"the task succeeded, but vCenter still says {'on' if after.enabled else 'off'}",
+            remedy="Look at the virtual machine's advanced setting ctkEnabled, then run again",
+        )
+    if "disable" in steps and "enable" in steps:
+        _check_reset(vm, tracking, after)
+    return after
+
+
+def enable(session: Session, vm: VmRef, activate: bool = True, timeout: float = 3600) -> bool:
+    """Switch tracking on. :returns: whether anything was changed."""
+    return _reach(session, vm, "enabled", activate, timeout)
+
+
+def disable(session: Session, vm: VmRef, activate: bool = True, timeout: float = 3600) -> bool:
+    """Switch tracking off. :returns: whether anything was changed."""
+    return _reach(session, vm, "disabled", activate, timeout)
+
+
+def reset(session: Session, vm: VmRef, timeout: float = 3600) -> bool:
+    """Start tracking anew: all change ids of before are worthless, and the next backup of each disk is full."""
+    return _reach(session, vm, "reset", True, timeout)
+
+
+def _reach(session: Session, vm: VmRef, wanted: str, activate: bool, timeout: float) -> bool:
+    tracking = state(session, vm)
+    steps = plan(vm, tracking, wanted, activate)
+    apply(session, vm, tracking, steps, timeout)
+    return bool(steps)
+
+
+def _switch(session: Session, vm: VmRef, on: bool, timeout: float) -> None:
+    session.run_task(
+        vm.obj.ReconfigVM_Task,
+        vim.vm.ConfigSpec(changeTrackingEnabled=on),
+        what=f"Change tracking was not switched {'on' if on else 'off'}",
+        subject=str(vm),
+        timeout=timeout,
+        idempotent=True,
+    )
+
+
+def _stun(session: Session, vm: VmRef, timeout: float) -> None:
+    """Make and remove a snapshot: the moment in which the platform begins or ends to track a running disk."""
+    name = f"openvadp change tracking {uuid.uuid4().hex[:8]}"
+    snapshot, _quiesce = create_snapshot(session, vm, name, _DESCRIPTION, quiesce="never", timeout=timeout)
+    remove_snapshot(session, vm, snapshot, timeout=timeout)
+
+
+def _check_reset(vm: VmRef, before: Tracking, after: Tracking) -> None:
+    """A reset gives every disk a change id with another first part (VADP facts 4)."""
+    old = {disk.key: disk.change_id.rpartition("/")[0] for disk in before.disks if disk.change_id}
+    same = [
+        disk.label for disk in after.disks if disk.change_id and disk.change_id.rpartition("/")[0] == old.get(disk.key)
+    ]
+    if same:
+        raise VsphereError(
+            "Change tracking was not reset",
+            subject=str(vm),
+            reason=f"the change ids of {', '.join(same)} begin as before",
+            remedy="Switch it off, power the virtual machine off and on, and switch it on",
+        )
