@@ -8,9 +8,10 @@ operation is one pass over them.
 
 from __future__ import annotations
 
+import bisect
 import heapq
 from array import array
-from typing import Iterable, Iterator, List, Tuple
+from typing import Iterable, Iterator, List, Optional, Tuple
 
 # Areas that come out of order are sorted in chunks of this many, then merged: the memory for tuples stays small.
 _SORT_CHUNK = 32768
@@ -123,6 +124,11 @@ class Extents:
     def end(self) -> int:
         """The first byte after the last area; 0 if there is none."""
         return self._ends[-1] if self._ends else 0
+
+    def next_from(self, offset: int) -> Optional[int]:
+        """The first byte at or behind *offset* that an area holds; None if there is none."""
+        index = bisect.bisect_right(self._ends, offset)
+        return max(offset, self._starts[index]) if index < len(self._starts) else None
 
     def union(self, other: Extents) -> Extents:
         """What either holds."""
