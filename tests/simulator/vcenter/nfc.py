@@ -1,0 +1,771 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""The network side of the VDDK double: its entry on the vCenter port, and the simulated hosts' NFC port.
+
+The vCenter port (``serve_plain``) speaks JSON lines: ``hello`` gives the certificate's thumbprints, ``login`` checks
+the user, ``open`` checks what vCenter checks, takes the lock and answers with the serving host and a ticket; ``prepare``
+and ``end`` are VDDK's access calls. An answer is ``{"ok": true, ...}`` or ``{"ok": false, "vix": number}``; ``log`` holds
+lines for the library's log.
+
+The NFC port greets in plain text as the real one does. The double sends ``NFC <ticket> <mode> <buffer bytes>``, gets
+``200 ...`` or ``5xx <vix number> ...``, and then there are requests and replies, little-endian::
+
+    request  u32 magic, u16 type, u16 0, u64 id, u64 offset, u64 length, u64 chunk      (a write's data follows)
+    reply    u32 magic, u32 vix number, u64 id, u64 length                              (length bytes follow)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import socket
+import struct
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import storage as storage_module
+from .model import SimulatorError
+
+GREETING = (
+    b"220 VMware Authentication Daemon Version 1.10: SSL Required, ServerDaemonProtocol:SOAP, "
+    b"MKSDisplayProtocol:VNC , VMXARGS supported, NFCSSL supported/t\r\n"
+)
+MAGIC = 0x3143464E
+REQUEST = struct.Struct("<IHHQQQQ")
+REPLY = struct.Struct("<IIQQ")
+READ, WRITE, ALLOCATED, FLUSH = 1, 2, 3, 4
+LARGEST_REQUEST = 64 << 20
+TICKET_SECONDS = 60.0
+
+VIX_FAIL = 1
+VIX_OUT_OF_MEMORY = 2
+VIX_INVALID_ARG = 3
+VIX_FILE_NOT_FOUND = 4
+VIX_NOT_SUPPORTED = 6
+VIX_DISK_FULL = 8
+VIX_FILE_READ_ONLY = 11
+VIX_FILE_ACCESS_ERROR = 13
+VIX_FILE_ALREADY_LOCKED = 15
+VIX_AUTHENTICATION_FAIL = 35
+VIX_NOT_FOUND = 2000
+VIX_HOST_USER_PERMISSIONS = 3014
+VIX_VM_NOT_FOUND = 4000
+VIX_NETWORK_CONN_REFUSED = 14009
+VIX_SERVER_NOT_AVAILABLE = 14015
+VIX_OUTOFRANGE = 16007
+VIX_NOLICENSE = 16064
+
+MODES = ("file", "san", "hotadd", "nbdssl", "nbd")
+
+
+class Refused(Exception):
+    """A call of the double that fails, with its VIX number."""
+
+    def __init__(self, vix: int, *log: str) -> None:
+        super().__init__(log[-1] if log else str(vix))
+        self.vix = vix
+        self.log = list(log)
+
+
+@dataclass
+class Grant:
+    """An opened disk whose NFC connection has not come yet, or is there."""
+
+    ticket: str
+    host: str
+    path: str
+    vm: str
+    write: bool
+    capacity: int
+    opener: storage_module.Opener
+    expires: float
+    taken: bool = False
+
+
+@dataclass
+class Fault:
+    """Reads that go wrong. ``count`` < 0: for ever. ``after``: so many go well first."""
+
+    count: int
+    after: int = 0
+    vix: int = VIX_FAIL
+    action: str = "fail"  # or "drop": the connection is cut instead
+    host: str | None = None
+    path: str | None = None
+
+    def hits(self, host: str, path: str) -> bool:
+        if self.count == 0 or self.host not in (None, host) or self.path not in (None, path):
+            return False
+        if self.after > 0:
+            self.after -= 1
+            return False
+        if self.count > 0:
+            self.count -= 1
+        return True
+
+
+@dataclass
+class HostPort:
+    """The NFC port of one simulated host."""
+
+    name: str
+    listener: socket.socket | None = None
+    connections: set[socket.socket] = field(default_factory=set)
+    disks: int = 0
+    peak: int = 0
+    opened: int = 0
+    refused: int = 0
+    memory: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    cut: str | None = None  # "refuse" or "blackhole"
+    restore: threading.Timer | None = None
+
+
+class NfcService:
+    """Made by :func:`start`. All methods are thread-safe."""
+
+    def __init__(self, simulator: Any) -> None:
+        self.simulator = simulator
+        self.port = 0
+        self._lock = threading.Condition()
+        self._hosts: dict[str, HostPort] = {}
+        self._grants: dict[str, Grant] = {}
+        self._entries: set[socket.socket] = set()
+        self._faults: list[Fault] = []
+        self._stopped = False
+        self._next_host = 0
+        self.max_connections: int | None = None
+        self.memory_bytes: int | None = None
+        self.max_request_bytes: int | None = None
+        self.when_full = "refuse"
+        self.delay = 0.0
+        self.bytes_per_second: float | None = None
+        self.serve: str | None = None
+
+    # the port
+
+    def start(self) -> None:
+        """Bind one free port on every simulated host's address.
+
+        :raises OSError: no port is free on all of them.
+        """
+        names = [host.name for host in self.simulator.hosts()]
+        for _ in range(50):
+            listeners: list[socket.socket] = []
+            port = 0
+            try:
+                for name in names:
+                    listeners.append(self._listen(name, port))
+                    port = listeners[0].getsockname()[1]
+            except OSError:
+                for listener in listeners:
+                    listener.close()
+                continue
+            self.port = port
+            break
+        else:
+            raise OSError(f"no port is free on all of {', '.join(names)}")
+        for name, listener in zip(names, listeners):
+            self._hosts[name] = HostPort(name, listener)
+            threading.Thread(target=self._accept, args=(name, listener), name=f"nfc {name}", daemon=True).start()
+
+    @staticmethod
+    def _listen(name: str, port: int) -> socket.socket:
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((name, port))
+            listener.listen(128)
+        except OSError:
+            listener.close()
+            raise
+        return listener
+
+    def stop(self) -> None:
+        """End listeners and connections."""
+        with self._lock:
+            self._stopped = True
+            hosts = list(self._hosts.values())
+            sockets = [sock for host in hosts for sock in host.connections] + list(self._entries)
+            listeners = [host.listener for host in hosts if host.listener is not None]
+            for host in hosts:
+                host.listener = None
+                if host.restore is not None:
+                    host.restore.cancel()
+            self._lock.notify_all()
+        for sock in [*listeners, *sockets]:
+            _shut(sock)
+        for listener in listeners:
+            listener.close()
+
+    def _accept(self, name: str, listener: socket.socket) -> None:
+        while True:
+            try:
+                sock, _ = listener.accept()
+            except OSError:
+                return
+            with self._lock:
+                host = self._hosts[name]
+                if host.listener is not listener:
+                    sock.close()
+                    return
+                host.connections.add(sock)
+            threading.Thread(target=self._serve_host, args=(host, sock), name=f"nfc {name}", daemon=True).start()
+
+    def _serve_host(self, host: HostPort, sock: socket.socket) -> None:
+        grant = None
+        try:
+            if host.cut == "blackhole":
+                self._wait_out(host)
+                return
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.sendall(GREETING)
+            line = _read_line(sock, 4096)
+            if line is None:
+                return
+            grant, memory = self._redeem(host, line)
+            try:
+                sock.sendall(b"200 NFC session ready\r\n")
+                self._serve_disk(host, sock, grant)
+            finally:
+                with self._lock:
+                    host.disks -= 1
+                    host.memory -= memory
+                    self._lock.notify_all()
+        except Refused as refusal:
+            with self._lock:
+                host.refused += 1
+            with contextlib.suppress(OSError):
+                sock.sendall(f"503 {refusal.vix} {refusal}\r\n".encode())
+        except (OSError, ValueError):
+            pass  # the connection is gone
+        finally:
+            if grant is not None:
+                grant.opener.close()
+                with self._lock:
+                    self._grants.pop(grant.ticket, None)
+            with self._lock:
+                host.connections.discard(sock)
+            sock.close()
+
+    def _wait_out(self, host: HostPort) -> None:
+        with self._lock:
+            self._lock.wait_for(lambda: self._stopped or host.cut != "blackhole")
+
+    def _redeem(self, host: HostPort, line: str) -> tuple[Grant, int]:
+        words = line.split(" ")
+        if len(words) != 4 or words[0] != "NFC" or not words[3].isdecimal():
+            raise Refused(VIX_INVALID_ARG, "login with USER/PASS required")
+        memory = int(words[3])
+        with self._lock:
+            grant = self._grants.get(words[1])
+            if grant is None or grant.taken or grant.host != host.name or grant.expires < time.monotonic():
+                raise Refused(VIX_AUTHENTICATION_FAIL, "the ticket is not known")
+
+            def room() -> bool:
+                return (self.max_connections is None or host.disks < self.max_connections) and (
+                    self.memory_bytes is None or host.memory + memory <= self.memory_bytes
+                )
+
+            if not room():
+                if self.when_full == "queue":
+                    self._lock.wait_for(lambda: self._stopped or room())
+                elif self.max_connections is not None and host.disks >= self.max_connections:
+                    raise Refused(VIX_NETWORK_CONN_REFUSED, "too many NFC connections to this host")
+                else:
+                    raise Refused(VIX_OUT_OF_MEMORY, f"NFC error 5: Failed to allocate the requested {memory} bytes")
+            grant.taken = True
+            host.disks += 1
+            host.opened += 1
+            host.peak = max(host.peak, host.disks)
+            host.memory += memory
+        return grant, memory
+
+    def _serve_disk(self, host: HostPort, sock: socket.socket, grant: Grant) -> None:
+        header = bytearray(REQUEST.size)
+        buffer = bytearray(1 << 20)
+        spoiled = False
+        while _read_exactly(sock, memoryview(header)):
+            magic, kind, _, number, offset, length, chunk = REQUEST.unpack(header)
+            if magic != MAGIC or (kind != ALLOCATED and length > LARGEST_REQUEST):
+                return
+            if kind in (READ, WRITE) and len(buffer) < length:
+                buffer = bytearray(length)
+            view = memoryview(buffer)[:length] if kind in (READ, WRITE) else memoryview(b"")
+            if kind == WRITE and not _read_exactly(sock, view):
+                return
+            self._wait_out(host)
+            self._pause(length if kind in (READ, WRITE) else 0)
+            vix, answer = 0, memoryview(b"")
+            try:
+                if kind == READ:
+                    self._fail_as_told(host, grant)
+                    if self.max_request_bytes is not None and length > self.max_request_bytes:
+                        raise Refused(VIX_OUT_OF_MEMORY, f"NFC error 5: {length} bytes")
+                    self.simulator.storage.read_into(grant.path, offset, view)
+                    answer = view
+                    host.bytes_read += length
+                elif kind == WRITE:
+                    if not grant.write:
+                        raise Refused(VIX_FILE_READ_ONLY)
+                    if not spoiled:
+                        self.simulator.storage.spoil_tracking(grant.path)
+                        spoiled = True
+                    self.simulator.storage.write(grant.path, offset, view)
+                    host.bytes_written += length
+                elif kind == ALLOCATED:
+                    areas = self.simulator.storage.allocated(grant.path, offset, length, max(chunk, 512))
+                    answer = memoryview(b"".join(struct.pack("<QQ", *area) for area in areas))
+                elif kind != FLUSH:
+                    raise Refused(VIX_NOT_SUPPORTED)
+            except Refused as refusal:
+                vix = refusal.vix
+            except storage_module.StorageError as error:
+                vix = _vix_of(error)
+            _send(sock, REPLY.pack(MAGIC, vix, number, len(answer)), answer)
+
+    def _pause(self, length: int) -> None:
+        seconds = self.delay + (length / self.bytes_per_second if self.bytes_per_second else 0.0)
+        if seconds > 0:
+            time.sleep(seconds)
+
+    def _fail_as_told(self, host: HostPort, grant: Grant) -> None:
+        with self._lock:
+            hit = next((fault for fault in self._faults if fault.hits(host.name, grant.path)), None)
+            self._faults = [fault for fault in self._faults if fault.count != 0]
+        if hit is None:
+            return
+        if hit.action == "drop":
+            raise OSError("dropped as told")
+        raise Refused(hit.vix)
+
+    # what a test does to it
+
+    def cut_network(self, host: str | None = None, seconds: float | None = None, mode: str = "refuse") -> list[str]:
+        """Close the connections of a host (None: of all) and refuse or swallow new ones.
+
+        :param seconds: restored by itself after that; None: by :meth:`restore_network`. :returns: the hosts' names.
+        """
+        if mode not in ("refuse", "blackhole"):
+            raise SimulatorError(f"mode is refuse or blackhole, not {mode!r}")
+        doomed: list[socket.socket] = []
+        with self._lock:
+            hosts = self._named(host)
+            for item in hosts:
+                if item.restore is not None:
+                    item.restore.cancel()
+                    item.restore = None
+                item.cut = mode
+                if mode == "refuse":
+                    doomed += item.connections
+                    if item.listener is not None:
+                        doomed.append(item.listener)
+                        item.listener = None
+                if seconds is not None:
+                    item.restore = threading.Timer(seconds, self.restore_network, [item.name])
+                    item.restore.daemon = True
+                    item.restore.start()
+        for sock in doomed:
+            _reset(sock)
+        return [item.name for item in hosts]
+
+    def restore_network(self, host: str | None = None) -> list[str]:
+        """The host can be reached again. What was cut stays cut: a client has to connect anew."""
+        with self._lock:
+            hosts = self._named(host)
+            for item in hosts:
+                if item.restore is not None:
+                    item.restore.cancel()
+                    item.restore = None
+                item.cut = None
+                if item.listener is None and not self._stopped:
+                    item.listener = self._listen(item.name, self.port)
+                    threading.Thread(target=self._accept, args=(item.name, item.listener), daemon=True).start()
+            self._lock.notify_all()
+        return [item.name for item in hosts]
+
+    def drop_connections(self, host: str | None = None) -> int:
+        """Cut what is connected now; new connections are welcome. -> how many."""
+        with self._lock:
+            doomed = [sock for item in self._named(host) for sock in item.connections]
+        for sock in doomed:
+            _reset(sock)
+        return len(doomed)
+
+    def fail_reads(self, count: int, **fields: Any) -> None:
+        """The next ``count`` reads fail (-1: for ever); fields as of :class:`Fault`."""
+        with self._lock:
+            self._faults.append(Fault(count, **fields))
+
+    def clear_faults(self) -> None:
+        with self._lock:
+            self._faults.clear()
+
+    def configure(self, **fields: Any) -> None:
+        """Settings by name, as in the set below; a limit of None is none."""
+        known = {
+            "max_connections",
+            "memory_bytes",
+            "max_request_bytes",
+            "when_full",
+            "delay",
+            "bytes_per_second",
+            "serve",
+        }
+        unknown = set(fields) - known
+        if unknown:
+            raise SimulatorError(f"nfc has no setting {', '.join(sorted(unknown))}; it has {', '.join(sorted(known))}")
+        if fields.get("when_full", "refuse") not in ("refuse", "queue"):
+            raise SimulatorError("when_full is refuse or queue")
+        with self._lock:
+            if fields.get("serve") is not None:
+                self._named(fields["serve"])
+            for name, value in fields.items():
+                setattr(self, name, value)
+            self._lock.notify_all()
+
+    def status(self) -> dict[str, Any]:
+        """Connections and limits, for the control socket."""
+        with self._lock:
+            return {
+                "port": self.port,
+                "max_connections": self.max_connections,
+                "memory_bytes": self.memory_bytes,
+                "max_request_bytes": self.max_request_bytes,
+                "when_full": self.when_full,
+                "delay": self.delay,
+                "bytes_per_second": self.bytes_per_second,
+                "serve": self.serve,
+                "read_faults": [vars(fault).copy() for fault in self._faults],
+                "hosts": {
+                    host.name: {
+                        "connections": host.disks,
+                        "peak": host.peak,
+                        "opened": host.opened,
+                        "refused": host.refused,
+                        "memory_bytes": host.memory,
+                        "bytes_read": host.bytes_read,
+                        "bytes_written": host.bytes_written,
+                        "cut": host.cut,
+                    }
+                    for host in self._hosts.values()
+                },
+                "disks": [
+                    {"host": grant.host, "vm": grant.vm, "path": grant.path, "write": grant.write}
+                    for grant in self._grants.values()
+                ],
+            }
+
+    def reset_peaks(self) -> None:
+        with self._lock:
+            for host in self._hosts.values():
+                host.peak, host.opened, host.refused = host.disks, 0, 0
+
+    def _named(self, host: str | None) -> list[HostPort]:
+        if host is None:
+            return list(self._hosts.values())
+        if host not in self._hosts:
+            raise SimulatorError(f"there is no host {host!r}, only {', '.join(self._hosts)}")
+        return [self._hosts[host]]
+
+    # the entry on the vCenter port
+
+    def serve_entry(self, sock: socket.socket) -> None:
+        """Serve a connection of the double to the vCenter port up to its end, and close it."""
+        with self._lock:
+            if self._stopped:
+                sock.close()
+                return
+            self._entries.add(sock)
+        entry = _Entry(self)
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            while (line := _read_line(sock, 1 << 16)) is not None:
+                sock.sendall(json.dumps(entry.answer(line)).encode() + b"\n")
+        except (OSError, ValueError):
+            pass  # the connection is gone
+        finally:
+            entry.close()
+            with self._lock:
+                self._entries.discard(sock)
+            sock.close()
+
+    def choose_host(self, vm: Any, datastore: str, snapshot: str | None) -> Any:
+        """The serving host: for a snapshot any that sees the datastore, else the VM's own (VADP facts 19)."""
+        try:
+            if snapshot is None:
+                host = self.simulator.serving_host_for(datastore, vm)
+            else:
+                able = self.simulator.hosts_of(datastore)
+                wanted = [host for host in able if host.name == self.serve]
+                host = wanted[0] if wanted else self.simulator.serving_host_for(datastore)
+        except SimulatorError as error:
+            raise Refused(
+                VIX_SERVER_NOT_AVAILABLE, f"VixDiskLibVim: no host can serve [{datastore}]: {error}"
+            ) from None
+        if host.in_maintenance or not host.connected:
+            raise Refused(
+                VIX_SERVER_NOT_AVAILABLE, f"VixDiskLibVim: host {host.name} is in maintenance mode or not connected."
+            )
+        return host
+
+    def add_grant(self, grant: Grant) -> None:
+        with self._lock:
+            self._grants[grant.ticket] = grant
+
+    def drop_grant(self, ticket: str) -> None:
+        """The double's entry is over: a ticket that nobody took is void, and its lock is free."""
+        with self._lock:
+            grant = self._grants.get(ticket)
+            if grant is None or grant.taken:
+                return
+            del self._grants[ticket]
+        grant.opener.close()
+
+
+class _Entry:
+    """One connection of the double to the vCenter port."""
+
+    def __init__(self, service: NfcService) -> None:
+        self._service = service
+        self._simulator = service.simulator
+        self._user: Any = None
+        self._tickets: list[str] = []
+
+    def close(self) -> None:
+        for ticket in self._tickets:
+            self._service.drop_grant(ticket)
+
+    def answer(self, line: str) -> dict[str, Any]:
+        try:
+            request = json.loads(line)
+            operation = {
+                "hello": self._hello,
+                "login": self._login,
+                "open": self._open,
+                "prepare": self._prepare,
+                "end": self._end,
+            }.get(request.get("op"))
+            if operation is None:
+                raise Refused(VIX_NOT_SUPPORTED)
+            if self._user is None and request["op"] not in ("hello", "login"):
+                raise Refused(VIX_AUTHENTICATION_FAIL, "VixDiskLibVim: not logged in")
+            return {"ok": True, **operation(request)}
+        except Refused as refusal:
+            return {"ok": False, "vix": refusal.vix, "log": refusal.log}
+
+    def _hello(self, request: dict[str, Any]) -> dict[str, Any]:
+        return dict(self._simulator.thumbprints)
+
+    def _login(self, request: dict[str, Any]) -> dict[str, Any]:
+        try:
+            self._user = self._simulator.authenticate(request["user"], request["password"])
+        except SimulatorError:
+            raise Refused(
+                VIX_AUTHENTICATION_FAIL,
+                "VixDiskLibVim: Login failure. Callback error 12.",
+                "VixDiskLibVim: Cannot complete login due to an incorrect user name or password.",
+            ) from None
+        return {}
+
+    def _vm(self, spec: str) -> Any:
+        kind, _, moid = spec.partition("=")
+        try:
+            vm = self._simulator.find_vm(moid) if kind == "moref" and moid else None
+        except SimulatorError:
+            vm = None
+        if vm is None or vm.moid != moid:
+            raise Refused(
+                VIX_VM_NOT_FOUND,
+                f"VixDiskLibVim: Failed to find the VM {spec}. The object has been deleted or not created.",
+            )
+        return vm
+
+    def _require(self, privilege: str, vix: int) -> None:
+        try:
+            self._simulator.require(self._user, privilege)
+        except SimulatorError:
+            raise Refused(
+                vix, f"VixDiskLibVim: Permission to perform this operation was denied: {privilege}."
+            ) from None
+
+    def _open(self, request: dict[str, Any]) -> dict[str, Any]:
+        service, simulator, path = self._service, self._simulator, request["path"]
+        write, snapshot = not request["read_only"], request["snapshot"] or None
+        vm = self._vm(request["vmx"])
+        privilege = "DiskRandomAccess" if write else "DiskRandomRead"
+        self._require(f"VirtualMachine.Provisioning.{privilege}", VIX_HOST_USER_PERMISSIONS)
+        mode, log = _choose_mode(request["transports"])
+        try:
+            with simulator.vm_lock(vm):
+                self._check_path(vm, path, snapshot, write)
+                host = service.choose_host(vm, storage_module.Storage.split_path(path)[0], snapshot)
+                ticket = secrets.token_hex(16)
+                info = simulator.storage.info(path)
+                links = len(simulator.storage.chain(path))
+                opener = simulator.storage.open(path, f"nfc:{vm.moid}", write)
+        except storage_module.StorageError as error:
+            raise Refused(_vix_of(error), f"VixDiskLibVim: {error}") from None
+        expires = time.monotonic() + TICKET_SECONDS
+        service.add_grant(Grant(ticket, host.name, path, vm.moid, write, info.capacity_bytes, opener, expires))
+        self._tickets.append(ticket)
+        simulator.record_call(self._user.name, "VixDiskLib_Open", vm.moid, changing=write)
+        digits = info.uuid.replace("-", "").lower()
+        uuid = " ".join(digits[at : at + 2] for at in range(0, len(digits), 2))
+        return {
+            "host": host.name,
+            "ticket": ticket,
+            "mode": mode,
+            "sectors": info.capacity_bytes // 512,
+            "links": links,
+            "parent": info.parent or "",
+            "uuid": f"{uuid[:23]}-{uuid[24:]}",
+            "log": log,
+        }
+
+    def _check_path(self, vm: Any, path: str, snapshot: str | None, write: bool) -> None:
+        """Only what vCenter gives out: the snapshot's own files verbatim, else the VM's (VADP facts 14, 40)."""
+        simulator = self._simulator
+        snapshots = [item["moid"] for item in simulator.snapshots(vm)]
+        if not simulator.storage.exists(path):
+            raise Refused(VIX_FILE_NOT_FOUND, f"VixDiskLibVim: Failed to find {path}.")
+        if snapshot is not None:
+            if snapshot not in snapshots:
+                raise Refused(VIX_NOT_FOUND, f"VixDiskLibVim: {vm.moid} has no snapshot {snapshot}.")
+            if write:
+                raise Refused(VIX_FILE_ACCESS_ERROR, f"VixDiskLibVim: {path} belongs to a snapshot: read-only.")
+            disks = simulator.vm_disks(vm, snapshot)
+            allowed = {disk.path for disk in disks}
+        else:
+            disks = simulator.vm_disks(vm)
+            leaves = {disk.path for disk in disks}
+            allowed = {member for leaf in leaves for member in simulator.storage.chain(leaf)}
+            if path in leaves and vm.power_state != "poweredOff":
+                raise Refused(VIX_FILE_ACCESS_ERROR, f"VixDiskLibVim: {path} is locked: {vm.moid} is running.")
+            if write and (snapshots or path not in leaves):
+                raise Refused(
+                    VIX_FILE_ACCESS_ERROR,
+                    f"VixDiskLibVim: {path} can't be written: {vm.moid} has snapshots, or it is no leaf.",
+                )
+        if path not in allowed:
+            raise Refused(VIX_FILE_ACCESS_ERROR, f"VixDiskLibVim: {path} is not a disk of {vm.moid} {snapshot or ''}.")
+        if any(disk.path == path and (disk.rdm == "physicalMode" or _independent(disk)) for disk in disks) and snapshot:
+            raise Refused(VIX_FAIL, f"GetFileName: Cannot create disk spec for disk {path}.")
+
+    def _prepare(self, request: dict[str, Any]) -> dict[str, Any]:
+        return self._access(request, "Global.DisableMethods", self._simulator.prepare_access)
+
+    def _end(self, request: dict[str, Any]) -> dict[str, Any]:
+        return self._access(request, "Global.EnableMethods", self._simulator.end_access)
+
+    def _access(self, request: dict[str, Any], privilege: str, call: Any) -> dict[str, Any]:
+        if not 0 < len(request["identity"]) <= 50:
+            raise Refused(VIX_INVALID_ARG, "VixDiskLibVim: the identity has 1 to 50 characters.")
+        vm = self._vm(request["vmx"])
+        # without the privilege the answer is that the host is not licensed for it (VADP facts 48)
+        self._require(privilege, VIX_NOLICENSE)
+        try:
+            call(self._user.name, vm, request["identity"])
+        except SimulatorError as error:
+            raise Refused(VIX_FAIL, f"VixDiskLibVim: {error}") from None
+        return {}
+
+
+def _independent(disk: Any) -> bool:
+    return str(disk.mode or "").startswith("independent")
+
+
+def _choose_mode(transports: str) -> tuple[str, list[str]]:
+    """The first mode of the list that can be had; silently nbdssl if none can (VADP facts 42)."""
+    wanted = [mode for mode in transports.split(":") if mode]
+    unknown = [mode for mode in wanted if mode not in MODES]
+    if unknown:
+        raise Refused(VIX_INVALID_ARG, f"VixDiskLib: transport modes {transports}: {unknown[0]} is not known.")
+    log = []
+    for mode in wanted or ["nbdssl"]:
+        if mode in ("nbdssl", "nbd"):
+            return mode, log
+        log.append(f"VixDiskLib: VixDiskLib_OpenEx: Mode {mode} cannot be used for this disk. Trying the next one.")
+    return "nbdssl", log
+
+
+def _vix_of(error: storage_module.StorageError) -> int:
+    for kind, vix in (
+        (storage_module.NotFound, VIX_FILE_NOT_FOUND),
+        (storage_module.Locked, VIX_FILE_ALREADY_LOCKED),
+        (storage_module.NoSpace, VIX_DISK_FULL),
+        (storage_module.OutOfRange, VIX_OUTOFRANGE),
+        (storage_module.NotALeaf, VIX_FILE_ACCESS_ERROR),
+    ):
+        if isinstance(error, kind):
+            return vix
+    return VIX_FAIL
+
+
+def _shut(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+def _reset(sock: socket.socket) -> None:
+    """Cut a connection: its thread wakes up, the peer gets a reset when that thread closes it. A listener is closed."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        sock.shutdown(socket.SHUT_RDWR)
+        if listening:
+            sock.close()
+
+
+def _read_line(sock: socket.socket, limit: int) -> str | None:
+    """One line without its end; None at the end of the connection. Nothing behind the line is taken."""
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        # peek, so that binary data behind the line stays in the socket
+        data = sock.recv(4096, socket.MSG_PEEK)
+        if not data:
+            return None
+        end = data.find(b"\n")
+        line += sock.recv(len(data) if end < 0 else end + 1)
+        if len(line) > limit:
+            raise ValueError("a line that does not end")
+    return line.decode().rstrip("\r\n")
+
+
+def _read_exactly(sock: socket.socket, view: memoryview) -> bool:
+    while len(view):
+        count = sock.recv_into(view)
+        if not count:
+            return False
+        view = view[count:]
+    return True
+
+
+def _send(sock: socket.socket, header: bytes, data: memoryview) -> None:
+    sent = sock.sendmsg([header, data]) if len(data) else sock.send(header)
+    if sent < len(header):
+        sock.sendall(header[sent:])
+        sent = len(header)
+    if sent - len(header) < len(data):
+        sock.sendall(data[sent - len(header) :])
+
+
+def start(simulator: Any) -> NfcService:
+    """Start the hosts' NFC ports; the service has ``port`` and ``stop()``, and becomes ``simulator.nfc``."""
+    service = NfcService(simulator)
+    service.start()
+    simulator.nfc = service
+    return service
+
+
+def serve_plain(simulator: Any, sock: socket.socket, address: Any) -> None:
+    """Serve a connection to the vCenter port that is not TLS, up to its end; closes the socket."""
+    service = getattr(simulator, "nfc", None)
+    if service is None:
+        sock.close()
+        return
+    service.serve_entry(sock)
