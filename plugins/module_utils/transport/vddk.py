@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, List, Mapping, Optional, Tuple
 
-from ..datapath.processes import run_tool
+from ..datapath.processes import run_tool, tool_result
 from ..errors import DataPathError, TransportError
 from .vix_errors import Finding, decode_log, last_error_line
 
@@ -235,11 +235,9 @@ def _foreign_machine(library: Path) -> Optional[str]:
 def _load_failure(libdir: str) -> str:
     """The loader's own words, by starting the plugin on a file that does not exist."""
     argv = ["nbdkit", "-r", "vddk", f"libdir={libdir}", "file=/nonexistent", "--run", "true"]
-    try:
-        run_tool(argv, what="Loading VDDK", timeout=_PROBE_TIMEOUT)
-    except DataPathError as error:
-        return error.reason or str(error)
-    return "nbdkit does not say why"
+    result = tool_result(argv, what="Loading VDDK", timeout=_PROBE_TIMEOUT, accept=(0, 1))
+    lines = [line.split("error:", 1)[1].strip() for line in result.stderr.splitlines() if "error:" in line]
+    return lines[0] if lines else "nbdkit does not say why"
 
 
 def _install_hint(os_release: str | Path = "/etc/os-release") -> str:

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""How each disk of a point will be read: full or what changed, upon which point, by which transport, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+from ..datapath.extents import Extents
+from ..datapath.image import CLUSTER_BYTES
+from ..errors import VadpError
+from ..repository import trust
+from ..repository.chain import AUTO, Decision, StoreFacts, decide
+from ..repository.layout import VmStore, stored_problem
+from ..repository.manifest import FULL, disk_of
+from ..transport.planner import READ, DiskFacts, Plan, ProxyFacts, plan
+from ..vsphere.changed_areas import ChangedAreasUnavailable, query_changed_areas
+from ..vsphere.disks import Disk
+from ..vsphere.inventory import VmRef
+from ..vsphere.session import Session
+from ..vsphere.snapshots import Snapshot
+from .request import ExportRequest
+
+
+@dataclass(frozen=True)
+class DiskPlan:
+    """How one disk is read.
+
+    :param areas: what is read, rounded out to clusters; None: all that holds data, or not known yet (check mode
+        without a snapshot).
+    """
+
+    disk: Disk
+    mode: str
+    parent: Optional[str]
+    reason: str
+    areas: Optional[Extents]
+    transport: Plan
+
+    def to_result(self, entry: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
+        """The disk's part of the module's result; *entry* is its part of the manifest once it was read."""
+        done = entry or {}
+        return {
+            "key": self.disk.key,
+            "label": self.disk.label,
+            "mode": done.get("mode", self.mode),
+            "parent": done.get("parent", self.parent),
+            "reason": done.get("reason", self.reason),
+            "transport": done.get("transport", self.transport.chosen),
+            "transport_reasons": self.transport.reasons(),
+            "capacity_bytes": self.disk.capacity_bytes,
+            "bytes_read": done.get("bytes_read"),
+            "bytes_stored": done.get("bytes_stored"),
+            "areas": done.get("areas", None if self.areas is None else len(self.areas)),
+            "seconds": done.get("seconds"),
+            "skipped": False,
+            "skip_reason": None,
+        }
+
+
+def skipped_result(skipped: Dict[str, Any]) -> Dict[str, Any]:
+    """As :meth:`DiskPlan.to_result`, for a disk that is not read ({key, label, reason})."""
+    empty = (
+        "mode",
+        "parent",
+        "reason",
+        "transport",
+        "capacity_bytes",
+        "bytes_read",
+        "bytes_stored",
+        "areas",
+        "seconds",
+    )
+    result: Dict[str, Any] = dict.fromkeys(empty)
+    result.update(key=skipped["key"], label=skipped["label"], skipped=True, skip_reason=skipped["reason"])
+    result["transport_reasons"] = []
+    return result
+
+
+def plan_disks(
+    session: Session,
+    vm: VmRef,
+    snapshot: Optional[Snapshot],
+    disks: Sequence[Disk],
+    store: Optional[VmStore],
+    request: ExportRequest,
+    proxy: ProxyFacts,
+) -> List[DiskPlan]:
+    """Decide for each disk. Nothing is changed; the changed areas are read from vCenter.
+
+    :param snapshot: None where it does not exist yet (check mode): the changed areas are not known then.
+    :param store: None where the repository does not exist yet.
+    :raises TransportError: no transport can serve a disk.
+    :raises RepositoryError: the mode that was asked for is not possible for a disk.
+    :raises ChangedAreasUnavailable: the same, because the query failed.
+    """
+    points = store.points() if store else []
+    facts = _store_facts(store, points, disks)
+    plans = []
+    for disk in disks:
+        # First what needs no call and may refuse.
+        transport = plan(DiskFacts(disk.label, disk.file), proxy, request.transports, READ, request.require_transport)
+        created = snapshot.created if snapshot else None
+        try:
+            decision = decide(disk, points, request.mode, facts, created=created)
+            decision, areas = _areas(session, vm, snapshot, disk, decision, request.mode)
+        except VadpError as error:
+            error.subject = f"disk '{disk.label}' of {vm}"
+            raise
+        plans.append(DiskPlan(disk, decision.mode, decision.parent, decision.reason, areas, transport))
+    return plans
+
+
+def _areas(
+    session: Session, vm: VmRef, snapshot: Optional[Snapshot], disk: Disk, decision: Decision, requested: str
+) -> Tuple[Decision, Optional[Extents]]:
+    """What changed since the parent; a full where that can't be known and was not insisted on (VADP facts 9)."""
+    if decision.since_change_id is None or snapshot is None:
+        return decision, None
+    try:
+        # Extents.of reads to the end, so the pages are known to cover the disk before anything is done with them.
+        areas = Extents.of(
+            query_changed_areas(session, vm, snapshot.obj, disk.key, disk.capacity_bytes, decision.since_change_id)
+        )
+    except ChangedAreasUnavailable as error:
+        if requested != AUTO:
+            raise
+        return Decision(FULL, None, None, f"the changed areas are not known: {error.reason}"), None
+    return decision, areas.round_out(CLUSTER_BYTES, disk.capacity_bytes)
+
+
+def _store_facts(store: Optional[VmStore], points: Sequence[Dict[str, Any]], disks: Sequence[Disk]) -> StoreFacts:
+    if store is None:
+        return StoreFacts()
+    problems = {}
+    for manifest in points:
+        for disk in disks:
+            entry = disk_of(manifest, disk.key)
+            if entry is not None:
+                problem = stored_problem(store.layer_path(disk.key, manifest["point"]), entry["layer"])
+                if problem:
+                    problems[(manifest["point"], disk.key)] = problem
+    return StoreFacts(problems, trust.marks(store))
+
+
+def not_to_be_trusted(
+    disks: Sequence[Disk], points: Sequence[Dict[str, Any]], foreign: Sequence[Snapshot]
+) -> List[Disk]:
+    """Disks whose tracking may have been switched on over a snapshot that is not ours (VADP facts 7).
+
+    With such a snapshot there, only an earlier point without one proves that the same tracking is older.
+    """
+    if not foreign:
+        return []
+    return [disk for disk in disks if disk.change_id is not None and not _proved(disk, points)]
+
+
+def _proved(disk: Disk, points: Sequence[Dict[str, Any]]) -> bool:
+    for manifest in points:
+        entry = disk_of(manifest, disk.key)
+        if entry is None or manifest["snapshot"]["foreign"] or entry["uuid"] != disk.uuid:
+            continue
+        prefix = trust.prefix_of(disk.change_id)
+        if prefix is not None and trust.prefix_of(entry["change_id"]) == prefix:
+            return True
+    return False

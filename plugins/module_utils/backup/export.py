@@ -1,0 +1,419 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""The whole of ``vadp_disk_export``: from a snapshot of a VM to a restore point.
+
+Look (nothing is touched) -> lock -> plan each disk -> copy -> configuration -> manifest. All calls to vCenter come
+before the copy, so that a session that ends meanwhile harms nothing. The manifest is written last: without it the point
+does not exist.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from types import SimpleNamespace
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+from ..datapath.processes import RuntimeDir, run_tool
+from ..datapath.progress import Progress
+from ..errors import InputError, NotFoundError, RepositoryError, VsphereError
+from ..repository import trust
+from ..repository.layout import Repository, VmStore, file_entry, is_empty_folder, new_point_name
+from ..repository.runs import Run, new_run_id
+from ..repository.shapes import format_time
+from ..transport.planner import ProxyFacts
+from ..transport.vddk import look_for_library
+from ..vsphere import configuration
+from ..vsphere.disks import disks_of, vm_obstacles
+from ..vsphere.inventory import VmRef, find_vm
+from ..vsphere.session import Session
+from ..vsphere.snapshots import Snapshot, VmState, pick_snapshot, snapshot_disks, vm_state
+from .disk_copy import CopyJob, copy_disks
+from .disk_plan import DiskPlan, not_to_be_trusted, plan_disks, skipped_result
+from .request import ExportRequest
+from .selection import Selection, select_disks
+
+MANIFEST_FORMAT = 1
+
+
+@dataclass
+class Source:
+    """What is to be read, as vCenter shows it before anything is touched.
+
+    :param snapshot: None where it does not exist yet (check mode).
+    :param foreign: snapshots of the VM that are not of this repository, the one that is read apart.
+    """
+
+    vm: VmRef
+    snapshot: Optional[Snapshot]
+    selection: Selection
+    change_ids: Dict[int, Optional[str]]
+    others: List[Snapshot]
+    warnings: List[str] = field(default_factory=list)
+
+    def foreign(self, repository_id: str) -> List[Snapshot]:
+        """The VM's other snapshots that this repository did not make (VADP facts 7, 11)."""
+        return [item for item in self.others if (item.marker or {}).get("repository_id") != repository_id]
+
+
+def export_point(request: ExportRequest, check_mode: bool) -> Dict[str, Any]:
+    """Make a restore point, unless it exists.
+
+    :param check_mode: nothing is touched; the result tells the plan.
+    :returns: {changed, point, disks, warnings, diff}; ``point`` is the manifest, in check mode {point: its name}.
+    :raises VadpError: and no point appears.
+    """
+    request.check()
+    with Session.connect(request.connection) as session:
+        vm = find_vm(session, **request.vm)
+        repository = _existing_repository(request.repository)
+        store = repository.vm(vm.instance_uuid) if repository else None
+        if store is not None and request.point is not None:
+            manifest = store.point(request.point)
+            if manifest is not None:
+                return _unchanged(session, vm, store, manifest, request)
+        source = _look(session, vm, request, check_mode)
+        proxy = _proxy_facts(session, request)
+        if check_mode:
+            return _planned(session, source, store, request, proxy)
+        if store is None:
+            store = Repository.open(request.repository, create=True).vm(vm.instance_uuid)
+        with store.lock(new_run_id(), "vadp_disk_export"):
+            return _export(session, source, store, request, proxy)
+
+
+def _existing_repository(path: str) -> Optional[Repository]:
+    """The repository, or None where an empty folder waits to become one. :raises RepositoryError:"""
+    return None if is_empty_folder(path) else Repository.open(path, writable=True)
+
+
+def _proxy_facts(session: Session, request: ExportRequest) -> ProxyFacts:
+    vddk, problem = look_for_library(request.vddk_libdir)
+    return ProxyFacts(vddk=vddk, vddk_problem=problem, is_vcenter=session.is_vcenter)
+
+
+def _look(session: Session, vm: VmRef, request: ExportRequest, check_mode: bool) -> Source:
+    """Find the snapshot and its disks. :raises VadpError: it is not there, or the VM can't be backed up."""
+    state = vm_state(session, vm)
+    obstacles = vm_obstacles(_config_of(state))
+    if obstacles:
+        raise VsphereError("The virtual machine can't be backed up", subject=str(vm), reason="; ".join(obstacles))
+    snapshot = pick_snapshot(state.snapshots, vm, request.snapshot_moid, request.snapshot_name)
+    warnings = []
+    if snapshot is not None:
+        disks = snapshot_disks(session, snapshot)
+    elif check_mode:
+        disks = disks_of(state.devices)
+        warnings.append("The snapshot does not exist yet; the plan is made from the VM's present configuration.")
+    else:
+        raise NotFoundError(
+            "There is no such snapshot",
+            subject=f"{request.snapshot_moid or request.snapshot_name!r} of {vm}",
+            reason=", ".join(f"'{item.name}' ({item.moid})" for item in state.snapshots) or "the VM has none",
+            remedy="Make it with vm_snapshot",
+        )
+    return Source(
+        vm=vm,
+        snapshot=snapshot,
+        selection=select_disks(disks, request.disks, request.exclude_disks),
+        change_ids={disk.key: disk.change_id for disk in disks if disk.included},
+        others=[item for item in state.snapshots if snapshot is None or item.moid != snapshot.moid],
+        warnings=warnings,
+    )
+
+
+def _config_of(state: VmState) -> Any:
+    return SimpleNamespace(template=state.template, hardware=SimpleNamespace(device=state.devices))
+
+
+def _unchanged(
+    session: Session, vm: VmRef, store: VmStore, manifest: Dict[str, Any], request: ExportRequest
+) -> Dict[str, Any]:
+    """The point exists: nothing to do, whatever the other options say."""
+    warnings = []
+    devices = session.read(vm.obj, "config.hardware.device")["config.hardware.device"] or []
+    stored = {disk["key"]: disk["label"] for disk in manifest["disks"]}
+    try:
+        asked = {
+            disk.key: disk.label for disk in select_disks(disks_of(devices), request.disks, request.exclude_disks).disks
+        }
+    except InputError as error:
+        warnings.append(f"Restore point {manifest['point']} exists; of the disks now: {error}")
+    else:
+        if set(asked) != set(stored):
+            warnings.append(
+                f"Restore point {manifest['point']} exists and holds other disks ({_labels(stored)}) than those asked"
+                f" for now ({_labels(asked)}). It was left as it is."
+            )
+    names = store.point_names()
+    return {
+        "changed": False,
+        "point": manifest,
+        "disks": [_stored_result(disk) for disk in manifest["disks"]]
+        + [skipped_result(disk) for disk in manifest["skipped_disks"]],
+        "warnings": warnings,
+        "diff": {"before": {"points": names}, "after": {"points": names}},
+    }
+
+
+def _labels(disks: Dict[int, str]) -> str:
+    return ", ".join(f"'{label}'" for _key, label in sorted(disks.items())) or "none"
+
+
+def _stored_result(disk: Dict[str, Any]) -> Dict[str, Any]:
+    names = ("key", "label", "mode", "parent", "reason", "transport", "capacity_bytes")
+    result = {name: disk[name] for name in names + ("bytes_read", "bytes_stored", "areas", "seconds")}
+    result.update(transport_reasons=[], skipped=False, skip_reason=None)
+    return result
+
+
+def _planned(
+    session: Session, source: Source, store: Optional[VmStore], request: ExportRequest, proxy: ProxyFacts
+) -> Dict[str, Any]:
+    names = store.point_names() if store else []
+    point = _point_name(source, store, request)
+    plans = plan_disks(session, source.vm, source.snapshot, source.selection.disks, store, request, proxy)
+    return {
+        "changed": True,
+        "point": {"point": point},
+        "disks": [plan.to_result() for plan in plans] + [skipped_result(item) for item in source.selection.skipped],
+        "warnings": source.warnings,
+        "diff": {"before": {"points": names}, "after": {"points": sorted(names + [point])}},
+    }
+
+
+def _point_name(source: Source, store: Optional[VmStore], request: ExportRequest) -> str:
+    """The name that was asked for, or that of the run which made the snapshot, or a new one."""
+    if request.point is not None:
+        return request.point
+    marker = _own_marker(source, store)
+    taken = store.point_names() if store else []
+    if marker is not None and store is not None:
+        run = store.run(str(marker.get("run_id")))
+        if run is not None and run.data["point"] is not None and run.data["point"] not in taken:
+            return str(run.data["point"])
+    return new_point_name(taken, datetime.now(timezone.utc))
+
+
+def _own_marker(source: Source, store: Optional[VmStore]) -> Optional[Dict[str, Any]]:
+    """The snapshot's marker, if it carries this repository's id."""
+    marker = source.snapshot.marker if source.snapshot else None
+    if marker is None or store is None or marker.get("repository_id") != store.repository.id:
+        return None
+    return marker
+
+
+def _export(
+    session: Session, source: Source, store: VmStore, request: ExportRequest, proxy: ProxyFacts
+) -> Dict[str, Any]:
+    """Under the VM's lock."""
+    assert source.snapshot is not None
+    started, clock = datetime.now(timezone.utc), time.monotonic()
+    point = _point_name(source, store, request)
+    if store.point(point) is not None:
+        # Another run made it between our look and our lock.
+        return _unchanged(session, source.vm, store, store.resolve(point), request)
+    before = store.point_names()
+    plans = plan_disks(session, source.vm, source.snapshot, source.selection.disks, store, request, proxy)
+    config = configuration.save(session, source.vm, source.snapshot)
+    nvram = configuration.nvram(session, source.vm)
+    tools = _tools(proxy)
+    run, shared = _run_for(store, source, point)
+    _mark_untrusted(store, source)
+    run.set_snapshot(source.snapshot.moid, source.snapshot.created, source.change_ids)
+    entries = _finished(store, run, plans)
+    _remove_strangers(store, point, entries)
+    sealed: Optional[Dict[str, Any]] = None
+    try:
+        entries.update(_copy(session, source, store, run, point, plans, entries, request, proxy))
+        manifest = {
+            "format": MANIFEST_FORMAT,
+            "repository_id": store.repository.id,
+            "vm_uuid": store.uuid,
+            "vm_name": source.vm.name,
+            "vm_moid": source.vm.moid,
+            "point": point,
+            "run_id": run.run_id,
+            "started": format_time(started),
+            "snapshot": _snapshot_entry(source, store.repository.id),
+            "disks": [entries[plan.disk.key] for plan in plans],
+            "skipped_disks": source.selection.skipped,
+            "tools": tools,
+            "warnings": source.warnings,
+        }
+        sealed = _commit(store, run, manifest, config, nvram, clock)
+    finally:
+        if sealed is None:
+            _abandon(run, shared)
+    for intent in run.intents("temporary_file"):
+        run.done(intent["id"])
+    if not shared:
+        run.remove()
+    return {
+        "changed": True,
+        "point": sealed,
+        "disks": [plan.to_result(entries[plan.disk.key]) for plan in plans]
+        + [skipped_result(item) for item in source.selection.skipped],
+        "warnings": source.warnings,
+        "diff": {"before": {"points": before}, "after": {"points": store.point_names()}},
+    }
+
+
+def _run_for(store: VmStore, source: Source, point: str) -> Tuple[Run, bool]:
+    """The run that this export belongs to, and whether somebody else ends it.
+
+    That of the snapshot's marker, which vadp_recover ends once the snapshot is gone; else one of ours that failed on
+    the very same snapshot; else a new one.
+    """
+    assert source.snapshot is not None
+    marker = _own_marker(source, store)
+    if marker is not None:
+        run = store.run(str(marker.get("run_id")))
+        if run is not None and run.data["point"] == point:
+            return run, True
+    for run in store.runs():
+        same = run.matches_snapshot(source.snapshot.moid, source.snapshot.created, source.change_ids)
+        if same and run.data["point"] == point and not run.intents("snapshot"):
+            return run, False
+    return store.create_run(point, vm_moid=source.vm.moid, vm_name=source.vm.name), False
+
+
+def _mark_untrusted(store: VmStore, source: Source) -> None:
+    """Remember disks whose tracking was found on together with a snapshot that is not ours (VADP facts 7)."""
+    foreign = source.foreign(store.repository.id)
+    points, marks = store.points(), trust.marks(store)
+    for disk in not_to_be_trusted(source.selection.disks, points, foreign):
+        if trust.in_force(marks, points, disk.key, disk.uuid) is None:
+            names = ", ".join(f"'{item.name}'" for item in foreign[:3])
+            trust.mark(
+                store,
+                disk.key,
+                f"it was found on while the VM had snapshots that are not ours: {names}",
+                uuid=disk.uuid,
+                change_id=disk.change_id,
+            )
+
+
+def _finished(store: VmStore, run: Run, plans: Sequence[DiskPlan]) -> Dict[int, Dict[str, Any]]:
+    """Disks that an earlier attempt of this run finished from this very snapshot, as long as all of it still holds.
+
+    The files are hashed: a file of the same name and size may come from another snapshot.
+    """
+    point = run.data["point"]
+    entries = {}
+    for plan in plans:
+        entry = run.finished_disk(plan.disk.key)
+        if entry is None or (entry["mode"], entry["parent"]) != (plan.mode, plan.parent):
+            continue
+        layer, hashes = store.layer_path(plan.disk.key, point), store.hashes_path(plan.disk.key, point)
+        try:
+            if file_entry(layer) == entry["layer"] and file_entry(hashes) == entry["hashes"]:
+                entries[plan.disk.key] = entry
+        except FileNotFoundError:
+            continue
+    return entries
+
+
+def _remove_strangers(store: VmStore, point: str, entries: Dict[int, Dict[str, Any]]) -> None:
+    """Remove what an earlier attempt left under this point's name and this one does not use."""
+    used = {path for key in entries for path in (store.layer_path(key, point), store.hashes_path(key, point))}
+    for path in store.uncommitted_files():
+        if path.stem == point and path not in used:
+            path.unlink()
+
+
+def _copy(
+    session: Session,
+    source: Source,
+    store: VmStore,
+    run: Run,
+    point: str,
+    plans: Sequence[DiskPlan],
+    finished: Dict[int, Dict[str, Any]],
+    request: ExportRequest,
+    proxy: ProxyFacts,
+) -> Dict[int, Dict[str, Any]]:
+    assert source.snapshot is not None and proxy.vddk is not None
+    todo = [plan for plan in plans if plan.disk.key not in finished]
+    at_once = max(1, min(request.parallel_disks, len(todo)))
+    with RuntimeDir(run.run_id) as run_dir, Progress(request.progress_file) as progress:
+        job = CopyJob(
+            session=session,
+            vm=source.vm,
+            snapshot_moid=source.snapshot.moid,
+            store=store,
+            run=run,
+            point=point,
+            vddk=proxy.vddk,
+            request=request,
+            run_dir=run_dir,
+            progress=progress,
+            cancel=threading.Event(),
+            rate_limit=None if request.rate_limit is None else request.rate_limit // at_once,
+        )
+        return copy_disks(todo, job)
+
+
+def _snapshot_entry(source: Source, repository_id: str) -> Dict[str, Any]:
+    assert source.snapshot is not None
+    return {
+        "moid": source.snapshot.moid,
+        "name": source.snapshot.name,
+        "created": source.snapshot.created,
+        "quiesced": source.snapshot.quiesced,
+        "foreign": [
+            {"moid": item.moid, "name": item.name, "created": item.created} for item in source.foreign(repository_id)
+        ],
+    }
+
+
+def _commit(
+    store: VmStore,
+    run: Run,
+    manifest: Dict[str, Any],
+    config: Dict[str, Any],
+    nvram: Optional[bytes],
+    clock: float,
+) -> Dict[str, Any]:
+    """Configuration, NVRAM and the VM's facts, then the manifest."""
+    point = manifest["point"]
+    paths = [store.config_path(point), store.nvram_path(point)]
+    run.record("temporary_file", files=[str(path.relative_to(store.path)) for path in paths])
+    try:
+        manifest["configuration"] = store.write_config(point, config)
+        manifest["nvram"] = None if nvram is None else store.write_nvram(point, nvram)
+        facts = config["vm"]
+        store.write_facts({name: facts[name] for name in ("name", "path", "moid", "bios_uuid")})
+        manifest["finished"] = format_time(datetime.now(timezone.utc))
+        manifest["seconds"] = round(time.monotonic() - clock, 3)
+        return store.commit_point(manifest)
+    finally:
+        # A commit may fail after the manifest is there: then the point exists, and so must its files.
+        if not store.manifest_path(point).exists():
+            for path in paths:
+                if path.exists():
+                    path.unlink()
+
+
+def _abandon(run: Run, shared: bool) -> None:
+    """The export failed. What was finished stays for another try on the same snapshot, and so does its record."""
+    if not shared and not run.data["finished_disks"]:
+        try:
+            run.remove()
+        except (OSError, RepositoryError):
+            # The failure that brought us here is the one to tell; vadp_recover removes the record.
+            return
+
+
+def _tools(proxy: ProxyFacts) -> Dict[str, Optional[str]]:
+    """Versions of what the data goes through."""
+    assert proxy.vddk is not None
+    versions = {}
+    for name in ("nbdkit", "qemu-img"):
+        text = run_tool([name, "--version"], what=f"The version of {name} can't be read", timeout=60)
+        match = re.search(r"\d+(\.\d+)+", text)
+        versions[name] = match.group(0) if match else None
+    return {**versions, "nbdkit-vddk-plugin": proxy.vddk.plugin, "vddk": proxy.vddk.version}

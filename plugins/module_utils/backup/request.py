@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""What an export is asked to do, checked before anything is touched."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Mapping, Optional
+
+from ..errors import InputError
+from ..repository.chain import MODES
+from ..repository.layout import check_point_name
+from ..transport.planner import check_transports
+from ..vsphere.session import Connection
+
+COMPRESSIONS = ("zstd", "none")
+VM_OPTIONS = ("name", "uuid", "use_instance_uuid", "moid", "folder", "datacenter")
+
+_RATE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[KMG]?)(?:i?B)?(?:/s)?", re.IGNORECASE)
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+def parse_rate(text: Optional[str]) -> Optional[int]:
+    """Bytes a second from ``50M`` or ``1048576``; the suffixes K, M, G are binary. None stays None.
+
+    :raises InputError: it is no such number, or less than 1 KiB/s.
+    """
+    if text is None:
+        return None
+    match = _RATE.fullmatch(text.strip())
+    rate = int(float(match.group("number")) * _UNITS[match.group("unit").upper()]) if match else 0
+    if rate < 1024:
+        raise InputError(
+            "The rate limit makes no sense",
+            subject=repr(text),
+            remedy="Give bytes a second, at least 1024, with K, M or G if you like: 50M",
+        )
+    return rate
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """The options of ``vadp_disk_export``.
+
+    :param vm: the options that name the VM, as :func:`..vsphere.inventory.find_vm` takes them.
+    :param rate_limit: bytes a second, for all disks together.
+    """
+
+    connection: Connection
+    vm: Mapping[str, Any]
+    repository: str
+    snapshot_moid: Optional[str] = None
+    snapshot_name: Optional[str] = None
+    point: Optional[str] = None
+    mode: str = "auto"
+    disks: Optional[List[str]] = None
+    exclude_disks: List[str] = field(default_factory=list)
+    transports: List[str] = field(default_factory=lambda: ["san", "hotadd", "nbdssl", "nbd", "https"])
+    require_transport: bool = False
+    vddk_libdir: Optional[str] = None
+    nfc_port: int = 902
+    rate_limit: Optional[int] = None
+    compression: str = "zstd"
+    io_timeout: int = 180
+    parallel_disks: int = 2
+    progress_file: Optional[str] = None
+
+    @classmethod
+    def from_params(cls, params: Dict[str, Any]) -> ExportRequest:
+        """From ``module.params``. :raises InputError: an option makes no sense."""
+        names = set(cls.__dataclass_fields__) - {"connection", "vm", "rate_limit", "exclude_disks"}
+        request = cls(
+            connection=Connection.from_params(params),
+            vm={name: params[name] for name in VM_OPTIONS},
+            rate_limit=parse_rate(params["rate_limit"]),
+            exclude_disks=params["exclude_disks"] or [],
+            **{name: params[name] for name in names},
+        )
+        request.check()
+        return request
+
+    def check(self) -> None:
+        """:raises InputError: an option makes no sense; nothing was touched."""
+        if self.point is not None:
+            check_point_name(self.point)
+        check_transports(self.transports)
+        for name, value, choices in (("mode", self.mode, MODES), ("compression", self.compression, COMPRESSIONS)):
+            if value not in choices:
+                raise InputError(f"The option {name} has no such value", subject=value)
+        if (self.snapshot_moid is None) == (self.snapshot_name is None):
+            raise InputError("The snapshot is not named", remedy="Give either snapshot_moid or snapshot_name")
+        if self.disks is not None and not self.disks:
+            raise InputError("No disk is asked for", reason="the list 'disks' is empty", remedy="Leave it out for all")
+        for name, number, low, high in (
+            ("parallel_disks", self.parallel_disks, 1, 16),
+            ("io_timeout", self.io_timeout, 1, 86400),
+            ("nfc_port", self.nfc_port, 1, 65535),
+        ):
+            if not low <= number <= high:
+                raise InputError(f"The option {name} is out of range", subject=str(number), remedy=f"{low} to {high}")
+        if not os.path.isabs(self.repository):
+            raise InputError("The repository's path is not absolute", subject=self.repository)
