@@ -47,7 +47,7 @@ _value:
 """
 
 Row = List[str]
-_HEADINGS = ["VM", "disk", "mode", "transport", "read", "stored", "MiB/s", "changed", "verified"]
+_HEADINGS = ["VM", "point", "disk", "mode", "transport", "read", "stored", "MiB/s", "changed", "verified"]
 _RIGHT = {"read", "stored", "MiB/s", "changed"}
 _NONE = "-"
 
@@ -102,11 +102,15 @@ class _Notes:
         return out
 
 
+def _names(result: Mapping[str, Any], disk: Mapping[str, Any]) -> Row:
+    label = f"{disk.get('key', '')} {disk.get('label', '')}".strip()
+    return [str(result.get("vm") or _NONE), str(result.get("point") or _NONE), label or _NONE]
+
+
 def _disk_row(result: Mapping[str, Any], disk: Mapping[str, Any], notes: _Notes) -> Row:
     reasons = "; ".join(disk.get("transport_reasons") or [])
     return [
-        str(result.get("vm", _NONE)),
-        f"{disk.get('key', '')} {disk.get('label', '')}".strip() or _NONE,
+        *_names(result, disk),
         f"{disk.get('mode') or _NONE}{notes.mark(disk.get('reason'))}",
         f"{disk.get('transport') or _NONE}{notes.mark(reasons)}",
         format_bytes(disk.get("bytes_read")),
@@ -117,24 +121,24 @@ def _disk_row(result: Mapping[str, Any], disk: Mapping[str, Any], notes: _Notes)
     ]
 
 
-def _vm_row(result: Mapping[str, Any], word: str) -> Row:
-    return [str(result.get("vm", _NONE)), _NONE, word] + [_NONE] * (len(_HEADINGS) - 3)
+def _plain_row(result: Mapping[str, Any], disk: Mapping[str, Any], word: str) -> Row:
+    row = _names(result, disk) + [word]
+    return row + [_NONE] * (len(_HEADINGS) - len(row))
 
 
-_STATES: Dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "complete": lambda result: f"point {result.get('point')}",
-    "unchanged": lambda result: f"point {result.get('point')} was complete already",
-    "planned": lambda result: "check mode: nothing was touched",
-    "failed": lambda result: "FAILED",
+_STATES = {
+    "complete": [],
+    "unchanged": ["the point was complete already"],
+    "planned": ["check mode, nothing was touched"],
+    "failed": [],
 }
 
 
 def backup_table(results: Sequence[Mapping[str, Any]], width: int = 140) -> List[str]:
     """The lines of the table.
 
-    :param results: ``vm_backup_result`` of each VM: ``vm``, ``state`` (complete, unchanged, planned, failed), ``point``,
-        ``reason``, ``notes``, ``verified`` and ``disks`` as the manifest has them; a disk that was skipped carries
-        ``skip_reason``.
+    :param results: ``vm_backup_result`` of each VM: ``vm``, ``state`` (complete, unchanged, planned, failed),
+        ``point``, ``reason``, ``notes``, ``verified``, ``disks`` and ``skipped`` as the manifest has them.
     :param width: columns for the text below the table.
     """
     if isinstance(results, (str, bytes, Mapping)) or not all(isinstance(result, Mapping) for result in results):
@@ -148,21 +152,21 @@ def backup_table(results: Sequence[Mapping[str, Any]], width: int = 140) -> List
         state = str(result.get("state"))
         if state not in _STATES:
             raise AnsibleFilterError(f"backup_table knows the states {', '.join(_STATES)}; got {state!r}.")
+        disks = result.get("disks") or []
+        skipped = result.get("skipped") or []
         if state == "failed":
-            rows.append(_vm_row(result, "FAILED" + notes.mark(result.get("reason") or "no reason was recorded")))
+            reason = result.get("reason") or "no reason was recorded"
+            rows.append(_plain_row(result, {}, "FAILED" + notes.mark(reason)))
         else:
-            disks = result.get("disks") or []
             rows += [_disk_row(result, disk, notes) for disk in disks]
-            if not disks:
-                rows.append(_vm_row(result, _NONE))
-        for disk in result.get("skipped") or []:
-            label = f"{disk.get('key', '')} {disk.get('label', '')}".strip()
-            row = _vm_row(result, "skipped" + notes.mark(disk.get("skip_reason")))
-            row[1] = label
-            rows.append(row)
-        extra = [_STATES[state](result)] + [str(note) for note in result.get("notes") or []]
-        below += textwrap.wrap(f"{result.get('vm')}: {'; '.join(extra)}", max(width, 40), subsequent_indent="  ")
-    return _render(rows) + [""] + notes.lines(width) + ([""] if notes.texts else []) + below
+            rows += [_plain_row(result, disk, "skipped" + notes.mark(disk.get("reason"))) for disk in skipped]
+            if not disks and not skipped:
+                rows.append(_plain_row(result, {}, _NONE))
+        said = _STATES[state] + [str(note) for note in result.get("notes") or []]
+        if said:
+            text = f"{result.get('vm')}: {'; '.join(said)}"
+            below += textwrap.wrap(text, max(width, 40), subsequent_indent="  ")
+    return _render(rows) + notes.lines(width) + below
 
 
 def _render(rows: Sequence[Row]) -> List[str]:

@@ -48,7 +48,18 @@ def test_a_line_for_each_disk_and_each_reason_said_once():
         },
     ]
     lines = backup_table(results)
-    assert lines[0].split() == ["VM", "disk", "mode", "transport", "read", "stored", "MiB/s", "changed", "verified"]
+    assert lines[0].split() == [
+        "VM",
+        "point",
+        "disk",
+        "mode",
+        "transport",
+        "read",
+        "stored",
+        "MiB/s",
+        "changed",
+        "verified",
+    ]
     assert [line.split()[0] for line in lines[2:5]] == ["app01", "app01", "db-with-a-long-name"]
     assert "full [1]" in lines[2] and "nbdssl [2]" in lines[2] and "64.0 MiB" in lines[2] and lines[2].endswith("data")
     assert "incremental " in lines[4] and "12.5 %" in lines[4] and lines[4].endswith("no")
@@ -72,9 +83,9 @@ def test_a_failed_vm_is_named_with_its_reason():
         ],
         width=120,
     )
-    assert lines[2].split()[:4] == ["app02", "-", "FAILED", "[1]"]
+    assert lines[2].split()[:5] == ["app02", "-", "-", "FAILED", "[1]"]
     assert any(line.startswith("[1] No space left.") for line in lines)
-    assert any("app02: FAILED; snapshot-7 is still there" in line for line in lines)
+    assert any(line == "app02: snapshot-7 is still there" for line in lines)
     assert max(map(len, lines)) <= 140
 
 
@@ -85,9 +96,7 @@ def test_skipped_disks_plans_and_unchanged_points():
                 "vm": "a",
                 "state": "planned",
                 "disks": [],
-                "skipped": [
-                    {"key": 2002, "label": "Hard disk 3", "skip_reason": "independent disks are not in a snapshot"}
-                ],
+                "skipped": [{"key": 2002, "label": "Hard disk 3", "reason": "independent disks are not in a snapshot"}],
             },
             {
                 "vm": "b",
@@ -99,8 +108,8 @@ def test_skipped_disks_plans_and_unchanged_points():
     )
     text = "\n".join(lines)
     assert "2002 Hard disk 3  skipped" in text and "independent disks are not in a snapshot" in text
-    assert "a: check mode: nothing was touched" in text
-    assert "b: point p9 was complete already" in text
+    assert "a: check mode, nothing was touched" in text
+    assert "b: the point was complete already" in text
     assert "0.0 %" in text
 
 

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Iterator
+
+import pytest
+
+# The tests import their helpers by name; pytest's importlib mode leaves sys.path alone.
+sys.path.insert(0, str(Path(__file__).parent))
+
+from harness import Ansible, Backups, Simulator  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def simulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Simulator]:
+    """A simulator that the tests of one file share; each test takes virtual machines of its own."""
+    running = Simulator(tmp_path_factory.mktemp("simulator") / "state", vms="standard")
+    try:
+        yield running
+    finally:
+        running.stop()
+
+
+@pytest.fixture
+def own_simulator(tmp_path: Path) -> Iterator[Simulator]:
+    """A simulator of one test alone."""
+    running = Simulator(tmp_path / "state")
+    try:
+        yield running
+    finally:
+        running.stop()
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """The empty folder of a repository."""
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def ansible(tmp_path: Path) -> Ansible:
+    """ansible-playbook with its files in the test's folder."""
+    return Ansible(tmp_path / "ansible")
+
+
+@pytest.fixture
+def backups(simulator: Simulator, ansible: Ansible, repository: Path) -> Backups:
+    """Backups of the shared simulator's machines through playbook backup.yml."""
+    return Backups(simulator, ansible, repository)

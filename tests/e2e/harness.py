@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""What the end-to-end tests stand on: a running simulator, ansible-playbook with its results, and the bytes of disks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Sequence
+
+ROOT = Path(__file__).resolve().parents[2]
+SIMULATOR = ROOT / "tests" / "simulator"
+sys.path.insert(0, str(SIMULATOR))
+
+from client import Control  # noqa: E402
+
+MIB = 1 << 20
+
+
+class Simulator:
+    """A simulator process of our own: started with a state folder, stopped by SIGTERM.
+
+    ``facts`` is its JSON line, ``control`` the client of its control socket.
+    """
+
+    def __init__(self, state: Path, vms: str = "minimal") -> None:
+        self.state = state
+        self.log_path = state.with_suffix(".log")
+        self._log = self.log_path.open("ab")
+        self._process = subprocess.Popen(
+            [str(SIMULATOR / "run"), "--state", str(state), "--vms", vms],
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            cwd=str(ROOT),
+        )
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line.startswith(b"{"):
+            self._process.wait(30)
+            raise RuntimeError(f"the simulator did not start: {self.log_path.read_text(errors='replace')[-4000:]}")
+        self.facts: Dict[str, Any] = json.loads(line)
+        self.control = Control(self.facts["control_socket"])
+
+    def stop(self) -> None:
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(30)
+            raise
+        finally:
+            self._log.close()
+
+    @property
+    def connection(self) -> Dict[str, Any]:
+        """The connection as options of a module."""
+        return {
+            "hostname": self.facts["host"],
+            "port": self.facts["port"],
+            "username": self.facts["username"],
+            "password": self.facts["password"],
+            "ca_path": self.facts["ca_path"],
+        }
+
+    def role_variables(self, prefix: str) -> Dict[str, Any]:
+        """The connection and VDDK as variables of a role."""
+        options = dict(self.connection, vddk_libdir=self.facts["vddk_libdir"], nfc_port=self.facts["nfc_port"])
+        return {prefix + name: value for name, value in options.items()}
+
+
+@dataclass
+class Outcome:
+    """One run of ansible-playbook."""
+
+    rc: int
+    stdout: str
+    stderr: str
+    events: List[Dict[str, Any]]
+    stats: Dict[str, Dict[str, int]] = field(default_factory=dict)
+
+    def results(
+        self, action: Optional[str] = None, host: Optional[str] = None, task: Optional[str] = None
+    ) -> List[Any]:
+        """Results of tasks in the order of their end; those that were skipped are left out."""
+        return [
+            event["result"]
+            for event in self.events
+            if event["status"] in ("ok", "failed", "unreachable")
+            and (action is None or event["action"].endswith(action))
+            and (host is None or event["host"] == host)
+            and (task is None or event["task"].endswith(task))
+        ]
+
+    def result(self, action: str, host: Optional[str] = None, task: Optional[str] = None) -> Dict[str, Any]:
+        """The last result of a module."""
+        found = self.results(action, host, task)
+        assert found, f"no result of {action}:\n{self}"
+        last: Dict[str, Any] = found[-1]
+        return last
+
+    @property
+    def changed(self) -> int:
+        return sum(host["changed"] for host in self.stats.values())
+
+    def ok(self) -> "Outcome":
+        """Itself, if the run ended well."""
+        assert self.rc == 0, str(self)
+        return self
+
+    def failed(self) -> "Outcome":
+        assert self.rc != 0, str(self)
+        return self
+
+    def __str__(self) -> str:
+        return f"rc={self.rc}\n{self.stdout[-12000:]}\n{self.stderr[-4000:]}"
+
+
+class Ansible:
+    """Runs ansible-playbook from the project's environment, in a folder of its own.
+
+    :param folder: where playbooks, variables, logs and Ansible's own temporary files go.
+    :param venv, tree: the Python environment and the collection tree; a test that runs as another user passes copies
+        that user can read.
+    :param prefix: words before the command (``setpriv --reuid ...``).
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        venv: Path = ROOT / ".venv",
+        tree: Path = ROOT / "build" / "tree",
+        prefix: Sequence[str] = (),
+    ) -> None:
+        self.folder = folder
+        self.venv = venv
+        self.tree = tree
+        self.prefix = list(prefix)
+        self._count = 0
+
+    def start(
+        self,
+        playbook: Any,
+        *,
+        hosts: Sequence[str] = (),
+        host_variables: Optional[Dict[str, Dict[str, Any]]] = None,
+        variables: Optional[Dict[str, Any]] = None,
+        arguments: Sequence[str] = (),
+        environment: Optional[Dict[str, str]] = None,
+    ) -> "Running":
+        """Start a playbook: plays as data, or the name of one of the collection's.
+
+        :param hosts: virtual machines, as hosts of group ``vms``.
+        :param variables: extra variables. They go through a file of mode 0600: a command line is everybody's to read.
+        """
+        self._count += 1
+        run = self.folder / f"run-{self._count}"
+        run.mkdir(parents=True)
+        if not isinstance(playbook, str):
+            path = run / "playbook.json"
+            path.write_text(json.dumps(playbook), encoding="utf-8")
+            playbook = str(path)
+        inventory = {
+            "all": {
+                "hosts": {
+                    "localhost": {
+                        "ansible_connection": "local",
+                        "ansible_python_interpreter": str(self.venv / "bin" / "python"),
+                    }
+                },
+                "children": {"vms": {"hosts": {name: (host_variables or {}).get(name, {}) for name in hosts}}},
+            }
+        }
+        (run / "inventory.json").write_text(json.dumps(inventory), encoding="utf-8")
+        command = [str(self.venv / "bin" / "python"), str(self.venv / "bin" / "ansible-playbook")]
+        command += ["-i", str(run / "inventory.json"), playbook, *arguments]
+        if variables:
+            secret = run / "variables.json"
+            secret.touch(mode=0o600)
+            secret.write_text(json.dumps(variables), encoding="utf-8")
+            command += ["-e", f"@{secret}"]
+        results = run / "results.jsonl"
+        names = ("PATH", "LANG", "TERM", "TMPDIR")
+        settings = {
+            **{name: os.environ[name] for name in names if name in os.environ},
+            "HOME": str(self.folder),
+            "ANSIBLE_COLLECTIONS_PATH": str(self.tree),
+            "ANSIBLE_CALLBACK_PLUGINS": str(Path(__file__).parent / "plugins" / "callback"),
+            "ANSIBLE_CALLBACKS_ENABLED": "json_lines",
+            "ANSIBLE_LOCAL_TEMP": str(self.folder / "tmp"),
+            "ANSIBLE_REMOTE_TEMP": str(self.folder / "tmp"),
+            "ANSIBLE_RETRY_FILES_ENABLED": "0",
+            "ANSIBLE_NOCOLOR": "1",
+            "ANSIBLE_DEPRECATION_WARNINGS": "1",
+            "E2E_RESULTS": str(results),
+            **(environment or {}),
+        }
+        return Running(self.prefix + command, settings, run, results)
+
+    def run(self, playbook: Any, **options: Any) -> Outcome:
+        """Run a playbook to its end; see :meth:`start`."""
+        return self.start(playbook, **options).wait()
+
+    def module(self, name: str, options: Dict[str, Any], check: bool = False, diff: bool = False) -> Dict[str, Any]:
+        """One module on localhost: its result, with ``failed`` set or not."""
+        task = {"name": name, f"openvadp.backup.{name}": options}
+        play = [{"hosts": "localhost", "gather_facts": False, "tasks": [task]}]
+        arguments = ["--check"] * check + ["--diff"] * diff
+        outcome = self.run(play, arguments=arguments)
+        return dict(outcome.result(name), failed=outcome.rc != 0)
+
+
+class Running:
+    """A playbook on its way. Its output is kept in files, so that a pipe that fills can't stop it."""
+
+    def __init__(self, command: List[str], environment: Dict[str, str], run: Path, results: Path) -> None:
+        self.folder = run
+        self._results = results
+        self._out = (run / "stdout").open("wb")
+        self._err = (run / "stderr").open("wb")
+        self.process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=self._out, stderr=self._err, cwd=str(ROOT)
+        )
+
+    def wait(self, timeout: float = 240) -> Outcome:
+        try:
+            self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.process.terminate()
+            self.process.wait(30)
+            raise
+        finally:
+            self._out.close()
+            self._err.close()
+        events: List[Dict[str, Any]] = []
+        if self._results.exists():
+            events = [json.loads(line) for line in self._results.read_text(encoding="utf-8").splitlines()]
+        stats = [event["stats"] for event in events if event["status"] == "stats"]
+        return Outcome(
+            self.process.returncode,
+            (self.folder / "stdout").read_text(encoding="utf-8", errors="replace"),
+            (self.folder / "stderr").read_text(encoding="utf-8", errors="replace"),
+            [event for event in events if event["status"] != "stats"],
+            stats[-1] if stats else {},
+        )
