@@ -163,7 +163,8 @@ class Repository:
                     "the first export makes a repository of an empty folder",
                 )
             foreign = _foreign_entries(root)
-            if foreign:
+            # Another may have made it, and begun to use it, since the first look.
+            if foreign and not (root / REPOSITORY_FILE).exists():
                 raise RepositoryError(
                     "The folder can't become a repository",
                     subject=path,
@@ -336,7 +337,7 @@ class VmStore:
     def write_facts(self, facts: Dict[str, Any]) -> None:
         """Write vm.json: name, path, moid, bios_uuid; format, vm_uuid and updated are added. Under the lock."""
         self.require_lock("write the VM's facts")
-        document = {"path": None, "moid": None, "bios_uuid": None}
+        document: Dict[str, Any] = {"path": None, "moid": None, "bios_uuid": None}
         document.update(facts)
         document.update(format=FORMAT, vm_uuid=self.uuid, updated=format_time(datetime.now(timezone.utc)))
         _write_json(self._inside("vm.json"), document, _FACTS)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 import pytest
-
 from ansible_collections.openvadp.backup.plugins.module_utils.datapath.hashes import HashWriter
 from ansible_collections.openvadp.backup.plugins.module_utils.datapath.image import create_layer, shrink_to
 from ansible_collections.openvadp.backup.plugins.module_utils.repository.layout import Repository, VmStore, file_entry

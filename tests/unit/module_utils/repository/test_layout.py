@@ -7,11 +7,11 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
-
 from ansible_collections.openvadp.backup.plugins.module_utils.errors import (
     DamagedError,
     InputError,
@@ -60,18 +60,14 @@ def test_two_who_create_a_repository_agree_on_its_id(tmp_path: Path) -> None:
         folder = tmp_path / str(number)
         folder.mkdir()
         barrier = threading.Barrier(4)
-        ids = []
 
-        def create(folder: Path = folder, barrier: threading.Barrier = barrier) -> None:
+        def create(folder: Path = folder, barrier: threading.Barrier = barrier) -> str:
             barrier.wait()
-            ids.append(Repository.open(str(folder), create=True).id)
+            return Repository.open(str(folder), create=True).id
 
-        threads = [threading.Thread(target=create) for dummy in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert len(ids) == 4 and len(set(ids)) == 1
+        with ThreadPoolExecutor(4) as pool:
+            ids = [future.result() for future in [pool.submit(create) for dummy in range(4)]]
+        assert len(set(ids)) == 1
         assert os.listdir(str(folder)) == ["repository.json"]
 
 
