@@ -108,6 +108,8 @@ def _names(result: Mapping[str, Any], disk: Mapping[str, Any]) -> Row:
 
 
 def _disk_row(result: Mapping[str, Any], disk: Mapping[str, Any], notes: _Notes) -> Row:
+    if disk.get("skipped"):
+        return _plain_row(result, disk, "skipped" + notes.mark(disk.get("skip_reason")))
     reasons = "; ".join(disk.get("transport_reasons") or [])
     return [
         *_names(result, disk),
@@ -138,7 +140,7 @@ def backup_table(results: Sequence[Mapping[str, Any]], width: int = 140) -> List
     """The lines of the table.
 
     :param results: ``vm_backup_result`` of each VM: ``vm``, ``state`` (complete, unchanged, planned, failed),
-        ``point``, ``reason``, ``notes``, ``verified``, ``disks`` and ``skipped`` as the manifest has them.
+        ``point``, ``reason``, ``notes``, ``verified``, and ``disks`` as module vadp_disk_export returns them.
     :param width: columns for the text below the table.
     """
     if isinstance(results, (str, bytes, Mapping)) or not all(isinstance(result, Mapping) for result in results):
@@ -153,15 +155,13 @@ def backup_table(results: Sequence[Mapping[str, Any]], width: int = 140) -> List
         if state not in _STATES:
             raise AnsibleFilterError(f"backup_table knows the states {', '.join(_STATES)}; got {state!r}.")
         disks = result.get("disks") or []
-        skipped = result.get("skipped") or []
         if state == "failed":
             reason = result.get("reason") or "no reason was recorded"
             rows.append(_plain_row(result, {}, "FAILED" + notes.mark(reason)))
+        elif not disks:
+            rows.append(_plain_row(result, {}, _NONE))
         else:
             rows += [_disk_row(result, disk, notes) for disk in disks]
-            rows += [_plain_row(result, disk, "skipped" + notes.mark(disk.get("reason"))) for disk in skipped]
-            if not disks and not skipped:
-                rows.append(_plain_row(result, {}, _NONE))
         said = _STATES[state] + [str(note) for note in result.get("notes") or []]
         if said:
             text = f"{result.get('vm')}: {'; '.join(said)}"

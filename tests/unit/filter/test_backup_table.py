@@ -95,8 +95,14 @@ def test_skipped_disks_plans_and_unchanged_points():
             {
                 "vm": "a",
                 "state": "planned",
-                "disks": [],
-                "skipped": [{"key": 2002, "label": "Hard disk 3", "reason": "independent disks are not in a snapshot"}],
+                "disks": [
+                    {
+                        "key": 2002,
+                        "label": "Hard disk 3",
+                        "skipped": True,
+                        "skip_reason": "independent disks are not in a snapshot",
+                    }
+                ],
             },
             {
                 "vm": "b",
