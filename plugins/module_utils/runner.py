@@ -103,7 +103,8 @@ def run_module(
 ) -> None:
     """Parse the options, check the libraries, run *body* and exit with what it returns.
 
-    :param body: takes the module, returns the result (``changed`` included); a :class:`VadpError` becomes ``fail_json``
+    :param body: takes the module, returns the result (``changed`` included; ``diff`` is passed
+        on in diff mode only); a :class:`VadpError` becomes ``fail_json``
         with the message and an ``error`` dictionary, anything else keeps its traceback.
     :param libraries: import names (see ``libraries``) without which the module can't do its work.
     """
@@ -115,4 +116,6 @@ def run_module(
         result = body(module)
     except VadpError as error:
         module.fail_json(msg=str(error), error=error.to_result())
+    if not module._diff:
+        result.pop("diff", None)
     module.exit_json(**result)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Dict, List
 
 from ..errors import VsphereError
@@ -214,3 +214,56 @@ def _check_reset(vm: VmRef, before: Tracking, after: Tracking) -> None:
             reason=f"the change ids of {', '.join(same)} begin as before",
             remedy="Switch it off, power the virtual machine off and on, and switch it on",
         )
+
+
+def ensure(
+    session: Session, vm: VmRef, wanted: str, activate: bool, timeout: float, check_mode: bool
+) -> Dict[str, Any]:
+    """All of module ``vm_change_tracking`` but its options. Check mode makes no changing call."""
+    before = state(session, vm)
+    steps = plan(vm, before, wanted, activate)
+    if check_mode:
+        after = _predict(before, steps)
+    else:
+        after = apply(session, vm, before, steps, timeout)
+    result: Dict[str, Any] = {
+        "changed": bool(steps),
+        "change_tracking": after.to_dict(),
+        "diff": {"before": _words(before), "after": _words(after)},
+    }
+    if wanted == "reset":
+        result["diff"]["after"] += "change ids start anew: the next backup of each disk is a full one\n"
+    warnings = []
+    if wanted == "enabled" and after.snapshots:
+        listed = ", ".join(f"'{item.name}' ({item.moid})" for item in after.snapshots)
+        warnings.append(
+            f"Change tracking of {vm} is on over snapshots of others ({listed}). Unless it was on before they were"
+            " made, it can miss changes: remove them and use state=reset."
+        )
+    if wanted != "disabled" and after.enabled and not after.effective:
+        warnings.append(
+            f"Change tracking of {vm} is on but not effective yet: it needs a stun cycle (activate) or a power cycle."
+        )
+    if warnings:
+        result["warnings"] = warnings
+    return result
+
+
+def _predict(before: Tracking, steps: List[str]) -> Tracking:
+    """What :func:`apply` would come to, as far as it can be known: new change ids can't."""
+    after = replace(before, leftovers=[] if "clean" in steps else before.leftovers)
+    if "enable" in steps or "disable" in steps:
+        after.enabled = "enable" in steps
+        after.disks = [replace(disk, change_id=None) for disk in before.disks]
+    after.effective = after.enabled and (
+        before.power_state == "poweredOff" or steps[-1:] == ["stun"] or (before.effective and "enable" not in steps)
+    )
+    return after
+
+
+def _words(tracking: Tracking) -> str:
+    lines = [f"change tracking: {'on' if tracking.enabled else 'off'}"]
+    if tracking.enabled:
+        lines.append(f"effective: {'yes' if tracking.effective else 'no'}")
+    lines.extend(f"temporary snapshot left by a crash: {item.moid}" for item in tracking.leftovers)
+    return "\n".join(lines) + "\n"

@@ -52,6 +52,11 @@ def readable(name: str) -> str:
     return name
 
 
+def vm_selection(params: Dict[str, Any]) -> Dict[str, Any]:
+    """The keyword arguments of :func:`find_vm` out of ``module.params`` (doc fragment ``vm``)."""
+    return {key: params[key] for key in ("name", "uuid", "use_instance_uuid", "moid", "folder", "datacenter")}
+
+
 def find_vm(
     session: Session,
     *,

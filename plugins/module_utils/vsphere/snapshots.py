@@ -494,13 +494,14 @@ def consolidate_if_needed(session: Session, vm: VmRef, timeout: float = 3600) ->
     return done
 
 
-def consolidation_state(session: Session, vm: VmRef) -> Tuple[bool, List[str]]:
+def consolidation_state(session: Session, vm: VmRef, renew: bool = True) -> Tuple[bool, List[str]]:
     """(``runtime.consolidationNeeded``, delta files that belong to no snapshot).
 
-    vCenter may show the file list of a moment ago, so a delta is believed only after the list was renewed.
+    :param renew: vCenter may show the file list of a moment ago, so a delta is believed only after the list was
+        renewed. Check mode does without, since that is a call that writes.
     """
     needed, leftover = _consolidation_facts(session, vm)
-    if leftover and not needed:
+    if renew and leftover and not needed:
         session.call(
             vm.obj.RefreshStorageInfo,
             what="The list of the VM's files was not renewed",

@@ -1,0 +1,135 @@
+#!/usr/bin/python
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: vm_change_tracking
+short_description: Switch changed block tracking of a virtual machine on or off, or start it anew
+version_added: 0.1.0
+description:
+  - Incremental backups need changed block tracking (CBT), which vSphere keeps for each disk.
+  - On a running virtual machine a switch takes effect at the next stun. This module causes one by making and removing a
+    snapshot (O(activate)).
+author:
+  - openvadp maintainers (@openvadp)
+extends_documentation_fragment:
+  - openvadp.backup.connection
+  - openvadp.backup.vm
+  - openvadp.backup.attributes
+  - openvadp.backup.attributes.actiongroup_vadp
+attributes:
+  check_mode:
+    support: full
+    details: Change ids that do not exist yet are null.
+  diff_mode:
+    support: full
+  idempotent:
+    support: partial
+    details: With O(state=reset) each run starts tracking anew.
+options:
+  state:
+    description:
+      - V(enabled) switches tracking on. That is refused while there are snapshots, because vSphere then gives wrong
+        incremental backups without an error.
+      - V(disabled) switches it off. Change ids of earlier backups are then worthless.
+      - V(reset) switches it off and on with a stun cycle after each, so that all change ids start anew. It is refused
+        while there are snapshots. The next backup of each disk is a full one.
+    type: str
+    choices: [enabled, disabled, reset]
+    default: enabled
+  activate:
+    description:
+      - Whether a running virtual machine is stunned for a moment, by a snapshot that is removed at once, so that the
+        switch takes effect. Otherwise it does so at the next snapshot, migration or power cycle.
+      - V(reset) always does.
+    type: bool
+    default: true
+  timeout:
+    description: Seconds that each step may last.
+    type: int
+    default: 3600
+notes:
+  - Required privileges are C(VirtualMachine.Config.ChangeTracking), C(VirtualMachine.State.CreateSnapshot) and
+    C(VirtualMachine.State.RemoveSnapshot).
+  - A temporary snapshot that a crash left is removed by the next run, whatever O(state) is.
+seealso:
+  - module: openvadp.backup.vm_snapshot
+"""
+
+EXAMPLES = r"""
+- name: Track changed blocks from now on
+  openvadp.backup.vm_change_tracking:
+    hostname: vcenter.example.com
+    username: backup@vsphere.local
+    password: "{{ vcenter_password }}"
+    name: app01
+
+- name: Start anew when the change ids are not to be trusted
+  openvadp.backup.vm_change_tracking:
+    hostname: vcenter.example.com
+    username: backup@vsphere.local
+    password: "{{ vcenter_password }}"
+    name: app01
+    state: reset
+"""
+
+RETURN = r"""
+change_tracking:
+  description: Change tracking after the run, or as it would be in check mode.
+  returned: success
+  type: dict
+  contains:
+    enabled:
+      description: Whether it is switched on.
+      type: bool
+      sample: true
+    supported:
+      description: Whether the virtual hardware supports it.
+      type: bool
+      sample: true
+    effective:
+      description:
+        - Whether changes are really tracked, as far as that can be known.
+        - It is judged so. Tracking is on, and each disk that a snapshot can hold has a change id in the virtual
+          machine's configuration. A virtual machine that is off with tracking on counts as well, as nothing is written
+          before tracking begins.
+      type: bool
+      sample: true
+    disks:
+      description: The disks. These change ids show that tracking works; a backup uses those of its snapshot.
+      type: list
+      elements: dict
+      sample:
+        - {key: 2000, label: Hard disk 1, change_id: 52 de c0 d9 b9 43 9d 10-61 d5 4c 1b e9 7b 65 63/81}
+"""
+
+from ansible.module_utils.basic import AnsibleModule
+
+from ..module_utils.runner import Options, connection_options, run_module, vm_options
+from ..module_utils.vsphere.change_tracking import ensure
+from ..module_utils.vsphere.inventory import find_vm, vm_selection
+from ..module_utils.vsphere.session import Connection, Session
+
+OPTIONS = Options(
+    dict(
+        state=dict(type="str", choices=["enabled", "disabled", "reset"], default="enabled"),
+        activate=dict(type="bool", default=True),
+        timeout=dict(type="int", default=3600),
+    )
+)
+
+
+def body(module: AnsibleModule) -> dict:
+    params = module.params
+    with Session.connect(Connection.from_params(params)) as session:
+        vm = find_vm(session, **vm_selection(params))
+        return ensure(session, vm, params["state"], params["activate"], params["timeout"], module.check_mode)
+
+
+def main() -> None:
+    run_module(connection_options() + vm_options() + OPTIONS, body, libraries=["pyVmomi"])
+
+
+if __name__ == "__main__":
+    main()
