@@ -13,10 +13,10 @@ from ..errors import InputError
 from ..repository.chain import MODES
 from ..repository.layout import check_point_name
 from ..transport.planner import check_transports
+from ..vsphere.inventory import vm_selection
 from ..vsphere.session import Connection
 
 COMPRESSIONS = ("zstd", "none")
-VM_OPTIONS = ("name", "uuid", "use_instance_uuid", "moid", "folder", "datacenter")
 
 _RATE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[KMG]?)(?:i?B)?(?:/s)?", re.IGNORECASE)
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -73,7 +73,7 @@ class ExportRequest:
         names = set(cls.__dataclass_fields__) - {"connection", "vm", "rate_limit", "exclude_disks"}
         request = cls(
             connection=Connection.from_params(params),
-            vm={name: params[name] for name in VM_OPTIONS},
+            vm=vm_selection(params),
             rate_limit=parse_rate(params["rate_limit"]),
             exclude_disks=params["exclude_disks"] or [],
             **{name: params[name] for name in names},

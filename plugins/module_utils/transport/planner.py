@@ -59,14 +59,14 @@ class Plan:
     candidates: List[Candidate]
     chosen: str
 
-    def reasons(self) -> List[Dict[str, Any]]:
-        """The candidates up to the chosen one, as plain data: why it is this one and none before it."""
-        result = []
+    def reasons(self) -> List[str]:
+        """Why none of those before the chosen one was taken, a line each."""
+        passed_over = []
         for candidate in self.candidates:
-            result.append(candidate.to_result())
             if candidate.transport == self.chosen:
                 break
-        return result
+            passed_over.append(f"{candidate.transport}: {'; '.join(candidate.reasons)}")
+        return passed_over
 
 
 Rule = Callable[[DiskFacts, ProxyFacts, str], List[str]]

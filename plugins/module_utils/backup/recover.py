@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""What crashed runs of this repository left: on this machine, on the VM, in the repository; and the beginning of a run.
+
+All of it happens under the VM's lock, so whoever wrote the records is no longer at work. Ours is only what carries this
+repository's id or stands in its records. The order is that of VADP facts 30: processes, attachments, snapshots, access,
+temporary files; a run's record goes last, so that a recovery that fails half-way is done again.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import time
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Tuple
+
+from ..datapath.image import fsync_dir
+from ..datapath.processes import RuntimeDir
+from ..errors import InputError, NotFoundError, RepositoryError, VadpError
+from ..repository.layout import Repository, VmStore, check_point_name, is_empty_folder, new_point_name
+from ..repository.runs import Run, boot_id, new_run_id
+from ..vsphere.inventory import VmRef, find_vm, vm_selection
+from ..vsphere.session import Connection, Session
+from ..vsphere.snapshots import (
+    Snapshot,
+    consolidate_if_needed,
+    consolidation_state,
+    list_snapshots,
+    marker_text,
+    remove_snapshot,
+)
+
+_TERMINATE_SECONDS = 10
+_KILL_SECONDS = 10
+_POLL_SECONDS = 0.05
+_SNAPSHOT_NAME_LIMIT = 80
+
+# What a run may still need: a restore that crashed goes on from its journal (VADP facts 12), and attached disks
+# or prepared access need more than this release does.
+_KEPT_INTENTS = ("attachment", "access", "restore")
+
+Recovered = Dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RecoverRequest:
+    """The options of ``vadp_recover``."""
+
+    connection: Connection
+    vm: Mapping[str, Any]
+    repository: str
+    begin: bool = False
+    point: Optional[str] = None
+
+    @classmethod
+    def from_params(cls, params: Dict[str, Any]) -> RecoverRequest:
+        """From ``module.params``. :raises InputError: an option makes no sense."""
+        if params["point"] is not None:
+            if not params["begin"]:
+                raise InputError(
+                    "A point is named, but no run is begun", remedy="Set begin to true, or leave point out"
+                )
+            check_point_name(params["point"])
+        return cls(
+            connection=Connection.from_params(params),
+            vm=vm_selection(params),
+            repository=params["repository"],
+            begin=params["begin"],
+            point=params["point"],
+        )
+
+
+def recover_vm(request: RecoverRequest, check_mode: bool) -> Dict[str, Any]:
+    """The whole of ``vadp_recover``: {changed, recovered, run, warnings}.
+
+    :raises VadpError: something of ours could not be removed; what stands before it in the order is gone.
+    """
+    with Session.connect(request.connection) as session:
+        vm, uuid = _find(session, request)
+        store = _store(request, uuid, create=request.begin and not check_mode)
+        if check_mode or store is None:
+            return _look_only(session, store, vm, request)
+        if not request.begin and not store.path.is_dir():
+            return {"changed": False, "recovered": [], "run": None, "warnings": []}
+        with store.lock(new_run_id(), "vadp_recover"):
+            records = len(store.runs())
+            recovered = recover(session, store, vm)
+            ended = records - len(store.runs())
+            run = begin_run(store, vm, request.point) if request.begin and vm is not None else None
+            begun = run is not None and not run["complete"]
+            return {
+                "changed": bool(recovered) or ended > 0 or begun,
+                "recovered": recovered,
+                "run": run,
+                "warnings": _warnings(store),
+            }
+
+
+def _find(session: Session, request: RecoverRequest) -> Tuple[Optional[VmRef], str]:
+    """The VM and its instance UUID. A VM that is gone still has a part in the repository, if its UUID is known."""
+    try:
+        vm = find_vm(session, **request.vm)
+    except NotFoundError:
+        if request.begin or not (request.vm.get("uuid") and request.vm.get("use_instance_uuid")):
+            raise
+        return None, str(request.vm["uuid"]).lower()
+    return vm, vm.instance_uuid
+
+
+def _store(request: RecoverRequest, uuid: str, create: bool) -> Optional[VmStore]:
+    """The VM's part of the repository; None where the repository does not exist yet."""
+    if is_empty_folder(request.repository) and not create:
+        return None
+    return Repository.open(request.repository, create=create, writable=True).vm(uuid)
+
+
+def _look_only(
+    session: Session, store: Optional[VmStore], vm: Optional[VmRef], request: RecoverRequest
+) -> Dict[str, Any]:
+    """Check mode: what would be recovered; nothing is touched, the lock neither."""
+    recovered = recover(session, store, vm, check_mode=True) if store is not None else []
+    run = _run_to_begin(store, vm, request.point) if request.begin and vm is not None else None
+    ended = store is not None and not all(_is_kept(run) for run in store.runs())
+    return {
+        "changed": bool(recovered) or ended or (run is not None and not run["complete"]),
+        "recovered": recovered,
+        "run": run,
+        "warnings": _warnings(store) if store is not None else [],
+    }
+
+
+def begin_run(store: VmStore, vm: VmRef, point: Optional[str]) -> Dict[str, Any]:
+    """Begin a run of role vm_backup, unless the point exists. Under the VM's lock.
+
+    :param point: its name; None for a new one, named by the time.
+    :returns: {id, repository_id, point, complete, snapshot_name, snapshot_description}.
+    """
+    facts = _run_to_begin(store, vm, point)
+    if not facts["complete"]:
+        run = store.create_run(facts["point"], vm_moid=vm.moid, vm_name=vm.name, run_id=facts["id"])
+        run.record("snapshot", name=facts["snapshot_name"], vm_moid=vm.moid)
+    return facts
+
+
+def _run_to_begin(store: Optional[VmStore], vm: Optional[VmRef], point: Optional[str]) -> Dict[str, Any]:
+    run_id = new_run_id()
+    repository_id = store.repository.id if store is not None else ""
+    name = point or new_point_name(store.point_names() if store is not None else [], datetime.now(timezone.utc))
+    complete = store is not None and store.point(name) is not None
+    return {
+        "id": run_id,
+        "repository_id": repository_id,
+        "point": name,
+        "complete": complete,
+        "snapshot_name": f"openvadp {name}"[:_SNAPSHOT_NAME_LIMIT],
+        "snapshot_description": marker_text(repository_id, run_id, name),
+    }
+
+
+def recover(session: Session, store: VmStore, vm: Optional[VmRef], check_mode: bool = False) -> List[Recovered]:
+    """Remove what runs of this repository left of a VM; idempotent. Under the VM's lock, unless in check mode.
+
+    :param vm: None if the VM is gone: then only this machine and the repository are looked at.
+    :param check_mode: list only.
+    :returns: what was found: [{what, id, action}], in the order in which it was removed.
+    :raises VadpError: something could not be removed.
+    """
+    runs = store.runs()
+    found = _processes(runs, check_mode)
+    if vm is not None:
+        found += _snapshots(session, store, vm, runs, check_mode)
+    found += _temporary_files(store, runs, check_mode)
+    if not check_mode:
+        for run in runs:
+            if not _is_kept(run):
+                run.remove()
+    return found
+
+
+def _is_kept(run: Run) -> bool:
+    return any(intent["what"] in _KEPT_INTENTS for intent in run.intents())
+
+
+def _warnings(store: VmStore) -> List[str]:
+    warnings = []
+    for run in store.runs():
+        kinds = sorted({intent["what"] for intent in run.intents() if intent["what"] in _KEPT_INTENTS})
+        if kinds:
+            warnings.append(
+                f"Run {run.run_id} of {run.data['started']} was left as it is: it has not ended its {', '.join(kinds)}."
+            )
+    return warnings
+
+
+# Processes
+
+
+def _processes(runs: List[Run], check_mode: bool) -> List[Recovered]:
+    """Children that outlived their run on this machine: the same pid, start time and boot."""
+    found = []
+    for run in runs:
+        if run.data["host"] != socket.gethostname() or run.data["boot_id"] != boot_id():
+            continue
+        for intent in run.intents("process"):
+            pid, started = int(intent["pid"]), int(intent["start_time"])
+            if _start_time(pid) == started:
+                if not check_mode:
+                    _end(pid, started, str(intent.get("name")))
+                found.append(_item("process", str(pid), "ended", check_mode))
+            if not check_mode:
+                run.done(intent["id"])
+    return found
+
+
+def _start_time(pid: int) -> Optional[int]:
+    """The start time of a live process in clock ticks since boot; None if there is none (or only its shell)."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = text.rpartition(")")[2].split()
+    return None if fields[0] in ("Z", "X") else int(fields[19])
+
+
+def _end(pid: int, started: int, name: str) -> None:
+    for number, seconds in ((signal.SIGTERM, _TERMINATE_SECONDS), (signal.SIGKILL, _KILL_SECONDS)):
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            return
+        except PermissionError as error:
+            raise VadpError(
+                "A process of a crashed run can't be ended",
+                subject=f"{name} ({pid})",
+                reason=error.strerror,
+                remedy="Run as the user who ran that backup, or as root",
+            ) from error
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if _start_time(pid) != started:
+                return
+            time.sleep(_POLL_SECONDS)
+    raise VadpError(
+        "A process of a crashed run does not end",
+        subject=f"{name} ({pid})",
+        reason="it waits in the kernel, perhaps for a file system that does not answer",
+        remedy="See that the repository's file system answers, then run again",
+    )
+
+
+# Snapshots
+
+
+def _snapshots(session: Session, store: VmStore, vm: VmRef, runs: List[Run], check_mode: bool) -> List[Recovered]:
+    """Snapshots whose marker carries this repository's id, and deltas that a removal of ours left (VADP facts 15)."""
+    found = []
+    for snapshot in reversed(list_snapshots(session, vm)):  # children first
+        if _is_ours(snapshot, store):
+            if not check_mode:
+                remove_snapshot(session, vm, snapshot)
+            found.append(_item("snapshot", snapshot.moid, "removed", check_mode))
+    # A snapshot that left the tree leaves no marker; that one of ours was there, the run's record knows.
+    if found or any(run.intents("snapshot") for run in runs):
+        if check_mode:
+            needed, files = consolidation_state(session, vm)
+            if needed or files:
+                found.append(_item("snapshot", vm.moid, "consolidated", check_mode))
+        elif consolidate_if_needed(session, vm):
+            found.append(_item("snapshot", vm.moid, "consolidated", check_mode))
+    return found
+
+
+def _is_ours(snapshot: Snapshot, store: VmStore) -> bool:
+    return snapshot.marker is not None and snapshot.marker.get("repository_id") == store.repository.id
+
+
+# Temporary files
+
+
+def _temporary_files(store: VmStore, runs: List[Run], check_mode: bool) -> List[Recovered]:
+    """Unfinished files, files of points that were never committed, and folders of sockets and logs."""
+    found = []
+    for path in store.part_files() + store.uncommitted_files():
+        if not check_mode:
+            _unlink(path)
+        found.append(_item("temporary_file", str(path), "removed", check_mode))
+    for run in runs:
+        for folder in RuntimeDir.leftovers(run.run_id):
+            if not check_mode:
+                shutil.rmtree(folder, ignore_errors=True)
+            found.append(_item("temporary_file", folder, "removed", check_mode))
+    return found
+
+
+def _unlink(path: Path) -> None:
+    try:
+        path.unlink()
+        fsync_dir(str(path.parent))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise RepositoryError(
+            "A file of a crashed run can't be removed", subject=str(path), reason=error.strerror
+        ) from error
+
+
+def _item(what: str, name: str, action: str, check_mode: bool) -> Recovered:
+    return {"what": what, "id": name, "action": f"would be {action}" if check_mode else action}

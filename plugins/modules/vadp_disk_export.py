@@ -1,0 +1,298 @@
+#!/usr/bin/python
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: vadp_disk_export
+short_description: Read the disks of a virtual machine's snapshot into a restore point
+version_added: 0.1.0
+description:
+  - Reads the disks of a snapshot through VDDK and stores them as a restore point of a repository. Each disk becomes a
+    qcow2 layer, full or upon the layer of an earlier point, that plain C(qemu-img) opens.
+  - The point appears at once when all of it is stored, and not at all if anything fails.
+  - All disks of a point come from one snapshot. A second try on the very same snapshot reads only the disks that the
+    first one did not finish.
+  - The module runs on the machine that holds the repository (the backup proxy), and keeps the virtual machine locked
+    against other runs there.
+author:
+  - openvadp maintainers (@openvadp)
+extends_documentation_fragment:
+  - openvadp.backup.connection
+  - openvadp.backup.vm
+  - openvadp.backup.repository
+  - openvadp.backup.transport
+  - openvadp.backup.attributes
+  - openvadp.backup.attributes.actiongroup_vadp
+attributes:
+  check_mode:
+    support: full
+    details:
+      - Tells how each disk would be read. No file is written, the lock neither.
+      - If the snapshot does not exist yet, the plan is made from the virtual machine's present configuration.
+  diff_mode:
+    support: full
+  idempotent:
+    support: partial
+    details:
+      - With O(point), a complete point of that name means that nothing changes. Without it each run makes a new one.
+options:
+  snapshot_moid:
+    description:
+      - Managed object id of the snapshot, such as V(snapshot-47).
+      - Exactly one of O(snapshot_moid) and O(snapshot_name) is required.
+    type: str
+  snapshot_name:
+    description: Name of the snapshot. Two snapshots of one name are an error that lists both.
+    type: str
+  point:
+    description:
+      - Name of the restore point. If it exists, nothing is done, whatever the other options say.
+      - If not given, it is that of the run which made the snapshot, or one that is made of the time, such as
+        V(20261122T084203Z).
+    type: str
+  mode:
+    description:
+      - V(auto) reads what changed since the newest point of the disk where that can be known for certain, and else
+        everything that holds data. The result says which it was, and why.
+      - V(full) reads everything that holds data.
+      - V(incremental) and V(differential) (what changed since the newest full) fail where V(auto) would make a full.
+    type: str
+    choices: [auto, full, incremental, differential]
+    default: auto
+  disks:
+    description: Device keys or labels of the disks to read. If not given, all that a snapshot can hold.
+    type: list
+    elements: str
+  exclude_disks:
+    description: Device keys or labels of disks that are not read.
+    type: list
+    elements: str
+    default: []
+  rate_limit:
+    description:
+      - Bytes a second that are read at most, with K, M or G (binary) if you like, such as V(50M).
+      - Disks that are read at the same time share it equally.
+    type: str
+  compression:
+    description: Compression of what is stored.
+    type: str
+    choices: [zstd, none]
+    default: zstd
+  parallel_disks:
+    description: How many disks are read at a time (1 to 16). Each takes two connections to its ESXi host.
+    type: int
+    default: 2
+  progress_file:
+    description:
+      - File to which the progress of each disk is appended as JSON lines.
+      - The action plugin of this module sets it, and shows the progress on the controller's screen.
+    type: path
+requirements:
+  - nbdkit with its VDDK plugin, and VDDK
+  - qemu-img and qemu-nbd (QEMU 5.1 or newer)
+  - libnbd's Python binding (package python3-libnbd)
+  - blake3
+notes:
+  - Required privileges are C(VirtualMachine.Provisioning.DiskRandomRead) and C(VirtualMachine.Provisioning.GetVmFiles)
+    on the virtual machine, C(Datastore.Browse) and C(Datastore.FileManagement) on its datastores, and
+    C(Global.DisableMethods) and C(Global.EnableMethods) on the vCenter server.
+  - The NFC port (902) must be open from the proxy to every ESXi host that sees the datastores.
+seealso:
+  - module: openvadp.backup.vm_snapshot
+  - module: openvadp.backup.vadp_recover
+  - module: openvadp.backup.restore_point_verify
+"""
+
+EXAMPLES = r"""
+- name: Back up all disks of a snapshot, in full or what changed
+  openvadp.backup.vadp_disk_export:
+    hostname: vcenter.example.com
+    username: backup@vsphere.local
+    password: "{{ vcenter_password }}"
+    name: app01
+    snapshot_moid: "{{ made.snapshot.moid }}"
+    repository: /backup
+    vddk_libdir: /opt/vmware-vix-disklib-distrib
+  register: exported
+
+- name: Show how each disk was read
+  ansible.builtin.debug:
+    msg: "{{ item.label }}: {{ item.mode }} ({{ item.reason }}) by {{ item.transport }}, {{ item.bytes_read }} bytes"
+  loop: "{{ exported.disks | rejectattr('skipped') }}"
+
+- name: A weekly full of one disk, slowly
+  openvadp.backup.vadp_disk_export:
+    hostname: vcenter.example.com
+    username: backup@vsphere.local
+    password: "{{ vcenter_password }}"
+    name: app01
+    snapshot_name: weekly
+    repository: /backup
+    point: weekly-2026-47
+    mode: full
+    disks:
+      - Hard disk 1
+    rate_limit: 50M
+"""
+
+RETURN = r"""
+point:
+  description:
+    - The manifest of the restore point.
+    - In check mode, for a point that does not exist, its name alone (RV(point.point)).
+  returned: success
+  type: dict
+  contains:
+    point:
+      description: Name of the point.
+      type: str
+      sample: 20261122T084203Z
+    vm_uuid:
+      description: Instance UUID of the virtual machine.
+      type: str
+      sample: 500c1a2b-7d5e-0a4b-9a3c-2f1e0d9c8b7a
+    vm_name:
+      description: Its name.
+      type: str
+      sample: app01
+    repository_id:
+      description: Id of the repository.
+      type: str
+      sample: 7f6d1c52-3a8e-4a51-9b56-0c1d2e3f4a5b
+    run_id:
+      description: Id of the run that made the point.
+      type: str
+      sample: 20261122T084203.417123Z-3f9a2b1c
+    snapshot:
+      description: The snapshot that was read, and those of others that were there.
+      type: dict
+      sample: {moid: snapshot-47, name: nightly, created: '2026-11-22T08:42:03Z', quiesced: true, foreign: []}
+    disks:
+      description: What is stored of each disk.
+      type: list
+      elements: dict
+      sample: []
+    skipped_disks:
+      description: Disks that the point does not hold, with the reason.
+      type: list
+      elements: dict
+      sample: [{key: 2002, label: Hard disk 3, reason: 'named in exclude_disks'}]
+    manifest_blake3:
+      description: BLAKE3 of the manifest's canonical JSON without this key.
+      type: str
+      sample: 0d3f5c1b5e4a6b7c8d9e0f1a2b3c4d5e6f708192a3b4c5d6e7f8091a2b3c4d5e
+disks:
+  description: How each disk was read, or would be.
+  returned: success
+  type: list
+  elements: dict
+  contains:
+    key:
+      description: Device key.
+      type: int
+      sample: 2000
+    label:
+      description: Label.
+      type: str
+      sample: Hard disk 1
+    mode:
+      description: V(full), V(incremental) or V(differential).
+      type: str
+      sample: incremental
+    parent:
+      description: The point whose layer this one stands upon; null for a full.
+      type: str
+      sample: 20261121T084158Z
+    reason:
+      description: Why it is that mode.
+      type: str
+      sample: what changed since point 20261121T084158Z
+    transport:
+      description: The transport that was really used, V(none) if nothing had changed.
+      type: str
+      sample: nbdssl
+    transport_reasons:
+      description: Why no transport that stands before it in O(transports) was used.
+      type: list
+      elements: str
+      sample: ['san: this release does not read LUNs directly; it moves data by nbdssl and nbd']
+    capacity_bytes:
+      description: Size of the disk.
+      type: int
+      sample: 8589934592
+    bytes_read:
+      description: Bytes read from the disk; null in check mode.
+      type: int
+      sample: 85983232
+    bytes_stored:
+      description: Size of the layer; null in check mode.
+      type: int
+      sample: 17825792
+    areas:
+      description: How many areas were read; null in check mode where that is not known.
+      type: int
+      sample: 1312
+    seconds:
+      description: How long it took; null in check mode.
+      type: float
+      sample: 1.24
+    skipped:
+      description: Whether the disk is not in the point.
+      type: bool
+      sample: false
+    skip_reason:
+      description: Why it is not.
+      type: str
+      sample: named in exclude_disks
+"""
+
+from typing import Any, Dict
+
+from ansible.module_utils.basic import AnsibleModule
+
+from ..module_utils.backup.export import export_point
+from ..module_utils.backup.request import COMPRESSIONS, ExportRequest
+from ..module_utils.repository.chain import MODES
+from ..module_utils.runner import (
+    Options,
+    connection_options,
+    repository_options,
+    run_module,
+    transport_options,
+    vm_options,
+)
+
+OPTIONS = Options(
+    dict(
+        snapshot_moid=dict(type="str"),
+        snapshot_name=dict(type="str"),
+        point=dict(type="str"),
+        mode=dict(type="str", choices=list(MODES), default="auto"),
+        disks=dict(type="list", elements="str"),
+        exclude_disks=dict(type="list", elements="str", default=[]),
+        rate_limit=dict(type="str"),
+        compression=dict(type="str", choices=list(COMPRESSIONS), default="zstd"),
+        parallel_disks=dict(type="int", default=2),
+        progress_file=dict(type="path"),
+    ),
+    required_one_of=[("snapshot_moid", "snapshot_name")],
+    mutually_exclusive=[("snapshot_moid", "snapshot_name")],
+)
+TRANSPORTS = ["san", "hotadd", "nbdssl", "nbd", "https"]
+
+
+def body(module: AnsibleModule) -> Dict[str, Any]:
+    result = export_point(ExportRequest.from_params(module.params), module.check_mode)
+    if not module._diff:
+        del result["diff"]
+    return result
+
+
+def main() -> None:
+    options = connection_options() + vm_options() + repository_options() + transport_options(TRANSPORTS) + OPTIONS
+    run_module(options, body, libraries=["pyVmomi", "nbd", "blake3"])
+
+
+if __name__ == "__main__":
+    main()

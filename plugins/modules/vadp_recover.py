@@ -1,0 +1,159 @@
+#!/usr/bin/python
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: vadp_recover
+short_description: Remove what crashed backups left of a virtual machine
+version_added: 0.1.0
+description:
+  - Removes what earlier runs of this repository left of a virtual machine. These are, in this order, processes on this
+    machine, snapshots that carry this repository's id (with what their removal may have left), and temporary files.
+  - What others made is never touched. The virtual machine is locked meanwhile, so a run that is still at work is not
+    disturbed, and the module fails.
+  - With O(begin=true) it then begins a run, and returns name and description for its snapshot.
+author:
+  - openvadp maintainers (@openvadp)
+extends_documentation_fragment:
+  - openvadp.backup.connection
+  - openvadp.backup.vm
+  - openvadp.backup.repository
+  - openvadp.backup.attributes
+  - openvadp.backup.attributes.actiongroup_vadp
+attributes:
+  check_mode:
+    support: full
+    details: Lists what would be removed. As no lock is taken, that may belong to a run that is still at work.
+  diff_mode:
+    support: none
+  idempotent:
+    support: partial
+    details: With O(begin=true) each run begins another one, unless the point exists.
+options:
+  begin:
+    description: Whether a run is begun, as role P(openvadp.backup.vm_backup#role) does.
+    type: bool
+    default: false
+  point:
+    description:
+      - Name of the restore point that the run is to make, with O(begin=true). If it exists, no run is begun.
+      - If not given, one that is made of the time.
+    type: str
+  vddk_libdir:
+    description:
+      - Folder of VDDK.
+      - The transports of this release leave nothing that VDDK must clean up, so it is not used.
+    type: path
+  device_dir:
+    description:
+      - Folder in which the disks that are attached to this machine have links by their ids.
+      - This release attaches none, so it is not used.
+    type: path
+    default: /dev/disk/by-id
+notes:
+  - A virtual machine that is no longer in vCenter is looked for in the repository alone, if it is named by O(uuid) with
+    O(use_instance_uuid=true).
+seealso:
+  - module: openvadp.backup.vadp_disk_export
+  - module: openvadp.backup.vm_snapshot
+"""
+
+EXAMPLES = r"""
+- name: Leave nothing of crashed runs
+  openvadp.backup.vadp_recover:
+    hostname: vcenter.example.com
+    username: backup@vsphere.local
+    password: "{{ vcenter_password }}"
+    name: app01
+    repository: /backup
+
+- name: Clean up, and begin a run
+  openvadp.backup.vadp_recover:
+    hostname: vcenter.example.com
+    username: backup@vsphere.local
+    password: "{{ vcenter_password }}"
+    name: app01
+    repository: /backup
+    begin: true
+  register: begun
+"""
+
+RETURN = r"""
+recovered:
+  description: What was found and removed (in check mode, would be), in that order. The run begun does not count.
+  returned: success
+  type: list
+  elements: dict
+  contains:
+    what:
+      description: V(process), V(snapshot) or V(temporary_file).
+      type: str
+      sample: snapshot
+    id:
+      description: Process id, managed object id or path.
+      type: str
+      sample: snapshot-47
+    action:
+      description: What was done.
+      type: str
+      sample: removed
+run:
+  description: The run that was begun; null without O(begin=true).
+  returned: success
+  type: dict
+  contains:
+    id:
+      description: Id of the run.
+      type: str
+      sample: 20261122T084203.417123Z-3f9a2b1c
+    repository_id:
+      description: Id of the repository; empty in check mode if it does not exist yet.
+      type: str
+      sample: 7f6d1c52-3a8e-4a51-9b56-0c1d2e3f4a5b
+    point:
+      description: Name of the restore point.
+      type: str
+      sample: 20261122T084203Z
+    complete:
+      description: Whether the point exists, so that there is nothing to do and no run was begun.
+      type: bool
+      sample: false
+    snapshot_name:
+      description: Name for the run's snapshot.
+      type: str
+      sample: openvadp 20261122T084203Z
+    snapshot_description:
+      description: Description for the run's snapshot, by which it is known as this run's.
+      type: str
+      sample: '{"by": "openvadp.backup", "point": "20261122T084203Z", "repository_id": "...", "run_id": "..."}'
+"""
+
+from typing import Any, Dict
+
+from ansible.module_utils.basic import AnsibleModule
+
+from ..module_utils.backup.recover import RecoverRequest, recover_vm
+from ..module_utils.runner import Options, connection_options, repository_options, run_module, vm_options
+
+OPTIONS = Options(
+    dict(
+        begin=dict(type="bool", default=False),
+        point=dict(type="str"),
+        vddk_libdir=dict(type="path"),
+        device_dir=dict(type="path", default="/dev/disk/by-id"),
+    )
+)
+
+
+def body(module: AnsibleModule) -> Dict[str, Any]:
+    return recover_vm(RecoverRequest.from_params(module.params), module.check_mode)
+
+
+def main() -> None:
+    options = connection_options() + vm_options() + repository_options() + OPTIONS
+    run_module(options, body, libraries=["pyVmomi", "blake3"])
+
+
+if __name__ == "__main__":
+    main()
