@@ -3,9 +3,9 @@
 """The network side of the VDDK double: its entry on the vCenter port, and the simulated hosts' NFC port.
 
 The vCenter port (``serve_plain``) speaks JSON lines: ``hello`` gives the certificate's thumbprints, ``login`` checks
-the user, ``open`` checks what vCenter checks, takes the lock and answers with the serving host and a ticket; ``prepare``
-and ``end`` are VDDK's access calls. An answer is ``{"ok": true, ...}`` or ``{"ok": false, "vix": number}``; ``log`` holds
-lines for the library's log.
+the user, ``open`` checks what vCenter checks, takes the lock and answers with the serving host and a ticket;
+``prepare`` and ``end`` are VDDK's access calls. An answer is ``{"ok": true, ...}`` or ``{"ok": false, "vix": number}``;
+``log`` holds lines for the library's log.
 
 The NFC port greets in plain text as the real one does. The double sends ``NFC <ticket> <mode> <buffer bytes>``, gets
 ``200 ...`` or ``5xx <vix number> ...``, and then there are requests and replies, little-endian::
@@ -485,7 +485,7 @@ class NfcService:
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             while (line := _read_line(sock, 1 << 16)) is not None:
-                sock.sendall(json.dumps(entry.answer(line)).encode() + b"\n")
+                sock.sendall(json.dumps(entry.answer(line), ensure_ascii=False).encode() + b"\n")
         except (OSError, ValueError):
             pass  # the connection is gone
         finally:
