@@ -3,9 +3,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 """The control socket's client, for tests and for the shell.
 
-    python tests/simulator/client.py SOCKET guest_write vm=app01 disk=2000 offset=0 'pattern={"seed": 1, "length": 4096}'
+    python tests/simulator/client.py SOCKET guest_write vm=app01 disk=2000 'pattern={"seed": 1, "length": 512}'
 
-A field's value is JSON, or a string where it is none. The result is printed as JSON; an error goes to stderr, exit code 1.
+A field's value is JSON, or else a string. The result is printed as JSON; an error goes to stderr, exit code 1.
 """
 
 from __future__ import annotations
