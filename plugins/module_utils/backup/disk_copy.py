@@ -7,11 +7,11 @@ from __future__ import annotations
 import os
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from ..datapath import image
 from ..datapath.copier import CopyResult, copy
@@ -34,7 +34,11 @@ NOTHING_READ = "none"
 
 @dataclass(frozen=True)
 class CopyJob:
-    """What the disks of one run have in common."""
+    """What the disks of one run have in common.
+
+    :param cancel: set when a disk fails: the others stop.
+    :param failed: device keys, the first that failed first.
+    """
 
     session: Session
     vm: VmRef
@@ -48,6 +52,7 @@ class CopyJob:
     progress: Progress
     cancel: threading.Event
     rate_limit: Optional[int]
+    failed: List[int] = field(default_factory=list)
 
 
 def copy_disks(plans: Sequence[DiskPlan], job: CopyJob) -> Dict[int, Dict[str, Any]]:
@@ -59,16 +64,11 @@ def copy_disks(plans: Sequence[DiskPlan], job: CopyJob) -> Dict[int, Dict[str, A
     """
     pool = ThreadPoolExecutor(max_workers=job.request.parallel_disks, thread_name_prefix="disk")
     try:
-        futures = {pool.submit(_copy_unless_cancelled, plan, job): plan for plan in plans}
-        first: Optional[BaseException] = None
-        for future in as_completed(futures):
-            error = future.exception()
-            if error is not None and first is None:
-                first = error
-                job.cancel.set()
-        if first is not None:
-            raise first
-        return {plan.disk.key: future.result() for future, plan in futures.items()}
+        futures = {plan.disk.key: pool.submit(_copy_unless_cancelled, plan, job) for plan in plans}
+        wait(futures.values())
+        if job.failed:
+            futures[job.failed[0]].result()
+        return {key: future.result() for key, future in futures.items()}
     finally:
         # An interrupt of this thread must not leave the others copying.
         job.cancel.set()
@@ -79,7 +79,16 @@ def _copy_unless_cancelled(plan: DiskPlan, job: CopyJob) -> Dict[str, Any]:
     """A disk whose turn comes after another one failed is not begun."""
     if job.cancel.is_set():
         raise DataPathError("The disk was not copied", f"disk '{plan.disk.label}'", "another disk failed")
-    return copy_disk(plan, job)
+    finished = False
+    try:
+        entry = copy_disk(plan, job)
+        finished = True
+        return entry
+    finally:
+        if not finished:
+            # Here and not by who waits for us: this thread takes the next disk at once.
+            job.failed.append(plan.disk.key)
+            job.cancel.set()
 
 
 def copy_disk(plan: DiskPlan, job: CopyJob) -> Dict[str, Any]:

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Dict, List
+
+import pytest
+from ansible_collections.openvadp.backup.plugins.module_utils.errors import TransportError
+from ansible_collections.openvadp.backup.plugins.module_utils.transport import endpoints
+from ansible_collections.openvadp.backup.plugins.module_utils.transport.endpoints import (
+    mode_used,
+    nbdkit_argv,
+    retries_within,
+)
+from ansible_collections.openvadp.backup.plugins.module_utils.transport.vddk import Vddk
+
+
+def _argv(**changes: Any) -> List[str]:
+    options: Dict[str, Any] = dict(
+        socket=Path("/run/x.sock"),
+        config=Path("/run/x.conf"),
+        password_fd=7,
+        server="vc.example.com",
+        port=443,
+        user="VSPHERE.LOCAL\\backup",
+        thumbprint="AA:BB",
+        vm_moid="vm-16",
+        file="[vmfs01] app 01/app=01-000002.vmdk",
+        snapshot_moid="snapshot-47",
+        transports=["nbdssl"],
+        writable=False,
+        vddk=Vddk("/opt/vddk", "8.0.3", "1.42.3"),
+        nfc_port=902,
+        io_timeout=180,
+    )
+    options.update(changes)
+    return nbdkit_argv(**options)
+
+
+def test_reading_names_the_snapshot_and_is_read_only() -> None:
+    argv = _argv()
+    assert "--readonly" in argv
+    for word in (
+        "password=-7",
+        "vm=moref=vm-16",
+        "snapshot=snapshot-47",
+        "file=[vmfs01] app 01/app=01-000002.vmdk",
+        "transports=nbdssl",
+        "nfchostport=902",
+        "minblock=512",
+        "maxdata=2M",
+    ):
+        assert word in argv
+    # The client meets the filters in this order: a retry repeats what blocksize has cut.
+    assert argv.index("--filter=retry") < argv.index("--filter=blocksize") < argv.index("vddk")
+
+
+def test_writing_names_no_snapshot() -> None:
+    argv = _argv(writable=True, snapshot_moid=None)
+    assert "--readonly" not in argv
+    assert not [word for word in argv if word.startswith("snapshot=")]
+
+
+def test_an_old_plugin_knows_no_other_port() -> None:
+    old = Vddk("/opt/vddk", "7", "1.20", has_nfc_port=False)
+    assert not [word for word in _argv(vddk=old) if word.startswith("nfchostport")]
+    with pytest.raises(TransportError):
+        _argv(vddk=old, nfc_port=1902)
+
+
+@pytest.mark.parametrize("io_timeout", [1, 2, 5, 10, 60, 180, 3600])
+def test_a_failing_request_is_retried_but_not_beyond_the_time_out(io_timeout: int) -> None:
+    retries = retries_within(io_timeout)
+    assert retries >= 1
+    waits = sum(2**number for number in range(retries))
+    assert waits <= max(1, io_timeout / 2)
+
+
+def test_the_mode_is_the_one_that_the_log_names_last() -> None:
+    assert (
+        mode_used("nbdkit: vddk[1]: debug: transport mode: san\nnbdkit: vddk[2]: debug: transport mode: nbdssl\n")
+        == "nbdssl"
+    )
+    assert mode_used("nbdkit: debug: nothing") is None
+
+
+def test_the_password_goes_through_a_pipe() -> None:
+    descriptor = endpoints._password_pipe('p\u00e4ss w"rd')
+    with os.fdopen(descriptor, "rb") as stream:
+        assert stream.read() == 'p\u00e4ss w"rd'.encode()
+    with pytest.raises(TransportError):
+        endpoints._password_pipe("two\nlines")
