@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""The inventory of a new state folder. Moids, UUIDs and names are the same each time."""
+
+from __future__ import annotations
+
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from pyVmomi import vim
+
+from . import disks, images, vmspec
+from .inventory import Cluster, Datacenter, Datastore, Folder, Host, Network, ResourcePool, VirtualMachine
+
+if TYPE_CHECKING:
+    from .simulator import Simulator
+
+MIB = 1 << 20
+NAMESPACE = uuid.UUID("5b0f6c1e-7a1a-4b6e-9d3c-0d5a0d1b2c3d")
+
+DATASTORES: dict[str, dict[str, Any]] = {
+    "vmfs01": {"type": "VMFS", "hosts": ["127.0.1.1", "127.0.1.2"]},
+    "nfs01": {"type": "NFS", "hosts": ["127.0.1.1", "127.0.1.2"]},
+    "local01": {"type": "VMFS", "hosts": ["127.0.1.1"], "local": True},
+    "vmfs11": {"type": "VMFS", "hosts": ["127.0.1.3"]},
+}
+
+
+def stable_uuid(name: str) -> str:
+    return str(uuid.uuid5(NAMESPACE, name))
+
+
+class Seeder:
+    def __init__(self, simulator: "Simulator") -> None:
+        self.simulator = simulator
+        self.inventory = simulator.inventory
+
+    def folder(self, moid: str, name: str, parent: str | None, *child_types: str) -> Folder:
+        folder = Folder(self.simulator, moid, name, parent)
+        folder.props["childType"] = list(child_types)
+        self.inventory.add(folder)
+        return folder
+
+    def datacenter(self, moid: str, name: str, first: int) -> None:
+        self.inventory.add(Datacenter(self.simulator, moid, name, "group-d1"))
+        self.folder(f"group-v{first}", "vm", moid, "Folder", "VirtualMachine", "VirtualApp")
+        self.folder(f"group-h{first + 1}", "host", moid, "Folder", "ComputeResource")
+        self.folder(f"group-s{first + 2}", "datastore", moid, "Folder", "Datastore", "StoragePod")
+        self.folder(f"group-n{first + 3}", "network", moid, "Folder", "Network", "DistributedVirtualSwitch")
+
+    def host(self, moid: str, name: str, parent: str) -> Host:
+        host = Host(self.simulator, moid, name, parent)
+        host.datastores = [one for one, facts in DATASTORES.items() if name in facts["hosts"]]
+        host.uuid = stable_uuid(name)
+        self.inventory.add(host)
+        return host
+
+    def datastore(self, moid: str, name: str, parent: str) -> None:
+        datastore = Datastore(self.simulator, moid, name, parent)
+        datastore.kind = DATASTORES[name]["type"]
+        datastore.local = bool(DATASTORES[name].get("local"))
+        datastore.uuid = stable_uuid(name)
+        self.inventory.add(datastore)
+
+    def infrastructure(self) -> None:
+        self.folder("group-d1", "Datacenters", None, "Folder", "Datacenter")
+        self.datacenter("datacenter-2", "DC0", 3)
+        self.folder("group-v7", "production", "group-v3", "Folder", "VirtualMachine", "VirtualApp")
+        self.inventory.add(Cluster(self.simulator, "domain-c8", "Cluster0", "group-h4"))
+        self.inventory.add(ResourcePool(self.simulator, "resgroup-9", "Resources", "domain-c8"))
+        self.host("host-10", "127.0.1.1", "domain-c8")
+        self.host("host-11", "127.0.1.2", "domain-c8")
+        self.datastore("datastore-12", "vmfs01", "group-s5")
+        self.datastore("datastore-13", "nfs01", "group-s5")
+        self.datastore("datastore-14", "local01", "group-s5")
+        self.inventory.add(Network(self.simulator, "network-15", "VM Network", "group-n6"))
+        self.inventory.add(Network(self.simulator, "network-16", "Backup Network", "group-n6"))
+        self.datacenter("datacenter-21", "DC1", 22)
+        self.folder("group-v26", "production", "group-v22", "Folder", "VirtualMachine", "VirtualApp")
+        self.inventory.add(Cluster(self.simulator, "domain-c27", "Cluster1", "group-h23"))
+        self.inventory.add(ResourcePool(self.simulator, "resgroup-28", "Resources", "domain-c27"))
+        self.host("host-29", "127.0.1.3", "domain-c27")
+        self.datastore("datastore-30", "vmfs11", "group-s24")
+        self.inventory.add(Network(self.simulator, "network-31", "VM Network", "group-n25"))
+
+    def vm(
+        self,
+        number: int,
+        name: str,
+        disk_specs: list[dict[str, Any]],
+        *,
+        folder: str = "group-v3",
+        datastore: str = "vmfs01",
+        directory: str | None = None,
+        host: str = "host-10",
+        pool: str = "resgroup-9",
+        network: str = "network-15",
+        bios_uuid: str | None = None,
+        guest: tuple[str, str] = ("debian12_64Guest", "Debian GNU/Linux 12 (64-bit)"),
+        firmware: str = "efi",
+        shared_bus: str = "noSharing",
+        running: bool = False,
+        started: bool = True,
+        template: bool = False,
+        extra: dict[str, str] | None = None,
+    ) -> VirtualMachine:
+        """One VM. A disk is {kind, bytes, mode, rdm, datastore}."""
+        vm = VirtualMachine(self.simulator, f"vm-{number}", name, folder)
+        vm.host, vm.pool = host, None if template else pool
+        directory = directory or name
+        config = vmspec.new_config(
+            name=name,
+            vmx=f"[{datastore}] {directory}/{directory}.vmx",
+            instance_uuid=stable_uuid(f"vm-{number} instance"),
+            bios_uuid=bios_uuid or stable_uuid(f"vm-{number} bios"),
+            guest_id=guest[0],
+            guest_name=guest[1],
+            firmware=firmware,
+        )
+        config.template = template
+        config.extraConfig.extend(vim.option.OptionValue(key=key, value=text) for key, text in (extra or {}).items())
+        devices = config.hardware.device
+        devices.append(vmspec.scsi_controller(1000, 0, shared_bus))
+        devices.append(vmspec.network_card(4000, self.inventory.get(network), stable_uuid(f"vm-{number} mac")))
+        vm.config = config
+        for index, spec in enumerate(disk_specs):
+            where = spec.get("datastore", datastore)
+            suffix = f"_{index}" if index else ""
+            path = f"[{where}] {directory}/{directory}{suffix}.vmdk"
+            info = self.simulator.storage.create_disk(
+                path, spec["bytes"], uuid=stable_uuid(f"vm-{number} disk {index}")
+            )
+            if spec["kind"] != "empty":
+                self.simulator.storage.adopt(path, images.image(spec["kind"], spec["bytes"]))
+            devices.append(
+                vmspec.disk(
+                    2000 + index,
+                    1000,
+                    index,
+                    info,
+                    self.inventory.datastore(where, vm_place(self, folder)).ref,
+                    mode=spec.get("mode", "persistent"),
+                    rdm=spec.get("rdm"),
+                )
+            )
+        vm.power_state = "poweredOn" if running else "poweredOff"
+        vm.tools_running = running
+        vm.boot_time = self.simulator.start_time if running else None
+        config.modified = self.simulator.clock()
+        config.changeVersion = config.modified.isoformat()
+        self.inventory.add(vm)
+        disks.write_vmx(vm)
+        if started:
+            disks.ensure_nvram(vm)
+        return vm
+
+
+def vm_place(seeder: Seeder, folder: str) -> Any:
+    return seeder.inventory.get(folder)
+
+
+# 100 MiB and 33.5 KiB: no multiple of 64 KiB
+ODD_BYTES = 100 * MIB + 67 * 512
+
+
+def seed(simulator: "Simulator", vms: str) -> None:
+    seeder = Seeder(simulator)
+    seeder.infrastructure()
+    if vms == "minimal":
+        _pair(seeder, 64 * MIB, "empty", 16 * MIB + 67 * 512)
+    elif vms == "standard":
+        _standard(seeder)
+    else:
+        raise ValueError(f"--vms is minimal or standard, not {vms}")
+
+
+def _pair(seeder: Seeder, first: int, second_kind: str, second: int) -> None:
+    """app01, and restore01 with empty disks of the same sizes."""
+    seeder.vm(
+        101,
+        "app01",
+        [{"kind": "ext4", "bytes": first}, {"kind": second_kind, "bytes": second}],
+        folder="group-v7",
+        running=True,
+    )
+    seeder.vm(102, "restore01", [{"kind": "empty", "bytes": first}, {"kind": "empty", "bytes": second}], host="host-11")
+
+
+def _standard(seeder: Seeder) -> None:
+    _pair(seeder, 192 * MIB, "xfs", 320 * MIB + 67 * 512)
+    seeder.vm(
+        103,
+        "win01",
+        [{"kind": "ntfs", "bytes": 64 * MIB}],
+        guest=("windows2019srvNext_64Guest", "Microsoft Windows Server 2022 (64-bit)"),
+    )
+    seeder.vm(
+        104,
+        "db01",
+        [
+            {"kind": "ext4", "bytes": 64 * MIB},
+            {"kind": "empty", "bytes": 16 * MIB, "mode": "independent_persistent"},
+            {"kind": "empty", "bytes": 16 * MIB, "rdm": "physicalMode", "datastore": "vmfs01"},
+        ],
+        datastore="nfs01",
+        host="host-11",
+        running=True,
+    )
+    seeder.vm(105, "twin", [{"kind": "empty", "bytes": 16 * MIB}])
+    seeder.vm(106, "twin", [{"kind": "empty", "bytes": 16 * MIB}], folder="group-v7", directory="twin_1")
+    double = stable_uuid("duplicate bios")
+    seeder.vm(107, "copy01", [{"kind": "empty", "bytes": 16 * MIB}], bios_uuid=double)
+    seeder.vm(108, "copy02", [{"kind": "empty", "bytes": 16 * MIB}], bios_uuid=double)
+    seeder.vm(109, "proxy01", [{"kind": "empty", "bytes": 16 * MIB}], running=True, extra={"disk.EnableUUID": "TRUE"})
+    seeder.vm(110, "template01", [{"kind": "ext4", "bytes": 64 * MIB}], template=True, started=False)
+    seeder.vm(111, "new01", [{"kind": "empty", "bytes": 16 * MIB}], started=False)
+    seeder.vm(
+        112,
+        "shared01",
+        [{"kind": "empty", "bytes": 16 * MIB}],
+        shared_bus="virtualSharing",
+        datastore="local01",
+        running=True,
+    )
+    seeder.vm(113, "edge01", [{"kind": "empty", "bytes": 16 * MIB}])
+    seeder.vm(
+        114,
+        "edge01",
+        [{"kind": "empty", "bytes": 16 * MIB}],
+        folder="group-v22",
+        datastore="vmfs11",
+        host="host-29",
+        pool="resgroup-28",
+        network="network-31",
+    )
