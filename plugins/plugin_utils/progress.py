@@ -220,7 +220,7 @@ class ProgressAction(ActionBase):
             path = os.path.expanduser(os.path.expandvars(str(own)))
             offset = os.path.getsize(path) if os.path.exists(path) else 0
         else:
-            folder = tempfile.mkdtemp(prefix="vadp-progress-", dir=C.DEFAULT_LOCAL_TMP)
+            folder = tempfile.mkdtemp(prefix="vadp-progress-", dir=C.DEFAULT_LOCAL_TMP)  # type: ignore[attr-defined]
             path, offset = os.path.join(folder, "progress"), 0
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         follower = Follower(path, offset, lines.feed)
@@ -273,7 +273,7 @@ class ProgressAction(ActionBase):
 
     def _remove_payload(self, folder: str) -> None:
         """The module with its options (the password too). The job's supervisor removes it some seconds too late."""
-        if C.DEFAULT_KEEP_REMOTE_FILES:
+        if C.DEFAULT_KEEP_REMOTE_FILES:  # type: ignore[attr-defined]
             return
         try:
             self._remove_tmp_path(folder, force=True)
@@ -450,8 +450,8 @@ class Job:
 
 def _print(line: str) -> None:
     # A callback that prints JSON owns stdout; the lines go beside it then.
-    machine_readable = str(C.DEFAULT_STDOUT_CALLBACK).rsplit(".", 1)[-1] in ("json", "jsonl")
-    display.display(line, stderr=machine_readable)
+    callback = str(C.DEFAULT_STDOUT_CALLBACK)  # type: ignore[attr-defined]
+    display.display(line, stderr=callback.rsplit(".", 1)[-1] in ("json", "jsonl"))
 
 
 __all__: List[str] = [

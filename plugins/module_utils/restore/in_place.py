@@ -1,0 +1,404 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""A restore point into the disks of an existing virtual machine, whole disks.
+
+Look (nothing is touched) -> lock -> look again -> record the run and mark the disks "tracking not trusted" -> write
+each disk, flush, read it back -> the run is over. A disk that was half written stays in the run's record; running the
+restore again writes all of it anew.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+from ..datapath import image
+from ..datapath.copier import CopyResult, copy
+from ..datapath.extents import Extents
+from ..datapath.processes import Child, RuntimeDir
+from ..datapath.progress import Progress
+from ..errors import DataPathError, TransportError, VadpError, VsphereError
+from ..libraries import vim
+from ..repository import trust
+from ..repository.layout import VmStore
+from ..repository.runs import Run, new_run_id
+from ..transport.endpoints import Endpoint, open_vddk
+from ..transport.planner import WRITE, DiskFacts, Plan, ProxyFacts, plan
+from ..transport.vddk import Vddk, look_for_library
+from ..vsphere.disks import Disk, disks_of, is_multi_writer
+from ..vsphere.inventory import VmRef, find_vm
+from ..vsphere.session import Session
+from ..vsphere.snapshots import VmState, vm_state
+from .point import Point, PointDisk, open_point, progress_of, require_intact
+from .readback import first_difference
+from .request import RestoreRequest
+
+# A disk is a whole number of these, and NFC writes nothing smaller (VADP facts 23).
+_SECTOR_BYTES = 512
+
+
+@dataclass(frozen=True)
+class DiskTarget:
+    """A disk of the point, the disk that it goes into, and how."""
+
+    source: PointDisk
+    disk: Disk
+    transport: Plan
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the disks of one restore have in common."""
+
+    session: Session
+    vm: VmRef
+    point: Point
+    run: Run
+    intent: int
+    vddk: Vddk
+    request: RestoreRequest
+    run_dir: RuntimeDir
+    progress: Progress
+
+
+def restore_point(request: RestoreRequest, check_mode: bool) -> Dict[str, Any]:
+    """Write the disks of a point into a virtual machine that is off.
+
+    :param check_mode: all checks, but nothing is written and no lock is taken.
+    :returns: {changed, point, restored, diff}.
+    :raises VadpError: before the first write nothing was touched; after it the run's record says what was.
+    """
+    request.check()
+    assert request.connection is not None
+    point = open_point(request)
+    with Session.connect(request.connection) as session:
+        vm = _find_target(session, point, request)
+        vddk, problem = look_for_library(request.vddk_libdir)
+        proxy = ProxyFacts(vddk=vddk, vddk_problem=problem, is_vcenter=session.is_vcenter)
+        targets = _look(session, vm, point, request, proxy)
+        with progress_of(None if check_mode else request.progress_file) as progress:
+            require_intact(point, progress)
+            if check_mode:
+                return _result(point, vm, [_entry(target, vm, "it would be written") for target in targets])
+            assert vddk is not None
+            store = _journal_store(point, vm)
+            run_id = new_run_id()
+            with store.lock(run_id, "vadp_disk_restore"):
+                # The check of the point may have taken long.
+                targets = _look(session, vm, point, request, proxy)
+                run = store.create_run(None, vm_moid=vm.moid, vm_name=vm.name, run_id=run_id)
+                with RuntimeDir(run_id) as run_dir:
+                    restored = _restore(session, vm, point, targets, store, run, vddk, request, run_dir, progress)
+    return _result(point, vm, restored)
+
+
+# Before the first write
+
+
+def _find_target(session: Session, point: Point, request: RestoreRequest) -> VmRef:
+    named = dict(request.vm)
+    if not any(named.get(name) for name in ("name", "uuid", "moid")):
+        # The instance UUID is what the repository knows a machine by, and vCenter keeps it unique.
+        named.update(uuid=point.store.uuid, use_instance_uuid=True)
+    return find_vm(session, **named)
+
+
+def _journal_store(point: Point, vm: VmRef) -> VmStore:
+    """Where lock and record lie: with the VM that is written, if the repository knows it, else with the point's VM."""
+    own = point.repository.vm(vm.instance_uuid)
+    if own.uuid == point.store.uuid:
+        return point.store
+    return own if own.path.is_dir() else point.store
+
+
+def _look(session: Session, vm: VmRef, point: Point, request: RestoreRequest, proxy: ProxyFacts) -> List[DiskTarget]:
+    """Find the disks that are written. :raises VsphereError: with everything that speaks against it."""
+    state = vm_state(session, vm)
+    obstacles = _vm_obstacles(state)
+    disks = {disk.key: disk for disk in disks_of(state.devices)}
+    devices = {device.key: device for device in state.devices}
+    pairs: List[Tuple[PointDisk, Disk]] = []
+    for source in point.disks:
+        key = source.key if source.choice.target_key is None else source.choice.target_key
+        if key not in disks:
+            known = ", ".join(f"{disk.key} ('{disk.label}')" for disk in disks.values()) or "none"
+            obstacles.append(
+                f"it has no disk {key} for disk {source.key} ('{source.label}') of the point, but {known}: give disks"
+                " with key and target_key"
+            )
+            continue
+        disk = disks[key]
+        obstacles += [f"'{disk.label}': {text}" for text in _disk_obstacles(source, disk, devices)]
+        pairs.append((source, disk))
+    if obstacles:
+        raise VsphereError(
+            "The restore point can't be written to the virtual machine, and nothing was touched",
+            subject=f"{point} to {vm}",
+            reason="; ".join(obstacles),
+            details={"obstacles": obstacles},
+        )
+    return [
+        DiskTarget(
+            source,
+            disk,
+            plan(DiskFacts(disk.label, disk.file), proxy, request.transports, WRITE, request.require_transport),
+        )
+        for source, disk in pairs
+    ]
+
+
+def _vm_obstacles(state: VmState) -> List[str]:
+    """VADP facts 29, 35: what is written is the leaf, so there must be nothing above or below it that is in use."""
+    obstacles = []
+    if state.template:
+        obstacles.append("it is a template: convert it to a virtual machine")
+    if state.power_state != "poweredOff":
+        obstacles.append(f"it is {state.power_state}: power it off")
+    if state.snapshots:
+        names = ", ".join(f"'{snapshot.name}'" for snapshot in state.snapshots[:5])
+        obstacles.append(f"it has {len(state.snapshots)} snapshots ({names}): remove them")
+    if state.consolidation_needed:
+        obstacles.append("its disks need consolidation: run vadp_recover, or consolidate them in the vSphere client")
+    return obstacles
+
+
+def _disk_obstacles(source: PointDisk, disk: Disk, devices: Dict[int, Any]) -> List[str]:
+    obstacles = []
+    device = devices[disk.key]
+    controller = devices.get(device.controllerKey)
+    if isinstance(device.backing, vim.vm.device.VirtualDisk.RawDiskMappingVer1BackingInfo):
+        obstacles.append("it is a raw device mapping, which is not written")
+    elif not disk.included:
+        obstacles.append(disk.skip_reason or "it can't be in a snapshot, so it is not written")
+    if is_multi_writer(device) or (getattr(controller, "sharedBus", None) or "noSharing") != "noSharing":
+        obstacles.append("other virtual machines may use it at the same time")
+    if disk.capacity_bytes != source.capacity_bytes:
+        obstacles.append(
+            f"it has {disk.capacity_bytes} bytes, disk {source.key} of the point has {source.capacity_bytes}: the sizes"
+            " must be equal"
+        )
+    if source.choice.target_key is None and disk.uuid != source.entry["uuid"]:
+        obstacles.append(
+            f"it is another disk than the one that was backed up (UUID {disk.uuid}, not {source.entry['uuid']}): if it"
+            f" is the one that shall be written, give disks with key {source.key} and target_key {disk.key}"
+        )
+    if source.choice.datastore not in (None, disk.datastore):
+        obstacles.append(f"it lies on datastore '{disk.datastore}', not on '{source.choice.datastore}'")
+    return obstacles
+
+
+# Writing
+
+
+def _restore(
+    session: Session,
+    vm: VmRef,
+    point: Point,
+    targets: List[DiskTarget],
+    store: VmStore,
+    run: Run,
+    vddk: Vddk,
+    request: RestoreRequest,
+    run_dir: RuntimeDir,
+    progress: Progress,
+) -> List[Dict[str, Any]]:
+    """Under the VM's lock. Before the first write, the run's record and the marks are on the disk (VADP facts 12)."""
+    keys = [target.disk.key for target in targets]
+    intent = run.record(
+        "restore",
+        vm_uuid=vm.instance_uuid,
+        vm_moid=vm.moid,
+        point=point.name,
+        point_vm=point.store.uuid,
+        disks=keys,
+        half_written=[],
+    )
+    try:
+        if store.uuid == vm.instance_uuid.lower():
+            for target in targets:
+                trust.mark(
+                    store,
+                    target.disk.key,
+                    f"the disk was restored from point {point.name}",
+                    uuid=target.disk.uuid,
+                    change_id=target.disk.change_id,
+                )
+        job = _Job(session, vm, point, run, intent, vddk, request, run_dir, progress)
+        restored = [_restore_disk(target, job) for target in targets]
+    except BaseException:
+        # As long as every disk is either what it was or wholly restored, there is nothing to remember.
+        if not _half_written(run):
+            run.remove()
+        raise
+    run.done(intent)
+    _forget_earlier(store, vm, run, keys)
+    run.remove()
+    return restored
+
+
+def _forget_earlier(store: VmStore, vm: VmRef, run: Run, keys: List[int]) -> None:
+    """Records of crashed restores whose disks are all whole again. Their processes are dead: we hold the lock."""
+    for other in store.runs():
+        intents = other.intents()
+        ours = all(intent["what"] in ("restore", "process") for intent in intents)
+        restores = [intent for intent in intents if intent["what"] == "restore"]
+        healed = all(intent.get("vm_uuid") == vm.instance_uuid for intent in restores)
+        healed = healed and set(_half_written(other)) <= set(keys)
+        if other.run_id != run.run_id and restores and ours and healed:
+            other.remove()
+
+
+def _half_written(run: Run) -> List[int]:
+    """Device keys of the disks of the target that hold neither their old content nor the point's."""
+    return [key for intent in run.intents("restore") for key in intent.get("half_written", [])]
+
+
+def _restore_disk(target: DiskTarget, job: _Job) -> Dict[str, Any]:
+    begun = time.monotonic()
+    source, request = target.source, job.request
+    report = job.progress.disk(source.key, source.label, source.capacity_bytes)
+    state = "failed"
+    try:
+        with image.serve(source.layer, run_dir=job.run_dir) as reader, _recorded(job.run, reader):
+            with _open(target, job, writable=True) as disk:
+                job.run.update(job.intent, half_written=[target.disk.key])
+                result = _write(reader.uri, disk, target, job, report.update)
+                transport = disk.transport
+            if request.verify:
+                _verify(reader.uri, target, job)
+        job.run.update(job.intent, half_written=[])
+        state = "done"
+    except VadpError as error:
+        name = f"disk '{target.disk.label}' of {job.vm}"
+        error.subject = f"{name}: {error.subject}" if error.subject else name
+        if not error.remedy and _half_written(job.run):
+            error.remedy = "Run the restore again: it writes the whole disk anew. Until then don't power the machine on"
+        raise
+    finally:
+        report.finish(state)
+    return _entry(
+        target,
+        job.vm,
+        "its whole content was written",
+        transport=transport,
+        bytes_read=result.bytes_read,
+        bytes_written=source.capacity_bytes,
+        seconds=round(time.monotonic() - begun, 3),
+        verified=True if request.verify else None,
+    )
+
+
+@contextmanager
+def _open(target: DiskTarget, job: _Job, writable: bool) -> Iterator[Endpoint]:
+    """The current leaf of a VM without snapshots (VADP facts 40)."""
+    with open_vddk(
+        job.session,
+        job.vm,
+        file=target.disk.file,
+        snapshot_moid=None,
+        transports=[target.transport.chosen],
+        writable=writable,
+        vddk=job.vddk,
+        nfc_port=job.request.nfc_port,
+        run_dir=job.run_dir,
+        io_timeout=job.request.io_timeout,
+    ) as endpoint, _recorded(job.run, endpoint.child):
+        if endpoint.size_bytes != target.source.capacity_bytes:
+            raise TransportError(
+                "The disk has another size than its configuration says",
+                reason=f"{endpoint.size_bytes} bytes are served, not {target.source.capacity_bytes}",
+                remedy="See what changed the virtual machine, and run again",
+            )
+        yield endpoint
+
+
+def _write(reader_uri: str, disk: Endpoint, target: DiskTarget, job: _Job, on_progress: Any) -> CopyResult:
+    """Everything, zeros too: what the disk holds now must not shine through (VADP facts 35)."""
+    capacity = target.source.capacity_bytes
+    try:
+        return copy(
+            reader_uri,
+            disk.uri,
+            capacity_bytes=capacity,
+            areas=Extents.whole(capacity),
+            on_progress=on_progress,
+            rate_limit=job.request.rate_limit,
+            io_timeout=job.request.io_timeout,
+            align_bytes=_SECTOR_BYTES,
+            zeros="write",
+        )
+    except DataPathError as error:
+        raise disk.explain(error) from error
+
+
+def _verify(reader_uri: str, target: DiskTarget, job: _Job) -> None:
+    """Read the disk back through a second, read-only endpoint (VADP facts 29), so that no cache answers."""
+    report = job.progress.disk(target.source.key, f"{target.source.label}, read back", target.source.capacity_bytes)
+    state = "failed"
+    try:
+        with _open(target, job, writable=False) as disk:
+            try:
+                difference = first_difference(
+                    reader_uri,
+                    disk.uri,
+                    target.source.capacity_bytes,
+                    on_progress=report.update,
+                    io_timeout=job.request.io_timeout,
+                )
+            except DataPathError as error:
+                raise disk.explain(error) from error
+        if difference is not None:
+            raise DataPathError(
+                "The disk does not hold the bytes of the restore point",
+                reason=f"they differ from byte {difference} on when read back",
+                remedy="Don't use the disk. See that nobody else writes to it, and run the restore again",
+                details={"offset": difference},
+            )
+        state = "done"
+    finally:
+        report.finish(state)
+
+
+@contextmanager
+def _recorded(run: Run, child: Child) -> Iterator[None]:
+    """A process stands in the run's record while it lives. It dies with us anyway; this is for when that fails."""
+    intent = run.record("process", name=child.name, pid=child.pid, start_time=child.start_time)
+    try:
+        yield
+    finally:
+        run.done(intent)
+
+
+# Results
+
+
+def _entry(
+    target: DiskTarget, vm: VmRef, reason: str, transport: Optional[str] = None, **measured: Any
+) -> Dict[str, Any]:
+    return {
+        "key": target.source.key,
+        "label": target.source.label,
+        "target": f"{vm.name}/{target.disk.label}",
+        "format": None,
+        "transport": transport or target.transport.chosen,
+        "transport_reasons": target.transport.reasons(),
+        "bytes_read": measured.get("bytes_read", 0),
+        "bytes_written": measured.get("bytes_written", 0),
+        "seconds": measured.get("seconds", 0.0),
+        "verified": measured.get("verified"),
+        "reason": reason,
+    }
+
+
+def _result(point: Point, vm: VmRef, restored: List[Dict[str, Any]]) -> Dict[str, Any]:
+    return {
+        "changed": True,
+        "point": point.name,
+        "restored": restored,
+        "diff": {
+            "before": {entry["target"]: "its present content" for entry in restored},
+            "after": {entry["target"]: f"disk {entry['key']} of {point}" for entry in restored},
+        },
+    }

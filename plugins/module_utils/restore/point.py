@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""The restore point that is read: found, and proved to be what was written, before the first byte goes anywhere."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, Dict, List, Optional
+
+from ..datapath.progress import DiskProgress, Progress
+from ..errors import DamagedError, InputError
+from ..repository.layout import Repository, VmStore
+from ..repository.manifest import disk_of
+from ..repository.verify import STRUCTURE, verify_point
+from .request import DiskChoice, RestoreRequest
+
+# Only a check that lasts is worth a line of progress.
+_QUIET_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class PointDisk:
+    """A disk of the point. ``layer`` opens with qemu and stands on the whole chain; ``entry`` is the manifest's."""
+
+    choice: DiskChoice
+    entry: Dict[str, Any]
+    layer: str
+
+    @property
+    def key(self) -> int:
+        return int(self.entry["key"])
+
+    @property
+    def label(self) -> str:
+        return str(self.entry["label"])
+
+    @property
+    def capacity_bytes(self) -> int:
+        return int(self.entry["capacity_bytes"])
+
+
+@dataclass(frozen=True)
+class Point:
+    """A restore point and the disks of it that are wanted, in the manifest's order."""
+
+    repository: Repository
+    store: VmStore
+    manifest: Dict[str, Any]
+    disks: List[PointDisk]
+
+    @property
+    def name(self) -> str:
+        return str(self.manifest["point"])
+
+    def __str__(self) -> str:
+        return f"restore point {self.name} of {self.store.shown}"
+
+
+def open_point(request: RestoreRequest) -> Point:
+    """Find the point and its disks; nothing is read but manifests.
+
+    :raises InputError: a disk that is asked for is not in the point.
+    :raises RepositoryError: no repository, VM or point of that name. DamagedError: its manifest is damaged.
+    """
+    repository = Repository.open(request.repository)
+    store = repository.find_vm(vm_uuid=request.vm_uuid, vm_name=request.vm_name)
+    manifest = store.resolve(request.point)
+    choices = {choice.key: choice for choice in request.disks}
+    unknown = [key for key in choices if disk_of(manifest, key) is None]
+    if unknown:
+        known = ", ".join(f"{disk['key']} ('{disk['label']}')" for disk in manifest["disks"])
+        raise InputError(
+            "The restore point holds no such disk",
+            subject=f"{', '.join(map(str, unknown))} at point {manifest['point']} of {store.shown}",
+            reason=f"it holds {known}",
+            remedy="Name disks of the point by their device keys",
+        )
+    disks = [
+        PointDisk(
+            choice=choices.get(disk["key"], DiskChoice(disk["key"])),
+            entry=disk,
+            layer=str(store.layer_path(disk["key"], manifest["point"])),
+        )
+        for disk in manifest["disks"]
+        if not choices or disk["key"] in choices
+    ]
+    return Point(repository, store, manifest, disks)
+
+
+def progress_of(path: Optional[str]) -> Progress:
+    """The progress file of a request. :raises InputError: it can't be written."""
+    try:
+        return Progress(path)
+    except OSError as error:
+        raise InputError("The progress file can't be written", subject=path, reason=error.strerror) from None
+
+
+def require_intact(point: Point, progress: Progress) -> None:
+    """Check every file that the wanted disks stand on: present, of the size and with the hash that were recorded.
+
+    :raises DamagedError: with all that is wrong; a damaged point is not restored.
+    """
+    reports: Dict[int, DiskProgress] = {}
+    begun = time.monotonic()
+
+    def report(key: int, done: int, total: int) -> None:
+        if key not in reports:
+            if time.monotonic() - begun < _QUIET_SECONDS:
+                return
+            label = next(disk.label for disk in point.disks if disk.key == key)
+            reports[key] = progress.disk(key, f"{label}, check of the point", total)
+        reports[key].update(done)
+
+    wanted = dict(point.manifest, disks=[disk.entry for disk in point.disks])
+    results = verify_point(point.store, wanted, STRUCTURE, report)
+    problems = []
+    for result in results:
+        if result["key"] in reports:
+            reports[result["key"]].finish("done" if result["ok"] else "failed")
+        problems += [f"disk {result['key']}: {problem}" for problem in result["problems"]]
+    if problems:
+        raise DamagedError(
+            "The restore point is damaged, and nothing was written",
+            subject=str(point),
+            reason="; ".join(problem.rstrip(". ") for problem in problems),
+            remedy="Restore another point, and bring back the damaged files from a copy of the repository",
+            details={"problems": problems},
+        )

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""What a restore is asked to do, checked before anything is touched."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Mapping, Optional
+
+from ..datapath.image import FORMATS
+from ..errors import InputError
+from ..transport.planner import check_transports
+from ..vsphere.session import Connection
+
+FILE = "file"
+IN_PLACE = "in_place"
+TARGETS = (FILE, IN_PLACE)
+VM_OPTIONS = ("name", "uuid", "use_instance_uuid", "moid", "folder", "datacenter")
+
+
+@dataclass(frozen=True)
+class DiskChoice:
+    """One disk of the point, and where it goes.
+
+    :param key: its device key in the restore point.
+    :param target_key: device key of the disk that is written, if that is another one (in_place).
+    :param datastore: the disk that is written has to lie there (in_place).
+    :param format: of this disk's image file (file).
+    """
+
+    key: int
+    target_key: Optional[int] = None
+    datastore: Optional[str] = None
+    format: Optional[str] = None
+
+
+@dataclass(frozen=True)
+class RestoreRequest:
+    """The options of ``vadp_disk_restore``.
+
+    :param vm: the options that name the VM to write to, as :func:`..vsphere.inventory.find_vm` takes them.
+    :param rate_limit: bytes a second, for in_place.
+    """
+
+    repository: str
+    vm_uuid: Optional[str] = None
+    vm_name: Optional[str] = None
+    point: str = "latest"
+    target: str = FILE
+    dest: Optional[str] = None
+    format: str = "raw"
+    disks: List[DiskChoice] = field(default_factory=list)
+    overwrite: bool = False
+    verify: bool = True
+    progress_file: Optional[str] = None
+    connection: Optional[Connection] = None
+    vm: Mapping[str, Any] = field(default_factory=dict)
+    transports: List[str] = field(default_factory=lambda: ["hotadd", "nbdssl", "nbd", "https"])
+    require_transport: bool = False
+    vddk_libdir: Optional[str] = None
+    nfc_port: int = 902
+    io_timeout: int = 180
+    rate_limit: Optional[int] = None
+
+    @classmethod
+    def from_params(cls, params: Dict[str, Any], rate_limit: Optional[int]) -> RestoreRequest:
+        """From ``module.params``. :raises InputError: an option makes no sense."""
+        names = set(cls.__dataclass_fields__) - {"connection", "vm", "disks", "rate_limit"}
+        request = cls(
+            connection=Connection.from_params(params) if params["target"] == IN_PLACE else None,
+            vm={name: params[name] for name in VM_OPTIONS},
+            disks=[DiskChoice(**choice) for choice in params["disks"] or []],
+            rate_limit=rate_limit,
+            **{name: params[name] for name in names},
+        )
+        request.check()
+        return request
+
+    def check(self) -> None:
+        """:raises InputError: an option makes no sense; nothing was touched."""
+        if self.target not in TARGETS:
+            raise InputError("The option target has no such value", subject=self.target)
+        if not os.path.isabs(self.repository):
+            raise InputError("The repository's path is not absolute", subject=self.repository)
+        for number, low, high, name in (
+            (self.io_timeout, 1, 86400, "io_timeout"),
+            (self.nfc_port, 1, 65535, "nfc_port"),
+        ):
+            if not low <= number <= high:
+                raise InputError(f"The option {name} is out of range", subject=str(number), remedy=f"{low} to {high}")
+        keys = [choice.key for choice in self.disks]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        if twice:
+            raise InputError("A disk is listed twice in disks", subject=", ".join(map(str, twice)))
+        if self.target == FILE:
+            self._check_file()
+        else:
+            self._check_in_place()
+
+    def _check_file(self) -> None:
+        if self.dest is None:
+            raise InputError("There is no folder for the image files", remedy="Give dest")
+        if not os.path.isabs(self.dest):
+            raise InputError("The folder for the image files is not an absolute path", subject=self.dest)
+        if any(self.vm.get(name) for name in ("name", "uuid", "moid")):
+            raise InputError(
+                "The options name, uuid and moid name the virtual machine to write to, and target=file writes to none",
+                remedy="Name the virtual machine whose restore point is meant by vm_uuid or vm_name, or use"
+                " target=in_place",
+            )
+        for choice in self.disks:
+            if choice.target_key is not None or choice.datastore is not None:
+                raise InputError(
+                    "The options target_key and datastore of a disk are for target=in_place", f"disk {choice.key}"
+                )
+            if choice.format not in (None, *FORMATS):
+                raise InputError("An image file can't have this format", subject=str(choice.format))
+        if self.format not in FORMATS:
+            raise InputError("An image file can't have this format", subject=self.format)
+        if self.rate_limit is not None:
+            raise InputError("The option rate_limit is for target=in_place")
+
+    def _check_in_place(self) -> None:
+        check_transports(self.transports)
+        if self.dest is not None:
+            raise InputError("The option dest is for target=file", subject=self.dest)
+        targets = [choice.key if choice.target_key is None else choice.target_key for choice in self.disks]
+        twice = sorted({key for key in targets if targets.count(key) > 1})
+        if twice:
+            raise InputError("Two disks of the point can't go into one disk", subject=", ".join(map(str, twice)))
+        for choice in self.disks:
+            if choice.format is not None:
+                raise InputError("The option format of a disk is for target=file", f"disk {choice.key}")
+        if not self.overwrite:
+            raise InputError(
+                "A restore in place replaces all that the disks hold, and overwrite is false",
+                remedy="Set overwrite: true if their present content may go",
+            )

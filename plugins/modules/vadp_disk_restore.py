@@ -1,0 +1,335 @@
+#!/usr/bin/python
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: vadp_disk_restore
+short_description: Restore the disks of a restore point
+version_added: 0.1.0
+description:
+  - Writes the disks of a restore point into image files, or into the disks of a virtual machine that is off.
+  - Before the first write everything that the point stands on is read and compared with what was recorded. A damaged
+    point is not restored.
+  - After the last write everything is read back and compared with the point, unless O(verify=false).
+  - The module runs on the machine that holds the repository (the backup proxy).
+author:
+  - openvadp maintainers (@openvadp)
+extends_documentation_fragment:
+  - openvadp.backup.connection
+  - openvadp.backup.vm
+  - openvadp.backup.repository
+  - openvadp.backup.repository_vm
+  - openvadp.backup.transport
+  - openvadp.backup.attributes
+  - openvadp.backup.attributes.actiongroup_vadp
+attributes:
+  check_mode:
+    support: full
+    details:
+      - All checks are made, those of the stored data too. Nothing is written, and no lock is taken.
+  diff_mode:
+    support: full
+    details:
+      - It names what is replaced; it does not show the content.
+  idempotent:
+    support: partial
+    details:
+      - With O(target=file), an image file that holds the point's bytes already is left alone.
+      - With O(target=in_place), every run writes everything, and says that it changed something.
+options:
+  hostname:
+    description:
+      - Name or address of the vCenter server, or of an ESXi host. Needed for O(target=in_place) only.
+      - If not given, the environment variable E(VMWARE_HOST) of the machine that runs the module is used.
+    type: str
+    required: false
+  username:
+    description:
+      - User of the vSphere API. Needed for O(target=in_place) only.
+      - If not given, the environment variable E(VMWARE_USER) is used.
+    type: str
+    required: false
+  password:
+    description:
+      - Password of O(username). Needed for O(target=in_place) only.
+      - It is handed on through file descriptors only and never written down.
+      - If not given, the environment variable E(VMWARE_PASSWORD) is used.
+    type: str
+    required: false
+  name:
+    description:
+      - Name of the virtual machine to write to, with O(target=in_place). Two machines of one name are an error that
+        lists both.
+      - If none of O(name), O(uuid) and O(moid) is given, it is the one that the restore point was made of.
+    type: str
+  uuid:
+    description:
+      - BIOS UUID of the virtual machine to write to, or its instance UUID with O(use_instance_uuid=true).
+    type: str
+  moid:
+    description: Managed object id of the virtual machine to write to, such as V(vm-16).
+    type: str
+  vm_uuid:
+    description:
+      - Instance UUID of the virtual machine whose restore point is meant, under which the repository keeps it.
+      - Exactly one of O(vm_uuid) and O(vm_name) is required.
+    type: str
+  vm_name:
+    description:
+      - Name that the virtual machine, whose restore point is meant, had when it was last backed up.
+      - Two machines of one name are an error that lists both.
+    type: str
+  point:
+    description: Name of the restore point, or V(latest).
+    type: str
+    default: latest
+  target:
+    description:
+      - V(file) writes one image file for each disk into the folder O(dest). No vCenter is needed.
+      - V(in_place) writes into the disks of an existing virtual machine. It has to be off, without snapshots, and its
+        disks as large as those of the point. All that they hold is replaced, so O(overwrite=true) is required. Change
+        tracking of these disks is not believed afterwards, so the machine's next backups are full ones until change
+        tracking was reset.
+    type: str
+    choices: [file, in_place]
+    default: file
+  dest:
+    description:
+      - Folder for the image files, which has to exist. Required for O(target=file).
+      - The files are named C(<name of the virtual machine>-<label of the disk>-<device key>.<format>), such as
+        C(app01-hard-disk-1-2000.raw). RV(restored) returns their paths.
+      - An image appears there when it is complete. Until then it is beside, with C(.part-) in its name. What a crashed
+        restore left in the folder is removed.
+    type: path
+  format:
+    description: Format of the image files. It is of no meaning for O(target=in_place).
+    type: str
+    choices: [raw, qcow2, vmdk]
+    default: raw
+  disks:
+    description: Which disks of the point are restored, and how. If not given, or empty, all of them are.
+    type: list
+    elements: dict
+    default: []
+    suboptions:
+      key:
+        description: Device key of the disk in the restore point, such as V(2000).
+        type: int
+        required: true
+      target_key:
+        description:
+          - Device key of the disk that is written, with O(target=in_place).
+          - If not given, it is the disk of the same key, and its UUID has to be that of the disk that was backed up.
+        type: int
+      datastore:
+        description: Datastore on which the disk that is written has to lie, with O(target=in_place).
+        type: str
+      format:
+        description: Format of this disk's image file, if another than O(format).
+        type: str
+        choices: [raw, qcow2, vmdk]
+  overwrite:
+    description:
+      - Consent to replace what is there, namely image files with other content, or what the disks of the virtual
+        machine hold.
+    type: bool
+    default: false
+  verify:
+    description: Whether what was written is read back and compared with the restore point.
+    type: bool
+    default: true
+  rate_limit:
+    description:
+      - Bytes a second that are written at most, with O(target=in_place), such as V(50M).
+      - The suffixes K, M and G are binary.
+    type: str
+  progress_file:
+    description:
+      - File to which the progress of each disk is appended as lines of JSON.
+      - If not given, the progress is shown on the controller's screen and kept nowhere.
+    type: path
+notes:
+  - Required privileges for O(target=in_place) are C(VirtualMachine.Provisioning.DiskRandomAccess),
+    C(VirtualMachine.Provisioning.DiskRandomRead) and C(VirtualMachine.Provisioning.GetVmFiles).
+seealso:
+  - module: openvadp.backup.vadp_disk_export
+  - module: openvadp.backup.restore_point_info
+  - module: openvadp.backup.restore_point_verify
+"""
+
+EXAMPLES = r"""
+- name: Write the newest state of a machine into image files
+  openvadp.backup.vadp_disk_restore:
+    repository: /backup
+    vm_name: app01
+    dest: /restore
+    format: qcow2
+  register: images
+
+- name: Show where they are
+  ansible.builtin.debug:
+    msg: "{{ images.restored | map(attribute='target') }}"
+
+- name: Put one disk back into the machine it came from
+  openvadp.backup.vadp_disk_restore:
+    hostname: vcenter.example.com
+    username: backup@vsphere.local
+    password: "{{ vcenter_password }}"
+    repository: /backup
+    vm_name: app01
+    point: 20261122T084203Z
+    target: in_place
+    disks:
+      - key: 2000
+    overwrite: true
+
+- name: Write a machine's disk into a disk of another machine
+  openvadp.backup.vadp_disk_restore:
+    hostname: vcenter.example.com
+    username: backup@vsphere.local
+    password: "{{ vcenter_password }}"
+    repository: /backup
+    vm_name: app01
+    target: in_place
+    name: restore01
+    disks:
+      - key: 2000
+        target_key: 2001
+    overwrite: true
+"""
+
+RETURN = r"""
+point:
+  description: Name of the restore point.
+  returned: success
+  type: str
+  sample: 20261122T084203Z
+restored:
+  description: The disks, in the order of the restore point.
+  returned: success
+  type: list
+  elements: dict
+  contains:
+    key:
+      description: Device key in the restore point.
+      type: int
+      sample: 2000
+    label:
+      description: Label in the restore point.
+      type: str
+      sample: Hard disk 1
+    target:
+      description: Path of the image file, or machine and label of the disk that was written.
+      type: str
+      sample: /restore/app01-hard-disk-1-2000.qcow2
+    format:
+      description: Format of the image file; null for a disk of a machine.
+      type: str
+      sample: qcow2
+    transport:
+      description: How the disk was written; null for an image file.
+      type: str
+      sample: nbdssl
+    transport_reasons:
+      description: Why it is this transport and none before it, as transport, usable and reasons.
+      type: list
+      elements: dict
+      sample: []
+    bytes_read:
+      description: Bytes read from the restore point; for an image file the size of the disk.
+      type: int
+      sample: 8589934592
+    bytes_written:
+      description: Bytes written, zeros included; for an image file what it takes on its file system.
+      type: int
+      sample: 4187593113
+    seconds:
+      description: How long it took, reading back included.
+      type: float
+      sample: 5.9
+    verified:
+      description:
+        - Whether what is there was compared with the restore point and is the same. A difference is an error.
+        - Null if nothing was compared.
+      type: bool
+      sample: true
+    reason:
+      description: Why the disk was written, or was not.
+      type: str
+      sample: it was not there
+"""
+
+from typing import Any, Dict
+
+from ansible.module_utils.basic import AnsibleModule, missing_required_lib
+
+from ..module_utils.backup.request import parse_rate
+from ..module_utils.datapath.image import FORMATS
+from ..module_utils.libraries import first_missing
+from ..module_utils.restore import in_place, to_file
+from ..module_utils.restore.request import IN_PLACE, TARGETS, RestoreRequest
+from ..module_utils.runner import (
+    Options,
+    connection_options,
+    repository_options,
+    repository_vm_options,
+    run_module,
+    transport_options,
+    vm_options,
+)
+
+DISK = dict(
+    key=dict(type="int", required=True, no_log=False),
+    target_key=dict(type="int", no_log=False),
+    datastore=dict(type="str"),
+    format=dict(type="str", choices=list(FORMATS)),
+)
+TRANSPORTS = ["hotadd", "nbdssl", "nbd", "https"]
+
+
+def options() -> Options:
+    """Connection and VM belong to one of the targets only, so they are not required as such."""
+    connection = {name: dict(spec) for name, spec in connection_options().argument_spec.items()}
+    needed = [name for name, spec in connection.items() if spec.pop("required", False)]
+    own = dict(
+        point=dict(type="str", default="latest"),
+        target=dict(type="str", choices=list(TARGETS), default="file"),
+        dest=dict(type="path"),
+        format=dict(type="str", choices=list(FORMATS), default="raw"),
+        disks=dict(type="list", elements="dict", options=DISK, default=[]),
+        overwrite=dict(type="bool", default=False),
+        verify=dict(type="bool", default=True),
+        rate_limit=dict(type="str"),
+        progress_file=dict(type="path"),
+    )
+    return (
+        Options(connection, required_if=[("target", IN_PLACE, needed)])
+        + Options(vm_options().argument_spec, mutually_exclusive=[("name", "uuid", "moid")])
+        + repository_options()
+        + repository_vm_options()
+        + transport_options(TRANSPORTS)
+        + Options(own, required_if=[("target", "file", ["dest"])])
+    )
+
+
+def body(module: AnsibleModule) -> Dict[str, Any]:
+    restore = to_file.restore_point
+    if module.params["target"] == IN_PLACE:
+        restore = in_place.restore_point
+        name, what, trace = first_missing("pyVmomi", "requests", "nbd")
+        if name:
+            module.fail_json(msg=missing_required_lib(what), exception=trace)
+    request = RestoreRequest.from_params(module.params, parse_rate(module.params["rate_limit"]))
+    result = restore(request, module.check_mode)
+    if not module._diff:
+        del result["diff"]
+    return result
+
+
+def main() -> None:
+    run_module(options(), body, libraries=["blake3"])
+
+
+if __name__ == "__main__":
+    main()
