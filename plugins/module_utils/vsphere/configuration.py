@@ -24,8 +24,6 @@ from .snapshots import Snapshot, utc_text
 
 FORMAT = 1
 
-_SCALARS = ("byte", "short", "long", "double", "binary", "URI", "PropertyPath")
-
 
 # vim objects and JSON
 
@@ -38,7 +36,7 @@ def to_json(value: Any, declared: Any = object) -> Any:
     support = pyVmomi.VmomiSupport
     if isinstance(value, support.DataObject):
         properties = value._GetPropertyList()
-        data: Dict[str, Any] = {"_type": type(value).__name__}
+        data: Dict[str, Any] = {"_type": support.GetVmodlName(type(value))}
         for prop in properties:
             held = getattr(value, prop.name)
             # An unset array reads as an empty one.
@@ -46,7 +44,7 @@ def to_json(value: Any, declared: Any = object) -> Any:
                 data[prop.name] = to_json(held, prop.type)
         return data
     if isinstance(value, support.ManagedObject):
-        reference = {"_type": type(value).__name__, "_moid": value._moId}
+        reference = {"_type": support.GetVmodlName(type(value)), "_moid": value._moId}
         if value._serverGuid is not None:
             reference["_server_guid"] = value._serverGuid
         return reference
@@ -58,7 +56,7 @@ def to_json(value: Any, declared: Any = object) -> Any:
     elif isinstance(value, bytes):
         plain = base64.b64encode(value).decode("ascii")
     elif isinstance(value, type):
-        plain = value.__name__
+        plain = support.GetVmodlName(value)
     elif isinstance(value, bool):
         plain = bool(value)
     elif isinstance(value, int):
@@ -70,8 +68,8 @@ def to_json(value: Any, declared: Any = object) -> Any:
     else:
         raise TypeError(f"{type(value).__name__} can't be saved")
     if declared is object and type(value) not in (bool, int, str):
-        name = "type" if isinstance(value, type) else type(value).__name__
-        return {"_type": name, "value": plain}
+        kind = type if isinstance(value, type) else type(value)
+        return {"_type": support.GetVmodlName(kind), "value": plain}
     return plain
 
 
@@ -106,17 +104,9 @@ def from_json(data: Any, declared: Any = object, stub: Any = None) -> Any:
 
 
 def _vim_type(name: str) -> Any:
-    support = pyVmomi.VmomiSupport
-    if name.endswith("[]"):
-        return _vim_type(name[:-2]).Array if "." in name else support.GetVmodlType(name)
-    builtin = {"datetime": datetime.datetime, "float": float, "type": type, "str": str, "int": int, "bool": bool}
-    if name in builtin:
-        return builtin[name]
-    if name in _SCALARS:
-        return getattr(support, name)
     try:
-        return support.GetVmodlType(name)
-    except (KeyError, AttributeError) as error:
+        return pyVmomi.VmomiSupport.GetVmodlType(name)
+    except KeyError as error:
         raise InputError(
             "The saved configuration can't be read",
             subject=name,

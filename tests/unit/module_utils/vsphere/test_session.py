@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+from __future__ import annotations
+
+import hashlib
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+
+import pytest
+from pyVmomi import vim, vmodl
+
+from ansible_collections.openvadp.backup.plugins.module_utils.errors import (
+    AuthenticationError,
+    ConnectionLostError,
+    InputError,
+    NotFoundError,
+    PrivilegeError,
+    TaskError,
+    VsphereError,
+)
+from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.session import (
+    Connection,
+    Session,
+    normal_thumbprint,
+)
+
+Collector = vmodl.query.PropertyCollector
+
+
+def test_password_is_not_in_repr():
+    assert "secret" not in repr(Connection("vc", "user", "secret"))
+
+
+# Calls
+
+
+def test_read_is_one_call_and_unset_paths_are_none(session, stub, vm):
+    stub.add(vm.obj, name="app01")
+    assert session.read(vm.obj, "name", "config.uuid") == {"name": "app01", "config.uuid": None}
+    assert stub.names() == ["RetrievePropertiesEx"]
+
+
+def test_pages_are_read_to_the_end_and_from_the_start_after_a_new_login(session, stub, vm):
+    def page(number, token):
+        content = Collector.ObjectContent(
+            obj=vim.VirtualMachine(f"vm-{number}", stub), propSet=[vmodl.DynamicProperty(name="name", val=f"n{number}")]
+        )
+        return Collector.RetrieveResult(objects=[content], token=token)
+
+    stub.methods["RetrievePropertiesEx"] = [page(1, "a"), page(1, "b")]
+    stub.methods["ContinueRetrievePropertiesEx"] = [vim.fault.NotAuthenticated(), page(2, "c"), page(3, None)]
+    objects = [vim.VirtualMachine(f"vm-{number}", stub) for number in (1, 2, 3)]
+    read = session.read_many(objects, vim.VirtualMachine, ["name"])
+    assert {moid: values["name"] for moid, values in read.items()} == {"vm-1": "n1", "vm-2": "n2", "vm-3": "n3"}
+    assert stub.names().count("Login") == 1
+    assert [args[0] for name, _obj, args in stub.calls if name.startswith("Continue")] == ["a", "b", "c"]
+
+
+def test_expired_session_is_renewed_once_only(session, stub, vm):
+    stub.methods["RefreshStorageInfo"] = [vim.fault.NotAuthenticated(), None]
+    session.call(vm.obj.RefreshStorageInfo, what="x")
+    assert stub.names() == ["RefreshStorageInfo", "Login", "RefreshStorageInfo"]
+    stub.methods["RefreshStorageInfo"] = [vim.fault.NotAuthenticated(), vim.fault.NotAuthenticated()]
+    with pytest.raises(AuthenticationError):
+        session.call(vm.obj.RefreshStorageInfo, what="x")
+
+
+def test_two_threads_with_an_expired_session_log_in_once(session, stub):
+    seen = session.logins
+    threads = [threading.Thread(target=session.renew_login, args=(seen,)) for _number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert stub.names() == ["Login"]
+
+
+def test_busy_is_retried_with_growing_pauses_and_ends(session, stub, vm, clock):
+    stub.methods["RefreshStorageInfo"] = [vim.fault.TaskInProgress(), vim.fault.InvalidState(), None]
+    session.call(vm.obj.RefreshStorageInfo, what="x")
+    assert clock.sleeps == [0.5, 1.0]
+    stub.methods["RefreshStorageInfo"] = [vim.fault.TaskInProgress() for _number in range(100)]
+    with pytest.raises(VsphereError, match="TaskInProgress") as caught:
+        session.call(vm.obj.RefreshStorageInfo, what="x", subject="VM 'app01'")
+    assert caught.value.retryable
+    assert clock.now < 2 * session.busy_timeout
+
+
+def test_a_wrong_state_of_its_own_is_not_retried(session, stub, vm, clock):
+    fault = vim.fault.InvalidPowerState(requestedState="poweredOff", existingState="poweredOn")
+    stub.methods["RefreshStorageInfo"] = [fault]
+    with pytest.raises(VsphereError, match="InvalidPowerState"):
+        session.call(vm.obj.RefreshStorageInfo, what="x")
+    assert not clock.sleeps
+
+
+def test_lost_connection_repeats_only_idempotent_calls(session, stub, vm):
+    stub.methods["RefreshStorageInfo"] = [ConnectionResetError("reset"), None]
+    session.call(vm.obj.RefreshStorageInfo, what="x", idempotent=True)
+    stub.methods["CreateSnapshot_Task"] = [ConnectionResetError("reset"), vim.Task("task-1", stub)]
+    with pytest.raises(ConnectionLostError):
+        session.call(vm.obj.CreateSnapshot_Task, "n", "", False, False, what="x")
+    assert stub.names().count("CreateSnapshot_Task") == 1
+
+
+def test_lost_for_ever_ends(session, stub, vm, clock):
+    stub.methods["RefreshStorageInfo"] = [ConnectionResetError("reset") for _number in range(100)]
+    with pytest.raises(VsphereError, match="reset"):
+        session.call(vm.obj.RefreshStorageInfo, what="x", idempotent=True)
+    assert session.reconnect_timeout <= clock.now < 2 * session.reconnect_timeout
+
+
+def test_privilege_is_named(session, stub, vm):
+    fault = vim.fault.NoPermission(object=vm.obj, privilegeId="VirtualMachine.State.CreateSnapshot")
+    stub.methods["RefreshStorageInfo"] = [fault]
+    with pytest.raises(PrivilegeError, match=r"VirtualMachine\.State\.CreateSnapshot on vm-16"):
+        session.call(vm.obj.RefreshStorageInfo, what="x")
+
+
+def test_unreadable_property_is_an_error_not_none(session, stub, vm):
+    missing = vmodl.MissingProperty if hasattr(vmodl, "MissingProperty") else Collector.MissingProperty
+    content = Collector.ObjectContent(
+        obj=vm.obj, missingSet=[missing(path="config", fault=vim.fault.NoPermission(privilegeId="System.Read"))]
+    )
+    stub.methods["RetrievePropertiesEx"] = [Collector.RetrieveResult(objects=[content])]
+    with pytest.raises(PrivilegeError, match="config"):
+        session.read(vm.obj, "config")
+
+
+def test_gone_object(session, vm):
+    with pytest.raises(NotFoundError):
+        session.read(vm.obj, "name")
+
+
+def test_wrong_password(stub, clock):
+    stub.methods["Login"] = [vim.fault.InvalidLogin(msg="Cannot complete login due to an incorrect user name")]
+    with pytest.raises(AuthenticationError, match="incorrect user name") as caught:
+        Session(Connection("vc", "user", "secret"), stub, clock=clock, sleep=clock.sleep)
+    assert "secret" not in str(caught.value)
+
+
+# Tasks
+
+
+def add_task(stub, states, moid="task-1", **properties):
+    states = list(states)
+
+    def refresh(values):
+        values["info.state"] = states.pop(0) if len(states) > 1 else states[0]
+
+    return stub.add(vim.Task(moid, stub), refresh=refresh, **properties)
+
+
+def test_wait_returns_the_result(session, stub, vm):
+    task = add_task(stub, ["queued", "running", "success"], info__result=vm.obj)
+    assert session.wait(task, what="x") is vm.obj
+    assert len(stub.calls) == 3
+
+
+def test_wait_carries_the_fault(session, stub):
+    task = add_task(stub, ["error"], info__error=vim.fault.FileLocked(msg="locked", file="[a] b.vmdk"))
+    with pytest.raises(TaskError, match="FileLocked") as caught:
+        session.wait(task, what="x")
+    assert isinstance(caught.value.fault, vim.fault.FileLocked)
+
+
+def test_wait_times_out_with_few_calls(session, stub, clock):
+    task = add_task(stub, ["running"])
+    with pytest.raises(TaskError, match="did not end within 600 s") as caught:
+        session.wait(task, what="x", timeout=600)
+    assert caught.value.details["timed_out"] and clock.now == pytest.approx(600)
+    assert len(stub.calls) < 150
+
+
+def test_task_that_failed_busy_is_started_again(session, stub, vm):
+    busy = add_task(stub, ["error"], info__error=vim.fault.TaskInProgress())
+    fine = add_task(stub, ["success"], "task-2")
+    stub.methods["ConsolidateVMDisks_Task"] = [busy, fine]
+    session.run_task(vm.obj.ConsolidateVMDisks_Task, what="x")
+    assert stub.names().count("ConsolidateVMDisks_Task") == 2
+
+
+# TLS, with real certificates and sockets
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory):
+    """An authority, and certificates of it: good, of another name, expired."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    folder = tmp_path_factory.mktemp("certificates")
+
+    def openssl(*arguments):
+        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
+
+    new_key = ["-newkey", "rsa:2048", "-nodes"]
+    openssl(
+        "req", "-x509", *new_key, "-keyout", "ca.key", "-out", "ca.pem", "-days", "2", "-subj", "/CN=test authority"
+    )
+    for name, alternative, days in (("good", "IP:127.0.0.1", "2"), ("other", "DNS:other.example.com", "2")):
+        (folder / f"{name}.ext").write_text(f"subjectAltName={alternative}\n")
+        openssl("req", *new_key, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
+        sign = ["x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial"]
+        openssl(*sign, "-out", f"{name}.pem", "-days", days, "-extfile", f"{name}.ext")
+    sign = ["x509", "-req", "-in", "good.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial"]
+    shutil.copy(folder / "good.key", folder / "expired.key")
+    openssl(*sign, "-out", "expired.pem", "-days", "-1", "-extfile", "good.ext")
+    return folder
+
+
+@pytest.fixture
+def serve(certificates):
+    """Start a TLS server that answers each connection with HTTP 503."""
+    listeners = []
+
+    def start(name):
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificates / f"{name}.pem", certificates / f"{name}.key")
+        listener = socket.create_server(("127.0.0.1", 0))
+        listeners.append(listener)
+
+        def run():
+            while True:
+                try:
+                    raw, _peer = listener.accept()
+                except OSError:
+                    return
+                try:
+                    with context.wrap_socket(raw, server_side=True) as client:
+                        client.recv(4096)
+                        client.sendall(b"HTTP/1.1 503 starting\r\nContent-Length: 0\r\n\r\n")
+                except OSError:
+                    raw.close()
+
+        threading.Thread(target=run, daemon=True).start()
+        return listener.getsockname()[1]
+
+    yield start
+    for listener in listeners:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+
+
+def connect(port, **options):
+    return Session.connect(Connection("127.0.0.1", "user", "secret", port=port, **options))
+
+
+def thumbprint(certificates, name, algorithm):
+    der = ssl.PEM_cert_to_DER_cert((certificates / f"{name}.pem").read_text())
+    return hashlib.new(algorithm, der).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "name, message", [("good", "HTTP 503"), ("other", "another name"), ("expired", "out of its time")]
+)
+def test_certificate_is_verified_with_ca_path(serve, certificates, name, message):
+    with pytest.raises(VsphereError, match=message):
+        connect(serve(name), ca_path=str(certificates / "ca.pem"))
+
+
+def test_unknown_authority_is_refused_and_the_remedy_is_ca_path(serve):
+    with pytest.raises(AuthenticationError, match="not trusted.*ca_path"):
+        connect(serve("good"))
+
+
+@pytest.mark.parametrize("algorithm", ["sha1", "sha256"])
+def test_thumbprint_replaces_verification_and_must_match(serve, certificates, algorithm):
+    right = thumbprint(certificates, "expired", algorithm)
+    port = serve("expired")
+    with pytest.raises(VsphereError, match="HTTP 503"):
+        connect(port, validate_certs=False, thumbprint=right)
+    wrong = ("0" if right[0] != "0" else "1") + right[1:]
+    with pytest.raises(AuthenticationError, match="another one"):
+        connect(port, validate_certs=False, thumbprint=wrong)
+
+
+def test_thumbprint_is_checked_beside_verification(serve, certificates):
+    with pytest.raises(AuthenticationError, match="another one"):
+        connect(serve("good"), ca_path=str(certificates / "ca.pem"), thumbprint="00" * 20)
+
+
+def test_refused_port_and_unknown_name():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    with pytest.raises(VsphereError, match="refused"):
+        connect(port)
+    with pytest.raises(VsphereError, match="can't be resolved"):
+        Session.connect(Connection("nowhere.invalid", "user", "secret"))
+
+
+def test_thumbprints_and_ca_path_are_checked_as_input(tmp_path):
+    assert normal_thumbprint(":".join(["AB"] * 20)) == "ab" * 20
+    with pytest.raises(InputError):
+        normal_thumbprint("AB:CD")
+    with pytest.raises(InputError, match="ca_path"):
+        connect(1, ca_path=str(tmp_path / "absent.pem"))
