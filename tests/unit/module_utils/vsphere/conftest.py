@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""A server's side without a server: real vim objects behind pyVmomi's stub interface, a clock that only sleeping moves."""
+"""A server without a network: real vim objects behind pyVmomi's stub interface, and a clock that only sleeping moves."""
 
 from __future__ import annotations
 
 import datetime
 
 import pytest
-from pyVmomi import VmomiSupport, vim, vmodl
-
 from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.inventory import VmRef
 from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.session import Connection, Session
+from pyVmomi import VmomiSupport, vim, vmodl
 
 Collector = vmodl.query.PropertyCollector
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from pyVmomi import vim
-
 from ansible_collections.openvadp.backup.plugins.module_utils.errors import PrivilegeError, VsphereError
 from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.changed_areas import (
     ChangedAreasUnavailable,
     query_changed_areas,
 )
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pyVmomi import vim
 
 Info = vim.VirtualMachine.DiskChangeInfo
 BLOCK = 65536

@@ -6,12 +6,11 @@ import datetime
 import json
 
 import pytest
+from ansible_collections.openvadp.backup.plugins.module_utils.errors import InputError
+from ansible_collections.openvadp.backup.plugins.module_utils.vsphere import configuration
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyVmomi import SoapAdapter, VmomiSupport, vim
-
-from ansible_collections.openvadp.backup.plugins.module_utils.errors import InputError
-from ansible_collections.openvadp.backup.plugins.module_utils.vsphere import configuration
 
 device = vim.vm.device
 
@@ -62,7 +61,7 @@ anything = st.one_of(
     st.binary(max_size=8).map(VmomiSupport.binary),
     moments,
     st.sampled_from(["poweredOn", "suspended"]).map(vim.VirtualMachine.PowerState),
-    st.lists(text, min_size=1, max_size=3).map(lambda items: VmomiSupport.GetVmodlType("string[]")(items)),
+    st.lists(text, min_size=1, max_size=3).map(VmomiSupport.GetVmodlType("string[]")),
     st.just(vim.Datastore("datastore-1")),
     st.builds(vim.KeyValue, key=text, value=text),
 )

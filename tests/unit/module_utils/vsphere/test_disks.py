@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from pyVmomi import vim
-
 from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.disks import disks_of, vm_obstacles
+from pyVmomi import vim
 
 device = vim.vm.device
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from pyVmomi import vim
-
 from ansible_collections.openvadp.backup.plugins.module_utils.errors import (
     AmbiguousError,
     NotFoundError,
     VsphereError,
 )
 from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.inventory import find_vm
+from pyVmomi import vim
 
 
 @pytest.fixture

@@ -10,8 +10,6 @@ import subprocess
 import threading
 
 import pytest
-from pyVmomi import vim, vmodl
-
 from ansible_collections.openvadp.backup.plugins.module_utils.errors import (
     AuthenticationError,
     ConnectionLostError,
@@ -26,6 +24,7 @@ from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.session im
     Session,
     normal_thumbprint,
 )
+from pyVmomi import vim, vmodl
 
 Collector = vmodl.query.PropertyCollector
 
