@@ -41,7 +41,7 @@ DIFFERENTIAL = "differential"
 
 STORED_FILE: Shape = record({"file": text(), "size_bytes": integer(), "blake3": text(BLAKE3_PATTERN)})
 
-DISK: Shape = record(
+_DISK: Shape = record(
     {
         "key": integer(),
         "label": text(),
@@ -62,6 +62,16 @@ DISK: Shape = record(
         "hashes": STORED_FILE,
     }
 )
+
+
+def check_disk(disk: Any, where: str) -> None:
+    """The shape of a disk's entry: raises :class:`ShapeError`."""
+    _DISK(disk, where)
+    if disk["capacity_bytes"] % 512:
+        raise ShapeError(f"{where}.capacity_bytes", f"is no multiple of 512: {disk['capacity_bytes']}")
+    if (disk["mode"] == FULL) != (disk["parent"] is None):
+        raise ShapeError(f"{where}.parent", f"is {disk['parent']!r}, and the layer {disk['mode']}")
+
 
 _FOREIGN_SNAPSHOT: Shape = record({"moid": text(), "name": text(empty=True), "created": time})
 
@@ -86,7 +96,7 @@ _MANIFEST: Shape = record(
                 "foreign": list_of(_FOREIGN_SNAPSHOT),
             }
         ),
-        "disks": list_of(DISK),
+        "disks": list_of(check_disk),
         "skipped_disks": list_of(record({"key": integer(), "label": text(), "reason": text()})),
         "configuration": STORED_FILE,
         "nvram": nullable(STORED_FILE),
@@ -108,12 +118,8 @@ def check_shape(manifest: Any) -> None:
         if disk["key"] in keys:
             raise ShapeError(where + ".key", f"occurs twice: {disk['key']}")
         keys.add(disk["key"])
-        if disk["capacity_bytes"] % 512:
-            raise ShapeError(where + ".capacity_bytes", f"is no multiple of 512: {disk['capacity_bytes']}")
-        if disk["mode"] == FULL and disk["parent"] is not None:
-            raise ShapeError(where + ".parent", f"is {disk['parent']!r} for a full layer")
-        if disk["mode"] != FULL and disk["parent"] in (None, point):
-            raise ShapeError(where + ".parent", f"is {disk['parent']!r} for an {disk['mode']} layer")
+        if disk["parent"] == point:
+            raise ShapeError(where + ".parent", f"is {point!r}, the point itself")
         # The names are fixed: a manifest can't point at a file of another point, nor out of the repository.
         _expect_file(disk["layer"], point + ".qcow2", where + ".layer")
         _expect_file(disk["hashes"], point + ".hashes", where + ".hashes")

@@ -19,7 +19,7 @@ from typing import Any, Dict, List, Mapping, Optional
 
 from ..datapath.image import atomic_write, fsync_dir
 from ..errors import DamagedError, RepositoryError
-from .manifest import DISK
+from .manifest import check_disk
 from .shapes import (
     POINT_PATTERN,
     RUN_ID_PATTERN,
@@ -57,7 +57,7 @@ _RUN = record(
         "snapshot": nullable(
             record({"moid": text(), "created": time, "change_ids": mapping(r"[0-9]+", nullable(text()))})
         ),
-        "finished_disks": mapping(r"[0-9]+", DISK),
+        "finished_disks": mapping(r"[0-9]+", check_disk),
     }
 )
 
@@ -196,7 +196,7 @@ class Run:
     def finish_disk(self, key: int, entry: Dict[str, Any]) -> None:
         """A disk's layer and hashes are complete and on the disk; *entry* is its part of the manifest."""
         try:
-            DISK(entry, f"finished_disks.{key}")
+            check_disk(entry, f"finished_disks.{key}")
         except ShapeError as error:
             raise RepositoryError("The manifest is not complete", subject=self.run_id, reason=str(error)) from None
         with self._mutex:

@@ -17,6 +17,8 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -140,8 +142,8 @@ class _DiskCheck:
             for left in RuntimeDir.leftovers(name):
                 shutil.rmtree(left, ignore_errors=True)
             with RuntimeDir(name) as run_dir:
-                for link in links:
-                    self._data(link, run_dir)
+                for number, link in enumerate(links):
+                    self._data(link, links[number - 1] if number else None, run_dir)
         return {
             "key": self.key,
             "label": self.disk["label"],
@@ -218,14 +220,14 @@ class _DiskCheck:
         except (DamagedError, DataPathError) as error:
             self._add(link, str(error))
 
-    def _data(self, link: _Link, run_dir: RuntimeDir) -> None:
+    def _data(self, link: _Link, below: Optional[_Link], run_dir: RuntimeDir) -> None:
         """Each layer is read through its own image: an older layer's piece may be half replaced by a newer one."""
         if not (link.layer.is_file() and link.hashes.is_file()):
             return  # told by the structure's check
         try:
             with serve(str(link.layer), run_dir=str(run_dir.path), connections=_READERS) as server:
                 self._compare_pieces(link, server.uri)
-                self._check_uncovered(link, server.uri)
+                self._check_uncovered(link, server.uri, below, run_dir)
         except (DamagedError, DataPathError) as error:
             self._add(link, str(error))
 
@@ -254,16 +256,26 @@ class _DiskCheck:
         for future in futures:
             future.result()
 
-    def _check_uncovered(self, link: _Link, uri: str) -> None:
-        """What a layer stores beyond its hashes was never read from the source: only a full layer's zeros may be there.
+    def _check_uncovered(self, link: _Link, uri: str, below: Optional[_Link], run_dir: RuntimeDir) -> None:
+        """What a layer stores beyond its hashes was not read from the source: it must show what is below it.
 
-        What it does not store comes from the parent, whose own pieces are compared; in a full layer it reads as zeros.
+        Below a full layer are zeros. What a layer does not store comes from below without more ado, and the pieces of
+        the parent are compared on their own.
         """
         dummy, pieces = read_hashes(str(link.hashes))
+        uncovered = _subtract(stored_areas(str(link.layer)), ((piece[0], piece[1]) for piece in pieces))
+        first = next(uncovered, None)
+        if first is None or (below is None and link.entry["mode"] != FULL):
+            return  # without its parent's manifest a layer was told to be broken already
         reported = 0
-        with _Reader(uri) as reader:
-            for offset, length in _subtract(stored_areas(str(link.layer)), ((piece[0], piece[1]) for piece in pieces)):
-                if link.entry["mode"] == FULL and reader.is_zero(offset, length):
+        with ExitStack() as stack:
+            reader = stack.enter_context(_Reader(uri))
+            parent = None
+            if below is not None:
+                server = stack.enter_context(serve(str(below.layer), run_dir=str(run_dir.path)))
+                parent = stack.enter_context(_Reader(server.uri))
+            for offset, length in chain([first], uncovered):
+                if reader.shows(parent, offset, length):
                     continue
                 reported += 1
                 if reported <= SHOWN_PIECES:
@@ -323,12 +335,13 @@ class _Reader:
             return f"{length} bytes at {offset} are not what was read from the disk"
         return problem
 
-    def is_zero(self, offset: int, length: int) -> bool:
-        """Whether an area reads as zeros; one that can't be read does not."""
+    def shows(self, other: Optional[_Reader], offset: int, length: int) -> bool:
+        """Whether an area reads as it does elsewhere, or as zeros; one that can't be read does not."""
         while length:
             step = min(length, _READ_BYTES)
             data, problem = self._read(offset, step)
-            if problem is not None or data.count(0) != step:
+            expected, other_problem = (bytes(step), None) if other is None else other._read(offset, step)
+            if problem is not None or other_problem is not None or data != expected:
                 return False
             offset += step
             length -= step

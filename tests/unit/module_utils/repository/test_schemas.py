@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""The published schemas and the collection's own checks say the same of real files, whole and broken."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Tuple
+
+import jsonschema
+import pytest
+from ansible_collections.openvadp.backup.plugins.module_utils.errors import DamagedError, RepositoryError
+from ansible_collections.openvadp.backup.plugins.module_utils.repository import layout, manifest, runs, trust
+from ansible_collections.openvadp.backup.plugins.module_utils.repository.shapes import ShapeError
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from .conftest import KEY, PREFIX, World, disk_entry, manifest_of
+
+SCHEMAS = Path(__file__).parents[4] / "docs" / "schemas"
+
+
+def check_sealed(document: Any) -> None:
+    manifest.check_shape(document)
+    if "manifest_blake3" not in document:
+        raise ShapeError("", "lacks 'manifest_blake3'")
+
+
+CHECKS: Dict[str, Callable[[Any], None]] = {
+    "repository": lambda document: layout._REPOSITORY(document, ""),
+    "vm": lambda document: layout._FACTS(document, ""),
+    "run": lambda document: runs._RUN(document, ""),
+    "trust": lambda document: trust._TRUST(document, ""),
+    "restore-point": check_sealed,
+}
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Dict[str, Any]:
+    """One real file of each kind."""
+    world = World(tmp_path_factory.mktemp("schemas") / "repository")
+    store = world.store
+    with store.lock(runs.new_run_id(), "test"):
+        store.write_facts({"name": "app01"})
+        trust.mark(store, KEY, "restored", change_id=f"{PREFIX}/1")
+        run = store.create_run("p2")
+        run.record("snapshot", name="backup")
+        run.set_snapshot("snapshot-1", "2026-11-22T08:42:03Z", {KEY: None})
+        run.finish_disk(KEY, disk_entry("p2"))
+        world.commit("p1", world.layer("p1", 1 << 20, [(0, b"a" * 512)]), warnings=["disk left out"])
+    paths = {
+        "repository": world.repository.path / "repository.json",
+        "vm": store.path / "vm.json",
+        "run": run.path,
+        "trust": store.trust_path,
+        "restore-point": store.manifest_path("p1"),
+    }
+    return {name: json.loads(path.read_bytes()) for name, path in paths.items()}
+
+
+def validator(name: str) -> jsonschema.Draft202012Validator:
+    schema = json.loads((SCHEMAS / f"{name}-1.json").read_bytes())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return jsonschema.Draft202012Validator(schema)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_real_files_match_their_schema(documents: Dict[str, Any], name: str) -> None:
+    validator(name).validate(documents[name])
+    CHECKS[name](documents[name])
+
+
+def places(document: Any, path: Tuple[Any, ...] = ()) -> Iterator[Tuple[Any, ...]]:
+    pairs: Any = ()
+    if isinstance(document, dict):
+        pairs = document.items()
+    elif isinstance(document, list):
+        pairs = enumerate(document)
+    for key, value in pairs:
+        yield (*path, key)
+        yield from places(value, (*path, key))
+
+
+OTHERS: List[Any] = [None, True, -1, 0, 1, 2, 511, 1.5, "", "x", "full", "incremental", "a\n", [], {}, [1], {"1": 2}]
+
+
+@pytest.mark.parametrize("name", CHECKS)
+@given(data=st.data())
+@settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+def test_schema_and_check_agree_on_broken_files(documents: Dict[str, Any], name: str, data: st.DataObject) -> None:
+    document = copy.deepcopy(documents[name])
+    path = data.draw(st.sampled_from(list(places(document))))
+    parent = document
+    for key in path[:-1]:
+        parent = parent[key]
+    if isinstance(parent, dict) and data.draw(st.booleans()):
+        del parent[path[-1]]
+    else:
+        parent[path[-1]] = data.draw(st.sampled_from(OTHERS))
+    try:
+        CHECKS[name](document)
+        ours = None
+    except ShapeError as error:
+        ours = str(error)
+    theirs = validator(name).is_valid(document)
+    # A schema can't say that a file is named after its point; the rest must agree.
+    if ours is not None and ".file is " in ours and " not '" in ours:
+        return
+    if path[0] in ("point",) and ours is not None:
+        return
+    assert theirs == (ours is None), (path, ours)
+
+
+def test_messages_name_the_place() -> None:
+    whole = manifest_of("p1", 1, [disk_entry("p1"), disk_entry("p1", key=2001)])
+    assert manifest.seal(whole)["manifest_blake3"] == manifest.seal(manifest.seal(whole))["manifest_blake3"]
+    for change, words in (
+        ({"disks": []}, "disks is empty"),
+        ({"disks": [disk_entry("p1"), disk_entry("p1")]}, r"disks\[1\]\.key occurs twice"),
+        ({"disks": [disk_entry("p1", capacity_bytes=513)]}, r"disks\[0\]\.capacity_bytes is no multiple of 512"),
+        ({"disks": [disk_entry("p1", mode="incremental", parent="p1")]}, r"disks\[0\]\.parent is 'p1'"),
+        ({"disks": [disk_entry("p1", seconds=float("inf"))]}, r"not JSON compliant|disks\[0\]\.seconds"),
+        ({"snapshot": {}}, "snapshot lacks 'moid'"),
+        ({"started": "2026-13-22T08:42:03Z"}, "started is no time"),
+        ({"nvram": {"file": "../../x", "size_bytes": 1, "blake3": "0" * 64}}, "nvram.file is"),
+    ):
+        with pytest.raises((RepositoryError, ValueError), match=words):
+            manifest.seal({**whole, **change})
+    sealed = manifest.seal(whole)
+    with pytest.raises(DamagedError, match="manifest_blake3 is missing"):
+        manifest.validate(whole, "here")
+    with pytest.raises(DamagedError, match="hash"):
+        manifest.validate({**sealed, "seconds": 1}, "here")
+    with pytest.raises(RepositoryError, match="newer version.*format 2"):
+        manifest.validate({**sealed, "format": 2}, "here")
+    # Fields that a later release adds are kept, and are part of the hash.
+    more = manifest.seal({**whole, "later": {"a": 1}})
+    assert manifest.validate(more, "here")["later"] == {"a": 1}
