@@ -13,7 +13,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tup
 
 from ..errors import DamagedError, InputError, RepositoryError
 from . import trust
-from .manifest import DIFFERENTIAL, FULL, INCREMENTAL, disk_of
+from .manifest import DIFFERENTIAL, FULL, INCREMENTAL, disk_of, entry_of
 from .shapes import parse_time
 
 AUTO = "auto"
@@ -89,20 +89,17 @@ def decide(
     parent, obstacle = _find_parent(disk, points, mode)
     if parent is not None:
         obstacle = _obstacle(disk, parent, points, facts, created, revert_excluded)
-    if obstacle is not None:
+    if parent is None or obstacle is not None:
         if requested == AUTO:
-            return Decision(FULL, None, None, obstacle)
+            return Decision(FULL, None, None, str(obstacle))
         raise ChainError(
             f"The disk can't be read as {mode}",
             subject=f"disk {disk.key}",
             reason=obstacle,
             remedy="Use mode auto or full: it makes a full of this disk, upon which the next one can build",
         )
-    assert parent is not None
-    entry = disk_of(parent, disk.key)
-    assert entry is not None
     what = "what changed since point" if mode == INCREMENTAL else "what changed since the last full, point"
-    return Decision(mode, parent["point"], entry["change_id"], f"{what} {parent['point']}")
+    return Decision(mode, parent["point"], entry_of(parent, disk.key)["change_id"], f"{what} {parent['point']}")
 
 
 def _find_parent(
@@ -116,11 +113,11 @@ def _find_parent(
         return None, "the disk is new: no restore point holds it"
     if disk.uuid is None:
         return None, "the disk has no UUID by which it could be recognised"
-    same = [point for point in holding if _entry(point, disk.key)["uuid"] == disk.uuid]
+    same = [point for point in holding if entry_of(point, disk.key)["uuid"] == disk.uuid]
     if not same:
         return None, f"the disk was replaced: point {holding[-1]['point']} holds another one under the same key"
     if mode == DIFFERENTIAL:
-        same = [point for point in same if _entry(point, disk.key)["mode"] == FULL]
+        same = [point for point in same if entry_of(point, disk.key)["mode"] == FULL]
         if not same:
             return None, "no restore point holds the disk in full"
     return same[-1], None
@@ -136,7 +133,7 @@ def _obstacle(
 ) -> Optional[str]:
     """Why nothing can be built upon *parent*; None if it can."""
     name = parent["point"]
-    entry = _entry(parent, disk.key)
+    entry = entry_of(parent, disk.key)
     mark = trust.in_force(facts.marks, points, disk.key, disk.uuid)
     if mark is not None:
         return (
@@ -222,9 +219,3 @@ def chain_of(points: Sequence[Dict[str, Any]], point: str, key: int) -> List[str
         name = entry["parent"]
     chain.reverse()
     return chain
-
-
-def _entry(manifest: Dict[str, Any], key: int) -> Dict[str, Any]:
-    entry = disk_of(manifest, key)
-    assert entry is not None
-    return entry

@@ -222,6 +222,14 @@ def disk_of(manifest: Dict[str, Any], key: int) -> Optional[Dict[str, Any]]:
     return None
 
 
+def entry_of(manifest: Dict[str, Any], key: int) -> Dict[str, Any]:
+    """The entry of a disk that the point is known to hold. KeyError if it does not."""
+    entry = disk_of(manifest, key)
+    if entry is None:
+        raise KeyError(f"point {manifest['point']} does not hold disk {key}")
+    return entry
+
+
 def _damaged(path: str, reason: str) -> DamagedError:
     return DamagedError(
         "The manifest of a restore point is damaged",

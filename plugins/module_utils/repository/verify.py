@@ -29,7 +29,7 @@ from ..errors import DamagedError, DataPathError, InputError, RepositoryError
 from ..libraries import blake3, nbd
 from .chain import chain_of
 from .layout import VmStore, header_problem, stored_problem
-from .manifest import FULL, disk_of
+from .manifest import FULL, disk_of, entry_of
 
 STRUCTURE = "structure"
 DATA = "data"
@@ -164,8 +164,7 @@ class _DiskCheck:
         by_name = {manifest["point"]: manifest for manifest in self.points}
         links = []
         for name in names:
-            entry = disk_of(by_name[name], self.key)
-            assert entry is not None
+            entry = entry_of(by_name[name], self.key)
             layer, hashes = self.store.layer_path(self.key, name), self.store.hashes_path(self.key, name)
             links.append(_Link(name, entry, layer, hashes))
         return links
