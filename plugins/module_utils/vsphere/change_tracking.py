@@ -14,7 +14,7 @@ from ..libraries import vim
 from .disks import Disk, disks_of
 from .inventory import VmRef
 from .session import Session
-from .snapshots import MARKER, Snapshot, create_snapshot, remove_snapshot, snapshots_of
+from .snapshots import MARKER, VM_PATHS, Snapshot, VmState, create_snapshot, remove_snapshot, vm_state_of
 
 _PURPOSE = "change tracking"
 _DESCRIPTION = json.dumps({"by": MARKER, "purpose": _PURPOSE}, sort_keys=True)
@@ -26,7 +26,8 @@ class Tracking:
 
     ``effective``: it is switched on, and either each disk that a snapshot can hold carries a change id in the virtual
     machine's configuration, or the virtual machine is off and so writes nothing before tracking begins.
-    ``snapshots`` are those of others, ``leftovers`` temporary ones of this module that a crash left.
+    ``snapshots`` are those of others, ``leftovers`` temporary ones of this module that a crash left. ``vm_state`` is
+    what both were read with.
     """
 
     enabled: bool
@@ -37,6 +38,7 @@ class Tracking:
     leftovers: List[Snapshot]
     power_state: str
     template: bool
+    vm_state: VmState
 
     def to_dict(self) -> Dict[str, Any]:
         return {
@@ -49,30 +51,22 @@ class Tracking:
 
 def state(session: Session, vm: VmRef) -> Tracking:
     """Change tracking as it is; one call."""
-    values = session.read(
-        vm.obj,
-        "config.changeTrackingEnabled",
-        "config.template",
-        "config.hardware.device",
-        "capability.changeTrackingSupported",
-        "runtime.powerState",
-        "snapshot",
-    )
-    disks = disks_of(values["config.hardware.device"] or [])
+    values = session.read(vm.obj, *VM_PATHS, "config.changeTrackingEnabled", "capability.changeTrackingSupported")
+    known = vm_state_of(values)
+    disks = disks_of(known.devices)
     tracked = [disk for disk in disks if disk.included]
     enabled = bool(values["config.changeTrackingEnabled"])
-    power_state = str(values["runtime.powerState"])
-    snapshots = snapshots_of(values["snapshot"])
-    leftovers = [item for item in snapshots if item.marker is not None and item.marker.get("purpose") == _PURPOSE]
+    leftovers = [item for item in known.snapshots if item.marker is not None and item.marker.get("purpose") == _PURPOSE]
     return Tracking(
         enabled=enabled,
         supported=bool(values["capability.changeTrackingSupported"]),
-        effective=enabled and (power_state == "poweredOff" or all(disk.change_id for disk in tracked)),
+        effective=enabled and (known.power_state == "poweredOff" or all(disk.change_id for disk in tracked)),
         disks=disks,
-        snapshots=[item for item in snapshots if item not in leftovers],
+        snapshots=[item for item in known.snapshots if item not in leftovers],
         leftovers=leftovers,
-        power_state=power_state,
-        template=bool(values["config.template"]),
+        power_state=known.power_state,
+        template=known.template,
+        vm_state=known,
     )
 
 
@@ -142,7 +136,7 @@ def apply(session: Session, vm: VmRef, tracking: Tracking, steps: List[str], tim
             for leftover in tracking.leftovers:
                 remove_snapshot(session, vm, leftover, timeout=timeout)
         elif step == "stun":
-            _stun(session, vm, timeout)
+            _stun(session, vm, tracking.vm_state, timeout)
         else:
             _switch(session, vm, step == "enable", timeout)
     if not steps:
@@ -194,11 +188,11 @@ def _switch(session: Session, vm: VmRef, on: bool, timeout: float) -> None:
     )
 
 
-def _stun(session: Session, vm: VmRef, timeout: float) -> None:
+def _stun(session: Session, vm: VmRef, known: VmState, timeout: float) -> None:
     """Make and remove a snapshot: the moment in which the platform begins or ends to track a running disk."""
     name = f"openvadp change tracking {uuid.uuid4().hex[:8]}"
-    snapshot, _quiesce = create_snapshot(session, vm, name, _DESCRIPTION, quiesce="never", timeout=timeout)
-    remove_snapshot(session, vm, snapshot, timeout=timeout)
+    made = create_snapshot(session, vm, name, _DESCRIPTION, quiesce="never", timeout=timeout, state=known)
+    remove_snapshot(session, vm, made.snapshot, timeout=timeout)
 
 
 def _check_reset(vm: VmRef, before: Tracking, after: Tracking) -> None:

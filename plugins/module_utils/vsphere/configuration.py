@@ -124,18 +124,13 @@ def save(session: Session, vm: VmRef, snapshot: Optional[Snapshot] = None) -> Di
     The configuration is the snapshot's where there is one: that is what the disks belong to. Managed object ids mean
     something in this vCenter only, so names stand beside them.
     """
-    source = snapshot.obj if snapshot is not None else vm.obj
-    config = session.read(source, "config")["config"]
-    facts = session.read(
-        vm.obj,
-        "name",
-        "runtime.host",
-        "runtime.powerState",
-        "resourcePool",
-        "network",
-        "datastore",
-        "layoutEx.file",
-    )
+    paths = ["runtime.host", "runtime.powerState", "resourcePool", "network", "datastore", "layoutEx.file"]
+    if snapshot is None:
+        facts = session.read(vm.obj, "config", *paths)
+        config = facts["config"]
+    else:
+        facts, frozen = session.read_each((vm.obj, paths), (snapshot.obj, ["config"]))
+        config = frozen["config"]
     around = _surroundings(session, facts)
     return {
         "format": FORMAT,

@@ -50,7 +50,7 @@ def fault_text(fault: Any) -> str:
         if text and not any(text in earlier for earlier in said):
             said.append(text)
     short = fault_name(fault).rsplit(".", 1)[-1]
-    return f"{'; '.join(said)} ({short})" if said else short
+    return f"{'; '.join(said).rstrip('. ')} ({short})" if said else short
 
 
 def missing_privileges(fault: Any) -> Dict[str, str]:

@@ -128,7 +128,9 @@ def find_vm(
         "There is no such virtual machine",
         subject=" in ".join([wanted] + limits),
         reason=f"there is one elsewhere: {elsewhere}" if elsewhere else None,
-        remedy="Check the spelling, and that the user may see it (privilege System.View)",
+        remedy="Correct folder or datacenter, or leave them out"
+        if elsewhere
+        else "Check the spelling, and that the user may see it (privilege System.View)",
     )
 
 

@@ -423,6 +423,12 @@ class Session:
         """
         return self.read_many([obj], type(obj), paths)[obj._moId]
 
+    def read_each(self, *wanted: Tuple[Any, Sequence[str]]) -> List[Dict[str, Any]]:
+        """Properties of several objects of any types in one call: (object, paths), ... -> path -> value for each."""
+        contents = self.retrieve([filter_spec([obj], {type(obj): paths}) for obj, paths in wanted])
+        found = {content.obj._moId: content for content in contents}
+        return [_values(found[obj._moId], paths, strict=True) for obj, paths in wanted]
+
     def read_many(self, objs: Sequence[Any], kind: Any, paths: Sequence[str]) -> Dict[str, Dict[str, Any]]:
         """Properties of several objects of one type in one call: moid -> (path -> value or ``None``)."""
         if not objs:
@@ -471,8 +477,12 @@ class Session:
         :raises TaskError: it failed (with ``fault``), or did not end within *timeout* seconds.
         """
         deadline = self.clock() + timeout
-        pause = 0.15
+        pause = 0.2
         while True:
+            # Nothing is done at once: the first look comes after a moment. A short task is seen to end soon, a long
+            # one costs few calls.
+            self.sleep(min(pause, max(deadline - self.clock(), 0)))
+            pause = min(pause * 1.5, 5.0)
             try:
                 info = self.read(task, "info.state", "info.result", "info.error")
             except VsphereError as error:
@@ -493,8 +503,7 @@ class Session:
                 if fault is None:
                     raise TaskError(what, subject=subject, reason="the task failed without saying why")
                 raise faults.to_error(fault, what, subject, kind=TaskError)
-            remaining = deadline - self.clock()
-            if remaining <= 0:
+            if self.clock() >= deadline:
                 raise TaskError(
                     what,
                     subject=subject,
@@ -503,9 +512,6 @@ class Session:
                     retryable=True,
                     details={"task": task._moId, "timed_out": True},
                 )
-            # A short task is seen to end soon, a long one costs few calls.
-            self.sleep(min(pause, remaining))
-            pause = min(pause * 1.5, 5.0)
 
     def run_task(
         self,

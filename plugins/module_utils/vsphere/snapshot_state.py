@@ -64,7 +64,8 @@ def _present(session: Session, vm: VmRef, wanted: Wanted, check_mode: bool) -> D
         )
         if wanted.quiesce == "required" and not existing.quiesced:
             result["warnings"] = [f"The existing {existing} of {vm} was made without quiescing the guest."]
-        result.update(snapshot=existing.to_dict(), disks=_disks(session, existing), quiesce=quiesce.to_dict())
+        held = snapshots.snapshot_disks(session, existing)
+        result.update(snapshot=existing.to_dict(), disks=[disk.to_dict() for disk in held], quiesce=quiesce.to_dict())
         result["diff"] = _diff(_words(existing), _words(existing))
         return result
     if wanted.name is None:
@@ -81,19 +82,20 @@ def _present(session: Session, vm: VmRef, wanted: Wanted, check_mode: bool) -> D
         for disk in disks:
             # Only the snapshot's change id counts, and there is none yet (VADP facts 3).
             disk["change_id"] = None
-        made = {
+        predicted = {
             "moid": None,
             "name": wanted.name,
             "description": wanted.description,
             "created": None,
             "quiesced": quiesce.achieved == "quiesced",
         }
-        result.update(snapshot=made, disks=disks)
+        result.update(snapshot=predicted, disks=disks)
     else:
-        snapshot, quiesce = snapshots.create_snapshot(
+        made = snapshots.create_snapshot(
             session, vm, wanted.name, wanted.description, wanted.quiesce, wanted.memory, wanted.timeout, state
         )
-        result.update(snapshot=snapshot.to_dict(), disks=_disks(session, snapshot))
+        quiesce = made.quiesce
+        result.update(snapshot=made.snapshot.to_dict(), disks=[disk.to_dict() for disk in made.disks])
     result.update(changed=True, quiesce=quiesce.to_dict())
     if wanted.quiesce == "preferred" and quiesce.achieved == "crash-consistent":
         result["warnings"] = [f"The snapshot of {vm} is crash-consistent only: {quiesce.reason}."]
@@ -139,10 +141,6 @@ def _descendants(tree: List[Snapshot], top: Snapshot) -> List[Snapshot]:
             below.add(item.moid)
             found.append(item)
     return found
-
-
-def _disks(session: Session, snapshot: Snapshot) -> List[Dict[str, Any]]:
-    return [disk.to_dict() for disk in snapshots.snapshot_disks(session, snapshot)]
 
 
 def _words(snapshot: Snapshot) -> str:

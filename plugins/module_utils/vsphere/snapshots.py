@@ -13,7 +13,7 @@ import json
 import math
 import re
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 from ..errors import (
     AmbiguousError,
@@ -35,7 +35,7 @@ MAX_CHAIN = 32
 _REMOVAL_PAUSES = (2, 5, 10, 20, 30, 60)
 
 # What VM facts a snapshot is decided on, all in one read.
-_VM_PATHS = (
+VM_PATHS = (
     "snapshot",
     "recentTask",
     "runtime.powerState",
@@ -86,6 +86,14 @@ class Quiesce:
 
     def to_dict(self) -> Dict[str, Any]:
         return {"requested": self.requested, "achieved": self.achieved, "reason": self.reason}
+
+
+class Created(NamedTuple):
+    """A snapshot that was made, what the guest did, and the disks as the snapshot holds them."""
+
+    snapshot: Snapshot
+    quiesce: Quiesce
+    disks: List[Disk]
 
 
 @dataclass
@@ -168,7 +176,11 @@ def _depth(info: Any, snapshots: List[Snapshot]) -> int:
 
 def vm_state(session: Session, vm: VmRef) -> VmState:
     """Everything that snapshots depend on, in one call."""
-    values = session.read(vm.obj, *_VM_PATHS)
+    return vm_state_of(session.read(vm.obj, *VM_PATHS))
+
+
+def vm_state_of(values: Dict[str, Any]) -> VmState:
+    """:func:`vm_state` of properties that were read already; they hold at least ``VM_PATHS``."""
     snapshots = snapshots_of(values["snapshot"])
     return VmState(
         snapshots=snapshots,
@@ -296,7 +308,7 @@ def create_snapshot(
     memory: bool = False,
     timeout: float = 3600,
     state: Optional[VmState] = None,
-) -> Tuple[Snapshot, Quiesce]:
+) -> Created:
     """Make a snapshot, once.
 
     A call whose connection broke is repeated only when the tree and the recent tasks prove that it did not happen.
@@ -317,7 +329,9 @@ def create_snapshot(
         plan = Quiesce(quiesce, "crash-consistent", f"quiescing failed: {faults.fault_text(error.fault)}")
         state = vm_state(session, vm)
         moid = _create(session, vm, state, name, description, memory, False, max(deadline - session.clock(), 1))
-    snapshot = find_snapshot(session, vm, moid=moid)
+    made = vim.vm.Snapshot(moid, session.stub)
+    after, config = session.read_each((vm.obj, ["snapshot"]), (made, ["config.hardware.device"]))
+    snapshot = pick_snapshot(snapshots_of(after["snapshot"]), vm, moid=moid)
     if snapshot is None:
         raise TaskError(
             "The snapshot is not there",
@@ -338,7 +352,7 @@ def create_snapshot(
                 reason="the platform made a snapshot without it",
                 remedy="Look at VMware Tools in the guest, or use quiesce: preferred. The snapshot was removed again",
             )
-    return snapshot, plan
+    return Created(snapshot, plan, disks_of(config["config.hardware.device"] or []))
 
 
 def _create(
@@ -427,6 +441,8 @@ def remove_snapshot(
                 idempotent=True,
             )
         except VsphereError as error:
+            if error.details.get("timed_out"):
+                raise  # the task goes on: the tree may have lost the snapshot while its deltas are being merged
             if not isinstance(error.fault, vmodl.fault.ManagedObjectNotFound) and (
                 find_snapshot(session, vm, moid=snapshot.moid) is not None
             ):
@@ -436,7 +452,8 @@ def remove_snapshot(
                 continue
             # It left the tree although its task failed; what stayed behind is dealt with below.
         break
-    if find_snapshot(session, vm, moid=snapshot.moid) is not None:
+    tree, needed, leftover = _what_is_left(session, vm, renew=consolidate)
+    if pick_snapshot(tree, vm, moid=snapshot.moid) is not None:
         raise TaskError(
             what,
             subject=subject,
@@ -444,9 +461,9 @@ def remove_snapshot(
             remedy="Look at the virtual machine in the vSphere client, then run again",
             retryable=True,
         )
-    if not consolidate:
+    if not consolidate or not (needed or leftover):
         return False
-    return consolidate_if_needed(session, vm, timeout=max(deadline - session.clock(), 60))
+    return _consolidate(session, vm, max(deadline - session.clock(), 60))
 
 
 def consolidate_if_needed(session: Session, vm: VmRef, timeout: float = 3600) -> bool:
@@ -454,13 +471,15 @@ def consolidate_if_needed(session: Session, vm: VmRef, timeout: float = 3600) ->
 
     :raises TaskError: they can't be merged, with the files.
     """
+    needed, leftover = consolidation_state(session, vm, renew=True)
+    return _consolidate(session, vm, timeout) if needed or leftover else False
+
+
+def _consolidate(session: Session, vm: VmRef, timeout: float) -> bool:
     what = "The virtual machine's disks were not consolidated"
     deadline = session.clock() + timeout
     pauses = list(_REMOVAL_PAUSES)
-    needed, leftover = consolidation_state(session, vm)
-    done = False
-    while needed or leftover:
-        done = True
+    while True:
         reason: Optional[str] = None
         fault: Any = None
         try:
@@ -475,9 +494,9 @@ def consolidate_if_needed(session: Session, vm: VmRef, timeout: float = 3600) ->
             reason, fault = error.reason, error.fault
             if error.details.get("timed_out"):
                 raise
-        needed, leftover = consolidation_state(session, vm)
+        needed, leftover = consolidation_state(session, vm, renew=True)
         if not (needed or leftover):
-            break
+            return True
         if not pauses or session.clock() + pauses[0] >= deadline:
             error_out = TaskError(
                 what,
@@ -491,16 +510,21 @@ def consolidate_if_needed(session: Session, vm: VmRef, timeout: float = 3600) ->
             error_out.fault = fault
             raise error_out
         session.sleep(pauses.pop(0))
-    return done
 
 
-def consolidation_state(session: Session, vm: VmRef, renew: bool = True) -> Tuple[bool, List[str]]:
+def consolidation_state(session: Session, vm: VmRef, renew: bool = False) -> Tuple[bool, List[str]]:
     """(``runtime.consolidationNeeded``, delta files that belong to no snapshot).
 
     :param renew: vCenter may show the file list of a moment ago, so a delta is believed only after the list was
         renewed. Check mode does without, since that is a call that writes.
     """
-    needed, leftover = _consolidation_facts(session, vm)
+    _snapshots, needed, leftover = _what_is_left(session, vm, renew)
+    return needed, leftover
+
+
+def _what_is_left(session: Session, vm: VmRef, renew: bool) -> Tuple[List[Snapshot], bool, List[str]]:
+    """The tree, and :func:`consolidation_state`; one call unless the list of files has to be renewed."""
+    tree, needed, leftover = _consolidation_facts(session, vm)
     if renew and leftover and not needed:
         session.call(
             vm.obj.RefreshStorageInfo,
@@ -508,15 +532,16 @@ def consolidation_state(session: Session, vm: VmRef, renew: bool = True) -> Tupl
             subject=str(vm),
             idempotent=True,
         )
-        needed, leftover = _consolidation_facts(session, vm)
-    return needed, leftover
+        tree, needed, leftover = _consolidation_facts(session, vm)
+    return tree, needed, leftover
 
 
-def _consolidation_facts(session: Session, vm: VmRef) -> Tuple[bool, List[str]]:
+def _consolidation_facts(session: Session, vm: VmRef) -> Tuple[List[Snapshot], bool, List[str]]:
     values = session.read(vm.obj, "snapshot", "runtime.consolidationNeeded", "layoutEx.file", "layoutEx.disk")
-    depth = _depth(values["snapshot"], snapshots_of(values["snapshot"]))
+    tree = snapshots_of(values["snapshot"])
+    depth = _depth(values["snapshot"], tree)
     leftover = orphaned_deltas(values["layoutEx.file"] or [], values["layoutEx.disk"] or [], depth)
-    return bool(values["runtime.consolidationNeeded"]), leftover
+    return tree, bool(values["runtime.consolidationNeeded"]), leftover
 
 
 def orphaned_deltas(files: List[Any], disks: List[Any], depth: int) -> List[str]:

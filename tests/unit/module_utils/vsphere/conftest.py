@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""A server without a network: real vim objects behind pyVmomi's stub interface, and a clock that only sleeping moves."""
+"""A server without a network: real vim objects behind pyVmomi's stub interface, and a clock that sleeping moves."""
 
 from __future__ import annotations
 

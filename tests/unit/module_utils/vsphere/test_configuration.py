@@ -184,7 +184,7 @@ def test_save_names_what_surrounds_the_machine(session, stub, vm, make):
         obj = vim.vm.Snapshot("snapshot-1", stub)
 
     saved = json.loads(json.dumps(configuration.save(session, vm, Taken())))
-    assert stub.names() == ["RetrievePropertiesEx"] * 4
+    assert stub.names() == ["RetrievePropertiesEx"] * 3
     assert (saved["host"], saved["cluster"], saved["resource_pool"]) == ("esx01", "cluster1", "Resources/prod")
     assert [network["switch"] for network in saved["networks"]] == [None, {"name": "dvs", "uuid": "50 2f"}]
     assert saved["networks"][1]["portgroup_key"] == "dvportgroup-1"

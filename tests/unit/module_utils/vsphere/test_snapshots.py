@@ -257,7 +257,7 @@ def test_a_request_that_the_platform_ignored(session, vm, machine):
 
 def test_a_lost_call_that_was_carried_out_is_not_repeated(session, vm, machine):
     machine.faults["CreateSnapshot_Task"] = [ConnectionResetError("reset")]
-    snapshot, _quiesce = snapshots.create_snapshot(session, vm, "nightly", quiesce="never")
+    snapshot, _quiesce, _disks = snapshots.create_snapshot(session, vm, "nightly", quiesce="never")
     assert [node.snapshot._moId for node in machine.nodes] == [snapshot.moid]
 
 
