@@ -23,7 +23,9 @@ from .simulator import ADMINISTRATOR, BACKUP_USER, Simulator
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="tests/simulator/run", description="A simulated vCenter with ESXi hosts.")
-    parser.add_argument("--state", type=Path, help="folder that keeps everything; a temporary one if absent")
+    parser.add_argument(
+        "--state", type=Path, help="folder that keeps everything; without it one that goes with the simulator"
+    )
     parser.add_argument("--vms", choices=("minimal", "standard"), default="minimal", help="VMs of a new state folder")
     parser.add_argument("--port", type=int, default=0, help="the vCenter port; 0 takes a free one")
     parser.add_argument(
@@ -47,14 +49,13 @@ def main() -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    state = (arguments.state or Path(tempfile.mkdtemp(prefix="simulator-"))).resolve()
+    temporary = tempfile.TemporaryDirectory(prefix="simulator-") if arguments.state is None else None
+    state = Path(temporary.name if temporary else arguments.state).resolve()
     _lock(state)
     passwords = json.loads(arguments.passwords.read_text()) if arguments.passwords else None
     vddk_libdir = vixdisklib.build()
     simulator = Simulator(state, arguments.vms, passwords)
-    # A Unix socket's path is short, a state folder's may not be.
-    runtime = tempfile.TemporaryDirectory(prefix="sim-")
-    control_socket = Path(runtime.name) / "control"
+    control_socket = state / "control"
     simulator.control = control.start(simulator, control_socket)
     simulator.nfc = nfc.start(simulator)
     server = Server(simulator, arguments.port)
@@ -80,7 +81,8 @@ def main() -> None:
     simulator.nfc.stop()
     simulator.control.stop()
     simulator.close()
-    runtime.cleanup()
+    if temporary:
+        temporary.cleanup()
 
 
 if __name__ == "__main__":

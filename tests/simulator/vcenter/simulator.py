@@ -73,6 +73,7 @@ class Simulator:
         self.lock = threading.RLock()  # inventory, sessions' objects, tasks' infos
         self.change = threading.Condition()  # something that a filter may watch has changed
         self.generation = 0
+        self.current = threading.local()  # .session: whose call this thread answers
         self.host = "127.0.0.1"
         self.port = 0
         self.nfc: Any = None

@@ -172,6 +172,7 @@ def call(context: Context, request: soap.Request) -> tuple[Any, Any]:
     :raises vmodl.MethodFault: what goes back to the client. :raises DropConnection: injected.
     """
     simulator = context.simulator
+    simulator.current.session = context.session
     registered: _Method | None = None
     error: Exception | None = None
     try:
@@ -214,13 +215,20 @@ def call(context: Context, request: soap.Request) -> tuple[Any, Any]:
         )
 
 
+def require_readable(context: Context, obj: Managed, paths: list[str]) -> None:
+    """Reading needs a log-in, but for the few properties that a client reads before it."""
+    roots = {path.split(".")[0] for path in paths}
+    if not roots or any(obj.type._GetPropertyInfo(root).privId != "System.Anonymous" for root in roots):
+        context.require("System.View", obj)
+
+
 def _fetch(context: Context, obj: Managed, name: str) -> tuple[Any, Any]:
     """A property as a client reads it that does not use the property collector."""
-    if obj.moid != "ServiceInstance":
-        context.require("System.View", obj)
     try:
-        declared = obj.type._GetPropertyInfo(name).type
+        info = obj.type._GetPropertyInfo(name)
     except AttributeError:
         raise vmodl.query.InvalidProperty(name=name) from None
+    require_readable(context, obj, [name])
+    declared = info.type
     with context.simulator.lock:
         return property_value(obj, name), declared

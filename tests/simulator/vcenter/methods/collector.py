@@ -12,7 +12,7 @@ from pyVmomi import VmomiSupport, vim, vmodl
 
 from .. import soap
 from ..model import Managed, property_value
-from . import Context, find_object, method, service
+from . import Context, find_object, method, require_readable, service
 
 PC = vmodl.query.PropertyCollector
 DEFAULT_WAIT = 1800.0
@@ -184,8 +184,7 @@ def collect(context: Context, specs: Any) -> list[Any]:
                 paths = _paths(spec, obj)
                 if paths is None:
                     continue
-                if obj.moid != "ServiceInstance":
-                    context.require("System.View", obj)
+                require_readable(context, obj, [path.split("[")[0] for path in paths])
                 content = PC.ObjectContent(obj=obj.ref)
                 for path in paths:
                     value = property_value(obj, path)

@@ -26,7 +26,7 @@ class EventManager(Managed):
 
 
 @method("EventManager", "QueryEvents")
-def query_events(context: Context, manager: Managed, filter: Any) -> Any:
+def query_events(context: Context, manager: Managed, filter: Any, eventViewSpec: Any) -> Any:
     found = []
     for event in context.simulator.events.events:
         if filter.entity is not None and event.vm.vm._moId != filter.entity.entity._moId:

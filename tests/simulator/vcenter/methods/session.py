@@ -94,6 +94,10 @@ class SessionManager(Managed):
     def p_sessionList(self) -> Any:
         return soap.array(vim.UserSession, [session.info() for session in self.simulator.sessions.all()])
 
+    def p_currentSession(self) -> Any:
+        session = self.simulator.current.session
+        return session.info() if session is not None and session.alive else None
+
     def p_message(self) -> str:
         return ""
 

@@ -123,7 +123,7 @@ def _revert(context: Context, vm: VirtualMachine, moid: str, suppress_power_on: 
             eventTypeId="com.vmware.vc.vm.VmStateRevertedToSnapshot",
             severity="info",
             objectId=vm.moid,
-            objectType="VirtualMachine",
+            objectType=vim.VirtualMachine,
             objectName=vm.name,
         )
 
