@@ -96,7 +96,7 @@ def open_vddk(
     :raises TransportError: the disk can't be opened (thumbprint, port 902, credentials, licence, ...), or VDDK uses
         a mode that is not in *transports* (VADP facts 42).
     """
-    subject = f"disk '{file}' of VM '{vm.name}' ({vm.moid})"
+    subject = file
     name = f"vddk-{next(_numbers)}"
     folder = Path(run_dir.path)
     socket, config, log = folder / f"{name}.sock", folder / f"{name}.conf", folder / f"{name}.log"
@@ -121,7 +121,7 @@ def open_vddk(
             nfc_port=nfc_port,
             io_timeout=io_timeout,
         )
-        child = Child.start(argv, log_path=str(log), name=f"nbdkit of {subject}", pass_fds=(password_fd,))
+        child = Child.start(argv, log_path=str(log), name=f"nbdkit of {file}", pass_fds=(password_fd,))
     finally:
         os.close(password_fd)
     try:

@@ -40,7 +40,11 @@ _OPEN_902 = (
     "Open the NFC port (902) from this machine to every ESXi host that sees the datastore, and check that their names"
     " resolve here"
 )
-_PRIVILEGES = "Grant the user the privileges of the documentation on this VM and its datastore"
+_PRIVILEGES = (
+    "Grant the user VirtualMachine.Provisioning.DiskRandomRead (for writing DiskRandomAccess) and GetVmFiles on the VM,"
+    " and Datastore.Browse and Datastore.FileManagement on its datastores"
+)
+_SERVER = "Check that this machine reaches the server named in 'hostname' on its port, and its ESXi hosts on the NFC port (902)"
 _MAINTENANCE = "Wait for the host to leave maintenance mode, and run again"
 
 # VADP facts, "VIX error numbers"
@@ -101,7 +105,7 @@ _CODES: Dict[int, _Meaning] = {
         "License the host, and grant Global.DisableMethods and Global.EnableMethods at vCenter's level",
     ),
     16067: _Meaning("the capacities of the chain differ (16067)"),
-    18000: _Meaning("no connection to the host (18000)", _OPEN_902, True),
+    18000: _Meaning("no connection to the server (18000)", _SERVER, True),
 }
 
 # Lines that say more than a number, the most telling first.
@@ -159,14 +163,20 @@ _TEXTS: List[Tuple[Pattern[str], Optional[int], _Meaning]] = [
 _NUMBERS = re.compile(
     r"(?:DiskLib error |\bErr(?:or)?(?: code)?[:=]? ?|\bVIX(?:_E\w*)?[ :=]+|\((?:VIX )?)(0x[0-9a-fA-F]+|\d{1,20})\b"
 )
+_OPENED = "debug: transport mode: "
 _ERROR_LINE = re.compile(r"(\berror\b|\bfail|\[NFC ERROR\]|\bcannot\b)", re.I)
 
 
 def decode_log(text: str) -> Optional[Finding]:
     """What the newest error in *text* means; None when the log has no error that this table knows or can quote.
 
-    A line that names the cause wins over a number; numbers of the operation wins over VIX 1, which says nothing.
+    A line that names the cause wins over a number; the number of the operation wins over VIX 1, which says nothing.
+    What lies before the last successful open was healed by it, and counts only if nothing else is found.
     """
+    return _decode(text.rpartition(_OPENED)[2]) or _decode(text)
+
+
+def _decode(text: str) -> Optional[Finding]:
     lines = [line for line in text.splitlines() if _ERROR_LINE.search(line)]
     for pattern, code, meaning in _TEXTS:
         for line in reversed(lines):

@@ -15,7 +15,7 @@ from ansible_collections.openvadp.backup.plugins.module_utils.transport.vix_erro
             "nbdkit: vddk[1]: debug: VixDiskLib: VixDiskLib_OpenEx: Cannot open disk [a] b.vmdk."
             " Error 13 (You do not have access rights to this file) at 5512.",
             13,
-            "privileges",
+            "DiskRandomRead",
         ),
         (
             "nbdkit: vddk[1]: error: [NFC ERROR] NfcNewAuthdConnectionEx: Failed to connect to peer\n"
@@ -72,6 +72,14 @@ def test_a_quiet_log_has_no_finding() -> None:
 def test_the_newest_error_wins() -> None:
     finding = decode_log("error: Error 14014 (shutdown)\nerror: Error 4000 (VM not found)")
     assert finding is not None and finding.code == 4000
+
+
+def test_what_a_new_connection_healed_does_not_count() -> None:
+    healed = "error: Cannot connect to server esx01:902\ndebug: transport mode: nbdssl\n"
+    finding = decode_log(healed + "error: VixDiskLib_Read: Error 13 (no access)")
+    assert finding is not None and finding.code == 13
+    finding = decode_log(healed)
+    assert finding is not None and finding.code == 2338
 
 
 def test_the_last_line_that_nbdkit_calls_an_error() -> None:
