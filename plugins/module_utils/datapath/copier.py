@@ -45,7 +45,9 @@ _ZERO_GRANULE = CLUSTER_BYTES
 _WAKE_SECONDS = 0.25
 _PROGRESS_SECONDS = 0.5
 _BURST_SECONDS = 0.25
-_DISCONNECT_SECONDS = 5.0
+# How long the servers may take to close: VDDK needs a while after a copy; after a failure the user waits.
+_GOODBYE_SECONDS = 5.0
+_LEAVE_SECONDS = 0.5
 _READ, _WRITE = 1, 2  # of aio_get_direction
 
 _LOST = (errno.ENOTCONN, errno.ECONNRESET, errno.EPIPE, errno.ESHUTDOWN)
@@ -244,6 +246,7 @@ class _Copy:
         self.cancel = cancel
         self.drop_zeros = drop_zeros
         self.failure: Optional[VadpError] = None
+        self.lost_side: Optional[_Side] = None
         self.result = CopyResult()
         self.poller = select.poll()
         self.by_fd: Dict[int, Tuple[_Side, _Connection]] = {}
@@ -263,6 +266,8 @@ class _Copy:
 
     def fail_side(self, side: _Side, doing: str, reason: str, number: int = 0, **details: Any) -> None:
         lost = number in _LOST
+        if self.failure is None and (lost or number == errno.ETIMEDOUT):
+            self.lost_side = side
         where = f" at byte {details['offset']}" if "offset" in details else ""
         self.fail(
             DataPathError(
@@ -315,21 +320,34 @@ class _Copy:
         self.by_fd.clear()
         self.completed.clear()
 
-    def disconnect(self) -> None:
-        """Say goodbye, so that the servers know at once that we are gone. What fails here no longer matters."""
-        open_connections = self.source.connections + self.target.connections
-        deadline = time.monotonic() + _DISCONNECT_SECONDS
-        try:
-            for connection in open_connections:
-                connection.handle.aio_disconnect()
-            while open_connections and time.monotonic() < deadline:
-                for connection in open_connections:
-                    if not connection.handle.aio_is_closed():
-                        connection.handle.poll(100)
-                open_connections = [one for one in open_connections if not one.handle.aio_is_closed()]
-        except nbd.Error:
-            # All is written and flushed; a server may end before it has read the goodbye.
-            return
+    def disconnect(self, seconds: float) -> None:
+        """Let what is in flight end, and say goodbye: a server that is left in the middle of a request can crash.
+
+        Not to a side that is lost; and no longer than *seconds*, for what fails here no longer matters.
+        """
+        waiting = [
+            connection
+            for side in (self.source, self.target)
+            if side is not self.lost_side
+            for connection in side.connections
+            if connection.ready
+        ]
+        said = set()
+        deadline = time.monotonic() + seconds
+        while waiting and time.monotonic() < deadline:
+            for connection in list(waiting):
+                handle = connection.handle
+                try:
+                    if connection not in said and not handle.aio_in_flight():
+                        handle.aio_disconnect()
+                        said.add(connection)
+                    gone = handle.aio_is_closed() or handle.aio_is_dead()
+                    if not gone:
+                        handle.poll(20)
+                except nbd.Error:
+                    gone = True  # the server ended before it read the goodbye
+                if gone:
+                    waiting.remove(connection)
 
     # The loop
 
@@ -719,6 +737,7 @@ def copy(
         cancel=cancel,
         drop_zeros=zeros == "drop",
     )
+    finished = False
     try:
         job.connect(source, connections, [_CONTEXT])
         job.connect(target, connections)
@@ -727,9 +746,9 @@ def copy(
         if job.failure is None:
             job.prepare(capacity_bytes, areas, align_bytes, request_bytes)
             job.run()
-        if job.failure is None:
-            job.disconnect()
+            finished = job.failure is None
     finally:
+        job.disconnect(_GOODBYE_SECONDS if finished else _LEAVE_SECONDS)
         job.close()
     if job.failure is not None:
         raise job.failure

@@ -206,14 +206,15 @@ def serve(
     if format == "qcow2":
         chain_files(path)
     stem = os.path.join(os.fspath(run_dir), f"nbd-{uuid.uuid4().hex[:8]}")
-    socket_path, log_path = stem + ".sock", stem + ".log"
+    socket_path, log_path, pid_path = stem + ".sock", stem + ".log", stem + ".pid"
     command = ["qemu-nbd", "--persistent", f"--shared={connections}", f"--socket={socket_path}", "--cache=writeback"]
     command += ["--discard=unmap", "--detect-zeroes=off"] if writable else ["--read-only"]
-    command += ["--image-opts", _image_opts(path, format, compress)]
+    # It listens first and opens the image then; the pid file comes when both are done.
+    command += [f"--pid-file={pid_path}", "--image-opts", _image_opts(path, format, compress)]
     child = Child.start(command, log_path=log_path, name=f"qemu-nbd of {os.path.basename(path)}")
     clean = False
     try:
-        child.wait_for_socket(socket_path, timeout=60)
+        child.wait_for_socket(socket_path, timeout=60, ready_file=pid_path)
         child.uri = "nbd+unix:///?socket=" + quote(socket_path)
         yield child
         clean = True

@@ -159,7 +159,7 @@ class Child:
 
     def __init__(self, process: subprocess.Popen[bytes], name: str, log_path: str) -> None:
         self._process = process
-        self._sockets: List[str] = []
+        self._files: List[str] = []
         self.name = name
         self.log_path = log_path
         self.pid = process.pid
@@ -213,17 +213,19 @@ class Child:
             return ""
         return "\n".join(text.splitlines()[-lines:])
 
-    def wait_for_socket(self, path: str, timeout: float) -> None:
+    def wait_for_socket(self, path: str, timeout: float, ready_file: Optional[str] = None) -> None:
         """Return when the child listens on the Unix socket *path* (absolute).
 
         No connection is made: servers count their clients. :meth:`stop` removes the socket's file.
 
         :param timeout: seconds.
+        :param ready_file: for a server that listens before it can serve: a file that it writes when it can. Removed
+            as well.
         :raises DataPathError: the child ended, or does not listen in time.
         """
-        self._sockets.append(path)
+        self._files += [path] if ready_file is None else [path, ready_file]
         deadline = time.monotonic() + timeout
-        while not _listening(path):
+        while not (_listening(path) and (ready_file is None or os.path.exists(ready_file))):
             if not self.alive:
                 raise DataPathError(
                     "A server ended before it could serve",
@@ -235,7 +237,7 @@ class Child:
                 raise DataPathError(
                     "A server does not listen in time",
                     subject=self.name,
-                    reason=f"no socket after {timeout:g} s; its log ends with: {self.log_tail() or 'nothing'}",
+                    reason=f"not ready after {timeout:g} s; its log ends with: {self.log_tail() or 'nothing'}",
                     retryable=True,
                     details={"log": self.log_path},
                 )
@@ -253,7 +255,7 @@ class Child:
             except subprocess.TimeoutExpired:
                 _signal_group(self._process, signal.SIGKILL)
         returncode = self._process.wait()
-        for path in self._sockets:
+        for path in self._files:
             with contextlib.suppress(FileNotFoundError):  # the server may remove it itself
                 os.unlink(path)
         return returncode
