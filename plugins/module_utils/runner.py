@@ -103,8 +103,8 @@ def run_module(
 ) -> None:
     """Parse the options, check the libraries, run *body* and exit with what it returns.
 
-    :param body: takes the module, returns the result (``changed`` included; ``diff`` is passed
-        on in diff mode only); a :class:`VadpError` becomes ``fail_json``
+    :param body: takes the module, returns the result (``changed`` included; ``warnings`` are given out, ``diff`` is
+        passed on in diff mode only); a :class:`VadpError` becomes ``fail_json``
         with the message and an ``error`` dictionary, anything else keeps its traceback.
     :param libraries: import names (see ``libraries``) without which the module can't do its work.
     """
@@ -116,6 +116,8 @@ def run_module(
         result = body(module)
     except VadpError as error:
         module.fail_json(msg=str(error), error=error.to_result())
+    for warning in result.pop("warnings", ()):
+        module.warn(warning)
     if not module._diff:
         result.pop("diff", None)
     module.exit_json(**result)
