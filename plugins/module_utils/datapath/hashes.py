@@ -16,7 +16,7 @@ import os
 import re
 import struct
 import tempfile
-from typing import Any, BinaryIO, Dict, Iterator, List, Optional, Tuple
+from typing import Any, BinaryIO, Dict, Iterable, Iterator, List, Optional, Tuple
 
 from ..errors import DamagedError, DataPathError
 from ..libraries import blake3
@@ -111,13 +111,13 @@ class HashWriter:
         except OSError as error:
             raise DataPathError("The hashes can't be written", subject=self.path, reason=error.strerror) from error
 
-    def _run(self, start: int, count: int) -> Iterator[bytes]:
+    @staticmethod
+    def _run(spill: BinaryIO, start: int, count: int) -> Iterator[bytes]:
         """One sorted run, read in steps; several are read in turn, so each step seeks."""
-        assert self._spill is not None
         while count:
             step = min(count, _READ_RECORDS)
-            self._spill.seek(start)
-            data = self._spill.read(step * _RECORD.size)
+            spill.seek(start)
+            data = spill.read(step * _RECORD.size)
             for position in range(0, len(data), _RECORD.size):
                 yield data[position : position + _RECORD.size]
             start += len(data)
@@ -141,8 +141,10 @@ class HashWriter:
 
     def _write(self) -> None:
         self._records.sort()
+        runs: List[Iterable[bytes]] = [self._records]
         if self._spill is not None:
             self._spill.flush()
+            runs += [self._run(self._spill, start, count) for start, count in self._runs]
         header = {
             "format": FORMAT,
             "algorithm": ALGORITHM,
@@ -152,7 +154,7 @@ class HashWriter:
         with open(self.path, "w", encoding="ascii", buffering=_FILE_CHUNK) as stream:
             stream.write(json.dumps(header) + "\n")
             last_end = 0
-            for record in heapq.merge(*[self._run(start, count) for start, count in self._runs], self._records):
+            for record in heapq.merge(*runs):
                 offset, length, digest = _RECORD.unpack(record)
                 if offset < last_end:
                     raise ValueError(f"two pieces overlap at {offset}")
