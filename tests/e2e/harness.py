@@ -1,20 +1,18 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""What the end-to-end tests stand on: a running simulator, ansible-playbook with its results, and the bytes of disks."""
+"""What the end-to-end tests stand on: a running simulator, ansible-playbook and its results, the bytes of disks."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import threading
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 ROOT = Path(__file__).resolve().parents[2]
 SIMULATOR = ROOT / "tests" / "simulator"
@@ -62,14 +60,42 @@ class Simulator:
 
     @property
     def connection(self) -> Dict[str, Any]:
-        """The connection as options of a module."""
+        """The connection as options of a module, as the user who has no more privileges than a backup needs."""
         return {
             "hostname": self.facts["host"],
             "port": self.facts["port"],
-            "username": self.facts["username"],
-            "password": self.facts["password"],
+            "username": self.facts["backup_username"],
+            "password": self.facts["backup_password"],
             "ca_path": self.facts["ca_path"],
         }
+
+    def disk(self, vm: str, key: int, snapshot: Optional[str] = None) -> Tuple[int, str]:
+        """(capacity in bytes, SHA-256) of what a disk holds, or of what a snapshot froze of it."""
+        result = self.control.call("read_disk", vm=vm, disk=key, snapshot=snapshot)
+        return result["capacity_bytes"], result["sha256"]
+
+    def write(self, vm: str, key: int, *offsets: int, seed: int = 1, length: int = 65536) -> None:
+        """The guest writes the same random bytes at each offset."""
+        pattern = {"seed": seed, "length": length}
+        self.control.call("guest_write", vm=vm, disk=key, offsets=list(offsets), pattern=pattern)
+
+    def snapshots(self, vm: str) -> List[Any]:
+        """The snapshots that a VM has now."""
+        return list(self.vm(vm)["snapshots"])
+
+    def vm(self, name: str) -> Dict[str, Any]:
+        """A VM in the simulator's state."""
+        vms = [vm for vm in self.control.call("state")["vms"].values() if vm["name"] == name]
+        assert len(vms) == 1, f"{len(vms)} VMs named {name}"
+        return dict(vms[0])
+
+    def last_call(self) -> int:
+        """Number of the newest call in the log, for :meth:`changing_calls`."""
+        return max((call["seq"] for call in self.control.call("calls")), default=0)
+
+    def changing_calls(self, since: int) -> List[str]:
+        """The calls after *since* that changed anything."""
+        return [call["method"] for call in self.control.call("calls", since=since) if call["changing"]]
 
     def role_variables(self, prefix: str) -> Dict[str, Any]:
         """The connection and VDDK as variables of a role."""
@@ -216,6 +242,77 @@ class Ansible:
         arguments = ["--check"] * check + ["--diff"] * diff
         outcome = self.run(play, arguments=arguments)
         return dict(outcome.result(name), failed=outcome.rc != 0)
+
+
+class Backups:
+    """Backups through playbook backup.yml into one repository, and what it then holds."""
+
+    def __init__(self, simulator: Simulator, ansible: Ansible, repository: Path) -> None:
+        self.simulator = simulator
+        self.ansible = ansible
+        self.repository = repository
+
+    def variables(self, **options: Any) -> Dict[str, Any]:
+        """Variables of role vm_backup: the connection, the repository, and *options* without their prefix."""
+        variables = self.simulator.role_variables("vm_backup_")
+        variables["vm_backup_repository"] = str(self.repository)
+        variables.update({"vm_backup_" + name: value for name, value in options.items()})
+        return variables
+
+    def run(
+        self,
+        *hosts: str,
+        host_variables: Optional[Dict[str, Dict[str, Any]]] = None,
+        arguments: Sequence[str] = (),
+        **options: Any,
+    ) -> Outcome:
+        """Back up; *options* are those of the role without their prefix."""
+        return self.ansible.run(
+            "openvadp.backup.backup",
+            hosts=hosts,
+            host_variables=host_variables,
+            variables=self.variables(**options),
+            arguments=arguments,
+        )
+
+    def store(self, vm: str) -> Path:
+        """A VM's folder in the repository."""
+        for path in self.repository.glob("vms/*/vm.json"):
+            if json.loads(path.read_text(encoding="utf-8"))["name"] == vm:
+                return path.parent
+        raise AssertionError(f"{vm} is not in the repository")
+
+    def points(self, vm: str) -> List[str]:
+        return sorted(path.stem for path in self.store(vm).glob("points/*.json"))
+
+    def manifest(self, vm: str, point: str) -> Dict[str, Any]:
+        manifest = json.loads((self.store(vm) / "points" / f"{point}.json").read_text(encoding="utf-8"))
+        return dict(manifest, disks={disk["key"]: disk for disk in manifest["disks"]})
+
+    def layer(self, vm: str, key: int, point: str) -> Path:
+        return self.store(vm) / f"disk-{key}" / f"{point}.qcow2"
+
+    def disk(self, vm: str, key: int, point: str) -> Tuple[int, str]:
+        """(size, SHA-256) of a disk at a point, read by plain qemu-img: nothing of ours takes part."""
+        raw = self.repository.parent / "converted.raw"
+        subprocess.run(
+            ["qemu-img", "convert", "-O", "raw", str(self.layer(vm, key, point)), str(raw)],
+            check=True,
+            capture_output=True,
+        )
+        try:
+            return file_sha256(raw)
+        finally:
+            raw.unlink()
+
+
+def file_sha256(path: Path) -> Tuple[int, str]:
+    """(size, SHA-256) of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while data := file.read(MIB):
+            digest.update(data)
+    return path.stat().st_size, digest.hexdigest()
 
 
 class Running:
