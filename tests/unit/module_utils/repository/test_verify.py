@@ -70,7 +70,7 @@ def test_a_flipped_bit_anywhere_is_found(chain: World) -> None:
     files += [store.config_path("p3"), store.nvram_path("p3"), store.manifest_path("p3"), store.manifest_path("p1")]
     for path in files:
         content = path.read_bytes()
-        for offset in RANDOM.choices(range(len(content)), k=12):
+        for offset in RANDOM.choices(range(len(content)), k=6):
             flip(path, offset, RANDOM.randrange(8))
             try:
                 manifest = store.resolve("p3")
