@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -57,23 +57,16 @@ class StorageMachine(RuleBasedStateMachine):
         self.leaf = BASE
         self.count = 0
         self.chain = [BASE]  # base first, the leaf last
-        self.frozen: dict[str, tuple[str, bytes, str | None, int]] = {}  # moid -> path, bytes, change id, marks so far
-        self.marks: list[set[int]] = []  # blocks changed, a set for each time between marks
-        self.tracked = False
+        self.frozen: dict[str, tuple[str, bytes, str, int]] = {}  # moid -> path, bytes, change id, marks so far
+        self.marks: list[set[int]] = [set()]  # blocks changed, a set for each time between marks
+        self.storage.enable_tracking(BASE)
 
     def teardown(self) -> None:
         self.storage.close()
         shutil.rmtree(self.folder)
 
-    @initialize(tracked=st.booleans())
-    def begin(self, tracked: bool) -> None:
-        if tracked:
-            self.storage.enable_tracking(BASE)
-            self.tracked = True
-            self.marks = [set()]
-
     def touched(self, offset: int, length: int) -> None:
-        if self.tracked and length:
+        if length:
             self.marks[-1].update(range(offset // BLOCK, (offset + length - 1) // BLOCK + 1))
 
     @rule(data=st.data(), seed=st.integers(0, 1000))
@@ -104,10 +97,10 @@ class StorageMachine(RuleBasedStateMachine):
         with self.storage.stun():
             change_id = self.storage.mark_snapshot(self.leaf, moid)
             self.storage.snapshot_disk(self.leaf, child)
-        assert (change_id is not None) == self.tracked
         self.frozen[moid] = (self.leaf, bytes(self.bytes), change_id, len(self.marks))
-        if self.tracked:
-            self.marks.append(set())
+        self.marks.append(set())
+        for earlier in self.frozen:
+            self.compare_areas(earlier, moid)
         self.leaf = child
         self.chain.append(child)
         return moid
@@ -140,7 +133,7 @@ class StorageMachine(RuleBasedStateMachine):
         self.storage.close()
         self.storage = Storage(self.folder, DATASTORES)
 
-    @precondition(lambda self: self.tracked and len(self.chain) == 1)
+    @precondition(lambda self: len(self.chain) == 1)
     @rule()
     def reset(self) -> None:
         old = self.storage.current_change_id(self.leaf)
@@ -148,9 +141,11 @@ class StorageMachine(RuleBasedStateMachine):
         assert self.storage.current_change_id(self.leaf).rpartition("/")[0] != old.rpartition("/")[0]
         self.marks = [set()]
 
-    @precondition(lambda self: self.tracked)
     @rule(first=snapshots, second=snapshots)
     def query(self, first: str, second: str) -> None:
+        self.compare_areas(first, second)
+
+    def compare_areas(self, first: str, second: str) -> None:
         _, _, change_id, since = self.frozen[first]
         path, content, _, until = self.frozen[second]
         if until < since:
