@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import Any, Dict, Optional
 
+from ansible import constants as C
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 
@@ -23,7 +24,9 @@ class ActionModule(ActionBase):
         dummy, arguments = self.validate_argument_spec(
             argument_spec={"lines": {"type": "list", "elements": "str", "required": True}}
         )
+        # A callback that prints JSON owns stdout; the lines go beside it then.
+        machine_readable = str(C.DEFAULT_STDOUT_CALLBACK).rsplit(".", 1)[-1] in ("json", "jsonl")
         for line in arguments["lines"]:
-            display.display(line)
+            display.display(line, stderr=machine_readable)
         result["changed"] = False
         return result

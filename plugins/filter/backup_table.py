@@ -4,10 +4,11 @@
 
 from __future__ import annotations
 
-import textwrap
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Callable, Dict, List, Mapping, Sequence
 
 from ansible.errors import AnsibleFilterError
+
+from ..plugin_utils.tables import NONE, Notes, Row, disk_name, fold, format_bytes, format_speed, render
 
 DOCUMENTATION = r"""
 name: backup_table
@@ -46,75 +47,30 @@ _value:
   elements: str
 """
 
-Row = List[str]
 _HEADINGS = ["VM", "point", "disk", "mode", "transport", "read", "stored", "MiB/s", "changed", "verified"]
 _RIGHT = {"read", "stored", "MiB/s", "changed"}
-_NONE = "-"
-
-
-def format_bytes(count: Optional[int]) -> str:
-    """A size as people read it: ``21.3 MiB``. None is a dash."""
-    if count is None:
-        return _NONE
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(value) < 1024:
-            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.2f} TiB"
-
-
-def format_speed(count: Optional[int], seconds: Optional[float]) -> str:
-    """MiB a second, or a dash where nothing was read or no time passed."""
-    if not count or not seconds:
-        return _NONE
-    return f"{count / seconds / (1 << 20):.1f}"
 
 
 def format_change_rate(disk: Mapping[str, Any]) -> str:
     """What part of the disk an incremental or differential had to read. A full has no change rate."""
     capacity = disk.get("capacity_bytes")
     if disk.get("mode") not in ("incremental", "differential") or not capacity or disk.get("bytes_read") is None:
-        return _NONE
+        return NONE
     return f"{100.0 * disk['bytes_read'] / capacity:.1f} %"
 
 
-class _Notes:
-    """Reasons, each said once and numbered in the order of their first use."""
-
-    def __init__(self) -> None:
-        self.texts: List[str] = []
-
-    def mark(self, text: Optional[str]) -> str:
-        """`` [n]`` to stand behind a word; nothing where there is no reason."""
-        text = (text or "").strip()
-        if not text:
-            return ""
-        if text not in self.texts:
-            self.texts.append(text)
-        return f" [{self.texts.index(text) + 1}]"
-
-    def lines(self, width: int) -> List[str]:
-        out: List[str] = []
-        for number, text in enumerate(self.texts, start=1):
-            prefix = f"[{number}] "
-            out += textwrap.wrap(text, max(width, 40), initial_indent=prefix, subsequent_indent=" " * len(prefix))
-        return out
-
-
 def _names(result: Mapping[str, Any], disk: Mapping[str, Any]) -> Row:
-    label = f"{disk.get('key', '')} {disk.get('label', '')}".strip()
-    return [str(result.get("vm") or _NONE), str(result.get("point") or _NONE), label or _NONE]
+    return [str(result.get("vm") or NONE), str(result.get("point") or NONE), disk_name(disk)]
 
 
-def _disk_row(result: Mapping[str, Any], disk: Mapping[str, Any], notes: _Notes) -> Row:
+def _disk_row(result: Mapping[str, Any], disk: Mapping[str, Any], notes: Notes) -> Row:
     if disk.get("skipped"):
         return _plain_row(result, disk, "skipped" + notes.mark(disk.get("skip_reason")))
     reasons = "; ".join(disk.get("transport_reasons") or [])
     return [
         *_names(result, disk),
-        f"{disk.get('mode') or _NONE}{notes.mark(disk.get('reason'))}",
-        f"{disk.get('transport') or _NONE}{notes.mark(reasons)}",
+        f"{disk.get('mode') or NONE}{notes.mark(disk.get('reason'))}",
+        f"{disk.get('transport') or NONE}{notes.mark(reasons)}",
         format_bytes(disk.get("bytes_read")),
         format_bytes(disk.get("bytes_stored")),
         format_speed(disk.get("bytes_read"), disk.get("seconds")),
@@ -125,7 +81,7 @@ def _disk_row(result: Mapping[str, Any], disk: Mapping[str, Any], notes: _Notes)
 
 def _plain_row(result: Mapping[str, Any], disk: Mapping[str, Any], word: str) -> Row:
     row = _names(result, disk) + [word]
-    return row + [_NONE] * (len(_HEADINGS) - len(row))
+    return row + [NONE] * (len(_HEADINGS) - len(row))
 
 
 _STATES = {
@@ -147,7 +103,7 @@ def backup_table(results: Sequence[Mapping[str, Any]], width: int = 140) -> List
         raise AnsibleFilterError(
             "backup_table takes a list of the dictionaries that role vm_backup leaves in vm_backup_result."
         )
-    notes = _Notes()
+    notes = Notes()
     rows: List[Row] = []
     below: List[str] = []
     for result in results:
@@ -159,28 +115,14 @@ def backup_table(results: Sequence[Mapping[str, Any]], width: int = 140) -> List
             reason = result.get("reason") or "no reason was recorded"
             rows.append(_plain_row(result, {}, "FAILED" + notes.mark(reason)))
         elif not disks:
-            rows.append(_plain_row(result, {}, _NONE))
+            rows.append(_plain_row(result, {}, NONE))
         else:
             rows += [_disk_row(result, disk, notes) for disk in disks]
         said = _STATES[state] + [str(note) for note in result.get("notes") or []]
         if said:
             text = f"{result.get('vm')}: {'; '.join(said)}"
-            below += textwrap.wrap(text, max(width, 40), subsequent_indent="  ")
-    return _render(rows) + notes.lines(width) + below
-
-
-def _render(rows: Sequence[Row]) -> List[str]:
-    table = [_HEADINGS] + list(rows)
-    widths = [max(len(row[column]) for row in table) for column in range(len(_HEADINGS))]
-
-    def line(row: Row) -> str:
-        cells = [
-            cell.rjust(size) if heading in _RIGHT else cell.ljust(size)
-            for cell, size, heading in zip(row, widths, _HEADINGS)
-        ]
-        return "  ".join(cells).rstrip()
-
-    return [line(_HEADINGS), "  ".join("-" * size for size in widths)] + [line(row) for row in rows]
+            below += fold(text, width)
+    return render(_HEADINGS, _RIGHT, rows) + notes.lines(width) + below
 
 
 class FilterModule:

@@ -7,10 +7,9 @@ from ansible.errors import AnsibleFilterError
 from ansible_collections.openvadp.backup.plugins.filter.backup_table import (
     FilterModule,
     backup_table,
-    format_bytes,
     format_change_rate,
-    format_speed,
 )
+from ansible_collections.openvadp.backup.plugins.plugin_utils.tables import format_bytes, format_speed
 
 MIB = 1 << 20
 

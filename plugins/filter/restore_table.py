@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""The table that ends a restore: one line a disk, the reasons below it."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Dict, List, Mapping, Sequence
+
+from ansible.errors import AnsibleFilterError
+
+from ..plugin_utils.tables import NONE, Notes, disk_name, format_bytes, format_speed, render
+
+DOCUMENTATION = r"""
+name: restore_table
+short_description: Restored disks as a table for people
+version_added: 0.1.0
+author: openvadp maintainers (@openvadp)
+description:
+  - Renders what module M(openvadp.backup.vadp_disk_restore) returns, or what role P(openvadp.backup.vm_restore#role)
+    leaves in C(vm_restore_result).
+  - Each disk is one line. Why it was written, or not, stands below the table.
+  - Print the lines with M(openvadp.backup.show_lines).
+options:
+  _input:
+    description: Results of M(openvadp.backup.vadp_disk_restore), in the order of the table.
+    type: list
+    elements: dict
+    required: true
+  width:
+    description: Columns that the reasons below the table are folded to.
+    type: int
+    default: 140
+seealso:
+  - plugin: openvadp.backup.show_lines
+    plugin_type: module
+"""
+
+EXAMPLES = r"""
+- name: Show what was restored
+  openvadp.backup.show_lines:
+    lines: "{{ [vm_restore_result] | openvadp.backup.restore_table }}"
+"""
+
+RETURN = r"""
+_value:
+  description: The table's lines, without line ends.
+  type: list
+  elements: str
+"""
+
+_HEADINGS = ["point", "disk", "target", "transport", "read", "written", "MiB/s", "verified"]
+_RIGHT = {"read", "written", "MiB/s"}
+_VERIFIED = {True: "yes", False: "no", None: NONE}
+
+
+def restore_table(results: Sequence[Mapping[str, Any]], width: int = 140) -> List[str]:
+    """The lines of the table.
+
+    :param results: what module vadp_disk_restore returned, each with ``point`` and ``restored``.
+    :param width: columns for the text below the table.
+    """
+    if isinstance(results, (str, bytes, Mapping)) or not all(isinstance(result, Mapping) for result in results):
+        raise AnsibleFilterError("restore_table takes a list of what module vadp_disk_restore returned.")
+    notes = Notes()
+    rows = []
+    for result in results:
+        for disk in result.get("restored") or []:
+            # An image file has a format, a disk of a virtual machine has a transport.
+            by = disk.get("transport") or f"file ({disk.get('format') or NONE})"
+            reasons = "; ".join(disk.get("transport_reasons") or [])
+            rows.append(
+                [
+                    str(result.get("point") or NONE),
+                    disk_name(disk),
+                    f"{disk.get('target') or NONE}{notes.mark(disk.get('reason'))}",
+                    f"{by}{notes.mark(reasons)}",
+                    format_bytes(disk.get("bytes_read")),
+                    format_bytes(disk.get("bytes_written")),
+                    format_speed(disk.get("bytes_read"), disk.get("seconds")),
+                    _VERIFIED[disk.get("verified")],
+                ]
+            )
+    return render(_HEADINGS, _RIGHT, rows) + notes.lines(width)
+
+
+class FilterModule:
+    """The filters of this file."""
+
+    def filters(self) -> Dict[str, Callable[..., Any]]:
+        return {"restore_table": restore_table}
