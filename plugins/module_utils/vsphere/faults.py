@@ -79,10 +79,8 @@ def is_busy(fault: Any) -> bool:
     A subclass of ``InvalidState`` says that something is wrong by itself (``InvalidPowerState``), so only the class
     itself counts.
     """
-    return (
-        isinstance(fault, (vim.fault.TaskInProgress, vim.fault.ConcurrentAccess))
-        or type(fault) is vim.fault.InvalidState
-    )
+    waits = isinstance(fault, (vim.fault.TaskInProgress, vim.fault.ConcurrentAccess))
+    return waits or (fault is not None and fault_name(fault) == "vim.fault.InvalidState")
 
 
 def is_locked(fault: Any) -> bool:

@@ -89,7 +89,7 @@ def normal_thumbprint(text: str) -> str:
     digits = text.replace(":", "").replace(" ", "").lower()
     if len(digits) not in (40, 64) or any(digit not in "0123456789abcdef" for digit in digits):
         raise InputError(
-            "The thumbprint is none",
+            "The thumbprint can't be used",
             subject=text,
             reason="it must be 20 (SHA-1) or 32 (SHA-256) bytes in hexadecimal",
             remedy="Take it from the server's certificate: openssl x509 -noout -fingerprint -sha256",

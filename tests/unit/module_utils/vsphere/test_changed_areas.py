@@ -84,7 +84,7 @@ def test_privileges_and_lost_connections_are_not_a_reason_for_a_full_backup(sess
     stub.methods["QueryChangedDiskAreas"] = [vim.fault.NoPermission(privilegeId="VirtualMachine.Provisioning.X")]
     with pytest.raises(PrivilegeError):
         query(session, vm)
-    stub.methods["QueryChangedDiskAreas"] = lambda *_args: (_ for _ in ()).throw(ConnectionResetError("reset"))
+    stub.methods["QueryChangedDiskAreas"] = [ConnectionResetError("reset") for _number in range(100)]
     with pytest.raises(VsphereError) as caught:
         query(session, vm)
     assert not isinstance(caught.value, ChangedAreasUnavailable)

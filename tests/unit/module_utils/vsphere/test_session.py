@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 import socket
 import ssl
-import subprocess
 import threading
 
 import pytest
@@ -183,31 +181,6 @@ def test_task_that_failed_busy_is_started_again(session, stub, vm):
 
 
 # TLS, with real certificates and sockets
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory):
-    """An authority, and certificates of it: good, of another name, expired."""
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl is not installed")
-    folder = tmp_path_factory.mktemp("certificates")
-
-    def openssl(*arguments):
-        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
-
-    new_key = ["-newkey", "rsa:2048", "-nodes"]
-    openssl(
-        "req", "-x509", *new_key, "-keyout", "ca.key", "-out", "ca.pem", "-days", "2", "-subj", "/CN=test authority"
-    )
-    for name, alternative, days in (("good", "IP:127.0.0.1", "2"), ("other", "DNS:other.example.com", "2")):
-        (folder / f"{name}.ext").write_text(f"subjectAltName={alternative}\n")
-        openssl("req", *new_key, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
-        sign = ["x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial"]
-        openssl(*sign, "-out", f"{name}.pem", "-days", days, "-extfile", f"{name}.ext")
-    sign = ["x509", "-req", "-in", "good.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial"]
-    shutil.copy(folder / "good.key", folder / "expired.key")
-    openssl(*sign, "-out", "expired.pem", "-days", "-1", "-extfile", "good.ext")
-    return folder
 
 
 @pytest.fixture
