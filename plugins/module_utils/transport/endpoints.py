@@ -31,6 +31,12 @@ _LOG_TAIL_BYTES = 256 * 1024
 _LOG_TAIL_LINES = 20
 _POLL_MS = 100
 
+# nbdkit asks for SIGTERM at its parent's death, in place of the SIGKILL that Child asked for, and after a SIGTERM it
+# waits for requests that VDDK does not end. So a guard in its process group waits for the end of a pipe that only we
+# hold open, and kills the group some seconds later. $1 is the pipe's descriptor, $2 the seconds.
+_GUARDED = '(read -r line; sleep "$2"; kill -s KILL -- "-$$") <"/proc/self/fd/$1" >/dev/null 2>&1 & shift 2; exec "$@"'
+_GUARD_SECONDS = 4
+
 _numbers = itertools.count(1)
 
 
@@ -86,7 +92,8 @@ def open_vddk(
     """Serve one disk through VDDK; the disk is opened once before this returns, so that errors surface here.
 
     The thread that opens an endpoint must live as long as it: nbdkit ends with the thread that started it
-    (VADP facts 45). Open a disk only when its copy begins (VADP facts 22).
+    (VADP facts 45), and a few seconds after the death of this process at the latest. Open a disk only when its copy
+    begins (VADP facts 22).
 
     :param file: the datastore path, verbatim: with a snapshot that of the snapshot's own configuration, for writing
         that of the VM's current leaf (VADP facts 14, 40).
@@ -103,6 +110,7 @@ def open_vddk(
     write_config(config, vddk=vddk, io_timeout=io_timeout, tmp_folder=temporary_folder())
     connection = session.connection
     password_fd = _password_pipe(connection.password)
+    guard_fd, our_end = os.pipe()
     try:
         argv = nbdkit_argv(
             socket=socket,
@@ -121,9 +129,14 @@ def open_vddk(
             nfc_port=nfc_port,
             io_timeout=io_timeout,
         )
-        child = Child.start(argv, log_path=str(log), name=f"nbdkit of {file}", pass_fds=(password_fd,))
+        guarded = ["sh", "-c", _GUARDED, "sh", str(guard_fd), str(_GUARD_SECONDS), *argv]
+        child = Child.start(guarded, log_path=str(log), name=f"nbdkit of {file}", pass_fds=(password_fd, guard_fd))
+    except BaseException:
+        os.close(our_end)
+        raise
     finally:
         os.close(password_fd)
+        os.close(guard_fd)
     try:
         try:
             child.wait_for_socket(str(socket), _START_TIMEOUT)
@@ -141,6 +154,7 @@ def open_vddk(
         uri = f"nbd+unix:///?socket={quote(str(socket))}"
         yield Endpoint(uri, str(mode), log, size, subject, child)
     finally:
+        os.close(our_end)
         child.stop(_STOP_TIMEOUT)
         config.unlink()
 
@@ -168,7 +182,6 @@ def nbdkit_argv(
     Filters, the client's side first: `retry` reopens the disk after an error (a handle whose connection was cut stays
     dead); `blocksize` keeps requests below what exhausts a host's memory, and on sectors (VADP facts 23).
     """
-    # Not --exit-with-parent: it would weaken the child's SIGKILL at our death to a SIGTERM (VADP facts 45).
     argv = ["nbdkit", "--foreground", "--unix", str(socket), "--verbose"]
     # A line for each request would fill the disk with log.
     argv += ["-D", "nbdkit.backend.datapath=0", "-D", "vddk.datapath=0"]

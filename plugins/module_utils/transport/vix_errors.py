@@ -44,7 +44,9 @@ _PRIVILEGES = (
     "Grant the user VirtualMachine.Provisioning.DiskRandomRead (for writing DiskRandomAccess) and GetVmFiles on the VM,"
     " and Datastore.Browse and Datastore.FileManagement on its datastores"
 )
-_SERVER = "Check that this machine reaches the server named in 'hostname' on its port, and its ESXi hosts on the NFC port (902)"
+_SERVER = (
+    "Check that this machine reaches the server named in 'hostname' on its port, and its hosts on the NFC port (902)"
+)
 _MAINTENANCE = "Wait for the host to leave maintenance mode, and run again"
 
 # VADP facts, "VIX error numbers"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Any, Dict, List
 
 import pytest
+from ansible_collections.openvadp.backup.plugins.module_utils.datapath.processes import Child
 from ansible_collections.openvadp.backup.plugins.module_utils.errors import TransportError
 from ansible_collections.openvadp.backup.plugins.module_utils.transport import endpoints
 from ansible_collections.openvadp.backup.plugins.module_utils.transport.endpoints import (
@@ -92,3 +94,18 @@ def test_the_password_goes_through_a_pipe() -> None:
         assert stream.read() == 'p\u00e4ss w"rd'.encode()
     with pytest.raises(TransportError):
         endpoints._password_pipe("two\nlines")
+
+
+def test_the_guard_ends_a_server_that_ignores_sigterm(tmp_path: Path) -> None:
+    """What is left when we die: the guard's pipe ends, and a server that waits for its storage has to go."""
+    guard_fd, our_end = os.pipe()
+    stubborn = ["sh", "-c", "trap '' TERM; echo ready; while :; do sleep 1; done"]
+    guarded = ["sh", "-c", endpoints._GUARDED, "sh", str(guard_fd), "0", *stubborn]
+    child = Child.start(guarded, log_path=str(tmp_path / "log"), name="stubborn", pass_fds=(guard_fd,))
+    os.close(guard_fd)
+    while not child.log_tail():
+        assert child.alive
+    os.kill(child.pid, signal.SIGTERM)
+    assert child.alive
+    os.close(our_end)
+    assert child._process.wait(20) == -signal.SIGKILL
