@@ -3,11 +3,14 @@
 """What happens to a VM's disks: snapshots, consolidation, revert, change tracking, locks of running machines.
 
 Every function is called with ``vm.lock`` held; ``simulator.lock`` is taken only where the inventory changes, so that
-others can read it while bytes are moved. Before files change, ``vm.intent`` says what is about to happen.
+others can read it while bytes are moved. The order is ``vm.lock``, ``simulator.lock``, the storage's own locks. Before
+files change, ``vm.intent`` says what is about to happen.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from pyVmomi import vim, vmodl
@@ -20,6 +23,15 @@ MAX_SNAPSHOTS = 32
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
+
+
+def is_disk(store: storage.Storage, path: str) -> bool:
+    """Whether the storage has that disk; files that a killed simulator left of one are none."""
+    try:
+        store.info(path)
+    except storage.NotFound:
+        return False
+    return True
 
 
 def next_delta(vm: VirtualMachine, path: str, taken: set[str]) -> str:
@@ -112,16 +124,20 @@ def recover(vm: VirtualMachine) -> None:
         return
     if "create" in intent:
         for path in intent["create"]:
-            if path not in referenced(vm) and store.exists(path):
+            if path not in referenced(vm) and is_disk(store, path):
                 store.delete_disk(path)
     if "merge" in intent:
         child, parent = intent["merge"]
-        if not store.exists(child):
+        if not is_disk(store, child):
             _rename_references(vm, child, parent)
     if "delete" in intent:
         for path in intent["delete"]:
-            if store.exists(path):
+            if is_disk(store, path):
                 delete_branch(vm, path)
+    for path in [*intent.get("create", ()), *intent.get("merge", ())[:1], *intent.get("delete", ())]:
+        if not is_disk(store, path):
+            for leftover in (path, path.replace(".vmdk", "-delta.vmdk")):
+                store.local_path(leftover).unlink(missing_ok=True)
     vm.consolidation_needed = bool(collapsible(vm))
     vm.intent = None
     vm.save()
@@ -198,40 +214,44 @@ def create_snapshot(vm: VirtualMachine, name: str, description: str, memory: boo
     for device in disks_in(config.hardware.device):
         if not in_snapshots(device):
             config.hardware.device.remove(device)
-    done: list[str] = []
-    try:
-        with store.stun():
-            for disk in disks_in(config.hardware.device):
-                path = disk.backing.fileName
-                disk.backing.changeId = store.mark_snapshot(path, moid)
-                store.snapshot_disk(path, children[disk.key])
-                done.append(children[disk.key])
-            with simulator.lock:
-                record = SnapshotRecord(
-                    moid=moid,
-                    id=vm.last_snapshot_id,
-                    name=name,
-                    description=description,
-                    created=simulator.clock(),
-                    quiesced=quiesce,
-                    memory=memory and vm.powered_on,
-                    state=vm.power_state if memory and vm.powered_on else "poweredOff",
-                    parent=vm.current_snapshot,
-                    config=config,
-                )
-                for disk in frozen:
-                    disk.backing.fileName = children[disk.key]
-                vm.snapshots.append(record)
-                vm.current_snapshot = moid
-                vm.intent = None
-                vm.touch()
-    except storage.StorageError:
-        for path in done:
-            store.delete_disk(path)
-        _set_intent(vm, None)
-        raise
+    record = SnapshotRecord(
+        moid=moid,
+        id=vm.last_snapshot_id,
+        name=name,
+        description=description,
+        created=simulator.clock(),
+        quiesced=quiesce,
+        memory=memory and vm.powered_on,
+        state=vm.power_state if memory and vm.powered_on else "poweredOff",
+        parent=vm.current_snapshot,
+        config=config,
+    )
+    # simulator.lock before the stun: whoever reads the inventory asks the storage too.
+    with simulator.lock, _undone_on_failure(vm, list(children.values())), store.stun():
+        for disk in disks_in(config.hardware.device):
+            disk.backing.changeId = store.mark_snapshot(disk.backing.fileName, moid)
+            store.snapshot_disk(disk.backing.fileName, children[disk.key])
+        for disk in frozen:
+            disk.backing.fileName = children[disk.key]
+        vm.snapshots.append(record)
+        vm.current_snapshot = moid
+        vm.intent = None
+        vm.touch()
     _snapshot_files(vm, record)
     return record
+
+
+@contextlib.contextmanager
+def _undone_on_failure(vm: VirtualMachine, created: list[str]) -> Iterator[None]:
+    """New delta disks go again when not all of them could be made."""
+    try:
+        yield
+    except storage.StorageError:
+        for path in created:
+            if is_disk(vm.simulator.storage, path):
+                vm.simulator.storage.delete_disk(path)
+        _set_intent(vm, None)
+        raise
 
 
 def _snapshot_file(vm: VirtualMachine, record: SnapshotRecord, suffix: str) -> Any:
@@ -269,11 +289,11 @@ def remove_snapshots(vm: VirtualMachine, moids: list[str], merge: bool) -> None:
         vm.touch()
     for record in records:
         for disk in disks_in(record.config.hardware.device):
-            if store.exists(disk.backing.fileName):
+            if is_disk(store, disk.backing.fileName):
                 store.release_snapshot(disk.backing.fileName, record.moid)
     try:
         for path in candidates:
-            if store.exists(path):
+            if is_disk(store, path):
                 delete_branch(vm, path)
     finally:
         _set_intent(vm, None)
@@ -309,22 +329,21 @@ def revert(vm: VirtualMachine, moid: str, suppress_power_on: bool) -> None:
         children[disk.key] = next_delta(vm, disk.backing.fileName, set(children.values()))
     stay = [disk for disk in vm.disks if not in_snapshots(disk)]
     _set_intent(vm, {"create": list(children.values())})
-    with store.stun():
+    with simulator.lock, _undone_on_failure(vm, list(children.values())), store.stun():
         for disk in disks_in(config.hardware.device):
-            frozen = disk.backing.fileName
-            store.revert_tracking(frozen, moid)
-            store.snapshot_disk(frozen, children[disk.key])
+            store.snapshot_disk(disk.backing.fileName, children[disk.key])
+        for disk in disks_in(config.hardware.device):
+            store.revert_tracking(disk.backing.fileName, moid)
             disk.backing.fileName = children[disk.key]
             disk.backing.changeId = None
         config.hardware.device.extend(stay)
-        with simulator.lock:
-            vm.config = config
-            vm.current_snapshot = moid
-            on = record.state == "poweredOn" and not suppress_power_on
-            vm.power_state = "poweredOn" if on else "poweredOff"
-            vm.boot_time = simulator.clock() if on else None
-            vm.intent = {"delete": leaving}
-            vm.touch()
+        vm.config = config
+        vm.current_snapshot = moid
+        on = record.state == "poweredOn" and not suppress_power_on
+        vm.power_state = "poweredOn" if on else "poweredOff"
+        vm.boot_time = simulator.clock() if on else None
+        vm.intent = {"delete": leaving}
+        vm.touch()
     try:
         for path in leaving:
             delete_branch(vm, path)
@@ -356,11 +375,12 @@ def lock_foreign_disks(vm: VirtualMachine) -> None:
         others = _users_of(vm, path)
         if not others:
             continue
-        write = disk.backing.diskMode != "independent_nonpersistent"
-        if write and (disk.backing.sharing or "") == "sharingMultiWriter":
-            write = False
-        if write and any(other.powered_on for other in others):
-            raise vim.fault.FileLocked(file=path)
+        multi_writer = disk.backing.sharing == "sharingMultiWriter"
+        write = disk.backing.diskMode != "independent_nonpersistent" and not multi_writer
+        for other in others:
+            leaves = {one.backing.fileName for one in other.disks}
+            if other.powered_on and not multi_writer and (write or path in leaves):
+                raise vim.fault.FileLocked(file=path)
         try:
             vm.openers[path] = vm.simulator.storage.open(path, f"vm:{vm.moid}", write)
         except (storage.Locked, storage.NotALeaf):

@@ -473,14 +473,21 @@ class VirtualMachine(Entity):
         return {card.backing.network._moId for card in cards if getattr(card.backing, "network", None) is not None}
 
     def chain(self, path: str) -> list[str]:
-        """A disk's files, from *path* down to the base."""
-        paths = []
+        """A disk's files, from *path* down to the base.
+
+        A delta that is just being merged is already gone from the storage, and still named by the configuration.
+        """
+        paths: list[str] = []
         current: str | None = path
         while current is not None:
             try:
                 info = self.simulator.storage.info(current)
             except storage.NotFound:
-                break
+                child, parent = (self.intent or {}).get("merge", (None, None))
+                if current != child:
+                    break
+                current = parent
+                continue
             paths.append(current)
             current = info.parent
         return paths
@@ -493,8 +500,10 @@ class VirtualMachine(Entity):
         for disk in disks_in(config.hardware.device):
             if is_rdm(disk):
                 continue
-            chain = self.chain(disk.backing.fileName)
             backing = disk.backing
+            backing_file = backing.fileName
+            chain = self.chain(backing_file)
+            backing.fileName = chain[0] if chain else backing_file
             for parent in chain[1:]:
                 backing.parent = vim.vm.device.VirtualDisk.FlatVer2BackingInfo(
                     fileName=parent,
@@ -504,9 +513,15 @@ class VirtualMachine(Entity):
                     datastore=disk.backing.datastore,
                 )
                 backing = backing.parent
-            if current and chain:
-                disk.backing.changeId = self.simulator.storage.current_change_id(chain[0])
+            if current:
+                disk.backing.changeId = self._change_id(backing_file)
         return config
+
+    def _change_id(self, path: str) -> str | None:
+        for _ in range(3):  # the file may be merged between two looks
+            with contextlib.suppress(storage.NotFound, IndexError):
+                return self.simulator.storage.current_change_id(self.chain(path)[0])
+        return None
 
     def p_config(self) -> Any:
         config = self._with_backings(self.config, current=True)

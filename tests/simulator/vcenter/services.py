@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import hmac
 import itertools
+import re
 import secrets
 import threading
 import time
@@ -19,7 +20,7 @@ from pyVmomi import VmomiSupport, vim, vmodl
 
 from . import soap
 from .model import Managed, SimulatorError, now
-from .storage import Locked, StorageError
+from .storage import Locked, NoSpace, StorageError
 
 if TYPE_CHECKING:
     from .simulator import Simulator
@@ -306,14 +307,24 @@ class Sessions:
 # --- tasks ----------------------------------------------------------------------------------------------------------
 
 
+def _path_in(error: Exception) -> str:
+    """The datastore path that a storage error speaks of."""
+    match = re.search(r"\[[^\]]+\] [^:]*?\.vmdk", str(error))
+    return match.group(0) if match else str(error)
+
+
 def as_fault(error: Exception) -> Any:
     """What vSphere would answer for something that went wrong inside."""
     if isinstance(error, vmodl.MethodFault):
         return error
     if isinstance(error, Locked):
-        return vim.fault.FileLocked(file=str(error), msg=f"Unable to access file {error} since it is locked")
+        return vim.fault.FileLocked(file=_path_in(error), msg=f"Unable to access a file since it is locked: {error}")
+    if isinstance(error, NoSpace):
+        path = _path_in(error)
+        datastore = path[1:].split("]")[0]
+        return vim.fault.NoDiskSpace(file=path, datastore=datastore, msg=f"Insufficient disk space: {error}")
     if isinstance(error, StorageError):
-        return vim.fault.FileFault(file=str(error), msg=str(error))
+        return vim.fault.FileFault(file=_path_in(error), msg=str(error))
     if isinstance(error, SimulatorError):
         return vmodl.fault.SystemError(reason=str(error), msg=str(error))
     traceback.print_exception(error)

@@ -141,6 +141,9 @@ def find_object(context: Context, moid: str, kind: str) -> Managed:
     stand_in = _stand_in(simulator, cls, moid)
     if stand_in is not None:
         return stand_in
+    if session is None:
+        # A view or a filter of a session that is over.
+        raise vim.fault.NotAuthenticated(object=cls(moid), privilegeId="System.View")
     raise vmodl.fault.ManagedObjectNotFound(
         obj=cls(moid),
         msg=f"The object '{VmomiSupport.GetVmodlName(cls)}:{moid}' has already been deleted or has not been completely "

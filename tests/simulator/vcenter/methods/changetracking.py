@@ -41,13 +41,15 @@ def query_changed_disk_areas(
     if not 0 <= startOffset < capacity:
         raise vmodl.fault.InvalidArgument(invalidProperty="startOffset")
     try:
-        if changeId == "*":
-            kind = simulator.inventory.datastore(datastore_of(path), vm).kind
-            if kind != "VMFS" or device.backing.changeId is None:
-                raise vim.fault.FileFault(file=path, msg=f"Error caused by file {path}")
-            areas = simulator.storage.allocated(path, 0, capacity, CBT_BLOCK)
-        else:
-            areas = list(simulator.storage.changed_areas(path, snapshot._moId, changeId))
+        with vm.lock:  # the paths stay meanwhile
+            path = device.backing.fileName
+            if changeId == "*":
+                kind = simulator.inventory.datastore(datastore_of(path), vm).kind
+                if kind != "VMFS" or device.backing.changeId is None:
+                    raise vim.fault.FileFault(file=path, msg=f"Error caused by file {path}")
+                areas = simulator.storage.allocated(path, 0, capacity, CBT_BLOCK)
+            else:
+                areas = list(simulator.storage.changed_areas(path, snapshot._moId, changeId))
     except storage.StorageError as error:
         raise vim.fault.FileFault(file=path, msg=f"Error caused by file {path}: {error}") from None
     limit = simulator.settings.page_bytes

@@ -176,7 +176,7 @@ def relocate(context: Context, vm: VirtualMachine, spec: Any, priority: Any) -> 
     """A Storage vMotion: the VM's files get other paths; content, UUIDs and change ids stay."""
     simulator = context.simulator
     if vm.access:
-        raise vmodl.fault.NotSupported(msg="The method is disabled by 'VADP backup'.")
+        raise vim.fault.MethodDisabled(source=vm.access[0], msg=f"The method is disabled by '{vm.access[0]}'")
     target: Any = find_object(context, spec.datastore._moId, "Datastore") if spec.datastore is not None else None
     host: Any = find_object(context, spec.host._moId, "HostSystem") if spec.host is not None else None
     pool: Any = find_object(context, spec.pool._moId, "ResourcePool") if spec.pool is not None else None

@@ -29,7 +29,7 @@ MODES = (
 SCSI_UNITS = {False: 16, True: 64}  # an ordinary controller, a PVSCSI one on newer hardware
 
 
-def required_privileges(spec: Any) -> list[str]:
+def required_privileges(vm: VirtualMachine, spec: Any) -> list[str]:
     """What a caller needs for what a ConfigSpec asks for."""
     prefix = "VirtualMachine.Config."
     needed: dict[str, None] = {}
@@ -60,13 +60,24 @@ def required_privileges(spec: Any) -> list[str]:
         elif change.operation == "remove":
             need("RemoveDisk")
         else:
-            need("DiskExtend" if change.device.capacityInKB else "EditDevice")
+            mine = next((one for one in vm.disks if one.key == change.device.key), None)
+            same = mine is not None and _capacity(change.device, mine) == mine.capacityInBytes
+            need("EditDevice" if same else "DiskExtend")
     return list(needed) or [prefix + "Settings"]
+
+
+def _capacity(wanted: Any, mine: Any) -> int:
+    """The capacity an edit asks for: whichever of the two fields differs from what the disk has."""
+    if wanted.capacityInBytes and wanted.capacityInBytes != mine.capacityInBytes:
+        return wanted.capacityInBytes
+    if wanted.capacityInKB and wanted.capacityInKB != mine.capacityInKB:
+        return wanted.capacityInKB * 1024
+    return mine.capacityInBytes
 
 
 @method("VirtualMachine", "ReconfigVM_Task", changing=True, privilege="System.View")
 def reconfigure(context: Context, vm: VirtualMachine, spec: Any) -> Any:
-    for privilege in required_privileges(spec):
+    for privilege in required_privileges(vm, spec):
         context.require(privilege, vm)
     for change in spec.deviceChange:
         if change.fileOperation and change.operation == "add":
@@ -402,8 +413,8 @@ class Devices:
             new.deviceInfo = mine.deviceInfo
             self.devices[position] = new
             return
-        capacity = wanted.capacityInBytes or (wanted.capacityInKB or 0) * 1024 or mine.capacityInBytes
-        if capacity // 1024 != mine.capacityInKB:
+        capacity = _capacity(wanted, mine)
+        if capacity != mine.capacityInBytes:
             if capacity < mine.capacityInBytes:
                 raise vmodl.fault.InvalidArgument(invalidProperty="configSpec.deviceChange.device.capacityInKB")
             if self.store.info(mine.backing.fileName).parent is not None:
