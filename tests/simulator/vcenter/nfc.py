@@ -36,7 +36,7 @@ GREETING = (
 MAGIC = 0x3143464E
 REQUEST = struct.Struct("<IHHQQQQ")
 REPLY = struct.Struct("<IIQQ")
-READ, WRITE, ALLOCATED, FLUSH = 1, 2, 3, 4
+READ, WRITE, ALLOCATED, FLUSH, CLOSE = 1, 2, 3, 4, 5
 LARGEST_REQUEST = 64 << 20
 TICKET_SECONDS = 60.0
 
@@ -83,6 +83,7 @@ class Grant:
     opener: storage_module.Opener
     expires: float
     taken: bool = False
+    memory: int = 0
 
 
 @dataclass
@@ -227,15 +228,9 @@ class NfcService:
             line = _read_line(sock, 4096)
             if line is None:
                 return
-            grant, memory = self._redeem(host, line)
-            try:
-                sock.sendall(b"200 NFC session ready\r\n")
-                self._serve_disk(host, sock, grant)
-            finally:
-                with self._lock:
-                    host.disks -= 1
-                    host.memory -= memory
-                    self._lock.notify_all()
+            grant = self._redeem(host, line)
+            sock.sendall(b"200 NFC session ready\r\n")
+            self._serve_disk(host, sock, grant)
         except Refused as refusal:
             with self._lock:
                 host.refused += 1
@@ -245,18 +240,25 @@ class NfcService:
             pass  # the connection is gone
         finally:
             if grant is not None:
-                grant.opener.close()
-                with self._lock:
-                    self._grants.pop(grant.ticket, None)
+                self._release(host, grant)
             with self._lock:
                 host.connections.discard(sock)
             sock.close()
+
+    def _release(self, host: HostPort, grant: Grant) -> None:
+        """The disk is closed: its lock is free, and its place at the host. Once is enough, twice does no harm."""
+        grant.opener.close()
+        with self._lock:
+            if self._grants.pop(grant.ticket, None) is not None:
+                host.disks -= 1
+                host.memory -= grant.memory
+                self._lock.notify_all()
 
     def _wait_out(self, host: HostPort) -> None:
         with self._lock:
             self._lock.wait_for(lambda: self._stopped or host.cut != "blackhole")
 
-    def _redeem(self, host: HostPort, line: str) -> tuple[Grant, int]:
+    def _redeem(self, host: HostPort, line: str) -> Grant:
         words = line.split(" ")
         if len(words) != 4 or words[0] != "NFC" or not words[3].isdecimal():
             raise Refused(VIX_INVALID_ARG, "login with USER/PASS required")
@@ -278,12 +280,12 @@ class NfcService:
                     raise Refused(VIX_NETWORK_CONN_REFUSED, "too many NFC connections to this host")
                 else:
                     raise Refused(VIX_OUT_OF_MEMORY, f"NFC error 5: Failed to allocate the requested {memory} bytes")
-            grant.taken = True
+            grant.taken, grant.memory = True, memory
             host.disks += 1
             host.opened += 1
             host.peak = max(host.peak, host.disks)
             host.memory += memory
-        return grant, memory
+        return grant
 
     def _serve_disk(self, host: HostPort, sock: socket.socket, grant: Grant) -> None:
         header = bytearray(REQUEST.size)
@@ -320,6 +322,8 @@ class NfcService:
                 elif kind == ALLOCATED:
                     areas = self.simulator.storage.allocated(grant.path, offset, length, max(chunk, 512))
                     answer = memoryview(b"".join(struct.pack("<QQ", *area) for area in areas))
+                elif kind == CLOSE:
+                    self._release(host, grant)  # before the answer: whoever has closed finds the disk unlocked
                 elif kind != FLUSH:
                     raise Refused(VIX_NOT_SUPPORTED)
             except Refused as refusal:

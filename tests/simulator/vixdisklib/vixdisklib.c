@@ -25,7 +25,7 @@
 #define LARGEST_REQUEST (64u << 20)
 #define NETWORK_CONNECT "NBD_ERR_NETWORK_CONNECT"
 
-enum { NFC_READ = 1, NFC_WRITE, NFC_ALLOCATED, NFC_FLUSH };
+enum { NFC_READ = 1, NFC_WRITE, NFC_ALLOCATED, NFC_FLUSH, NFC_CLOSE };
 
 struct nfc_request {
   uint32_t magic;
@@ -1186,6 +1186,7 @@ VixDiskLib_Open (void *pointer, const char *path, uint32_t flags, void **result)
 EXPORT VixError
 VixDiskLib_Close (void *pointer)
 {
+  struct pending goodbye = { .type = NFC_CLOSE };
   struct handle *h = pointer;
   struct object **at;
   VixError error = VIX_OK;
@@ -1212,6 +1213,7 @@ VixDiskLib_Close (void *pointer)
   pthread_mutex_lock (&h->lock);
   h->closing = true;
   pthread_mutex_unlock (&h->lock);
+  submit_and_wait (h, &goodbye, 0, NULL, 0); /* a connection that is lost has nothing to say goodbye to */
   shutdown (h->fd, SHUT_RDWR);
   pthread_join (h->receiver, NULL);
   say ("VixDiskLib: VixDiskLib_Close: Close disk %s.", h->path);
