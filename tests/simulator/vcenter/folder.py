@@ -110,7 +110,8 @@ def _guarded(handler: "Handler", privilege: str, work: Any, changing: bool) -> N
     except _Refused as refused:
         _log(handler, user, path, False, None if refused.status == 200 else str(refused.status))
         if handler.command == "PUT":
-            handler.close_connection = True
+            for _ in handler.chunks():
+                pass  # a client that still sends would see a reset connection instead of the answer
         handler.text(refused.status, str(refused), refused.headers)
     except DropConnection:
         handler.close_connection = True

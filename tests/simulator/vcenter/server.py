@@ -128,7 +128,10 @@ class Handler(BaseHTTPRequestHandler):
                 yield from self._exactly(size)
                 self.rfile.readline(16)
         else:
-            yield from self._exactly(int(self.headers.get("Content-Length") or 0))
+            length = self.headers.get("Content-Length") or "0"
+            if not length.isdecimal():
+                raise ConnectionResetError(f"no length: {length}")
+            yield from self._exactly(int(length))
 
     def _exactly(self, size: int) -> Any:
         while size:
