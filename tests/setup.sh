@@ -73,12 +73,14 @@ if [ "$for_tests" ] && [ ! -x build/openssh/usr/sbin/sshd ]; then
     say "unpacking an SSH server for the tests"
     rm -rf build/openssh
     mkdir -p build/openssh
-    if ! (cd build/openssh && apt-get -q download openssh-server); then
+    if ! (cd build/openssh && apt-get -q download openssh-server libwrap0); then
         as_root apt-get -q update
-        (cd build/openssh && apt-get -q download openssh-server)
+        (cd build/openssh && apt-get -q download openssh-server libwrap0)
     fi
-    dpkg -x build/openssh/openssh-server_*.deb build/openssh
-    rm build/openssh/openssh-server_*.deb
+    for package in build/openssh/*.deb; do
+        dpkg -x "$package" build/openssh
+    done
+    rm build/openssh/*.deb
 fi
 
 # libnbd's binding exists for the distribution's Python only, so the environment is made from that one and sees its packages.

@@ -232,10 +232,10 @@ restored:
       type: str
       sample: nbdssl
     transport_reasons:
-      description: Why it is this transport and none before it, as transport, usable and reasons.
+      description: Why no transport that stands before it in O(transports) was used.
       type: list
-      elements: dict
-      sample: []
+      elements: str
+      sample: ['hotadd: this release does not attach disks to a proxy VM; it moves data by nbdssl and nbd']
     bytes_read:
       description: Bytes read from the restore point; for an image file the size of the disk.
       type: int
