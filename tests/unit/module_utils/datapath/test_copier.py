@@ -231,6 +231,23 @@ def test_a_source_that_fails_to_tell_its_allocation_is_read_as_a_whole(nbdkit, t
     assert (tmp_path / "target").read_bytes() == content
 
 
+def test_only_what_is_said_to_be_zeros_is_not_read(nbdkit, tmp_path):
+    """A hole may hold anything (a snapshot's hole shows its parent); the zero flag alone is a promise."""
+    content = random_disk(tmp_path / "disk", 2 * MIB)
+    source = nbdkit(
+        "-r",
+        "eval",
+        f"get_size=echo {2 * MIB}",
+        f"pread=dd if={tmp_path}/disk iflag=skip_bytes,count_bytes skip=$4 count=$3 status=none",
+        "can_extents=exit 0",
+        f"extents=echo 0 {MIB} hole; echo {MIB} {MIB} zero",
+    )
+    target = nbdkit("file", old_target(tmp_path / "target", 2 * MIB))
+    result = copy(source.uri, target.uri, capacity_bytes=2 * MIB, zeros="write")
+    assert (result.bytes_read, result.bytes_zero) == (MIB, MIB)
+    assert (tmp_path / "target").read_bytes() == content[:MIB] + bytes(MIB)
+
+
 def test_the_rate_is_kept_from_the_first_second(nbdkit, tmp_path):
     rate, size = 8 * MIB, 12 * MIB
     random_disk(tmp_path / "disk", size)
