@@ -416,6 +416,12 @@ def test_reads_that_fail(lab: Lab, tmp_path: Path) -> None:
         assert "received NFC error 5 from server: Failed to allocate the requested 4096 bytes" in server.text()
         lab.control.call("nfc", read_faults={"count": -1, "path": "[vmfs01] other.vmdk"})
         assert handle.pread(4096, 0) == good
+        lab.control.call("nfc", query_faults={"count": 1}, open_faults={"count": 1, "vix": 14015})
+        assert "Error 14015 (" in server.refuses()
+        without = server.connect()
+        assert not without.can_meta_context("base:allocation") or extents(without)[0][2] == 0
+        assert without.pread(4096, 0) == good
+        without.shutdown()
         lab.control.call("nfc", drop=True)
         with pytest.raises(nbd.Error):
             handle.pread(4096, 0)

@@ -212,11 +212,12 @@ class ControlServer:
             service.clear_faults()
         if fields.pop("reset_peaks", False):
             service.reset_peaks()
-        faults = fields.pop("read_faults", None)
+        faults = {kind: fields.pop(f"{kind}_faults", None) for kind in ("read", "write", "query", "open")}
         dropped = fields.pop("drop", None)
         service.configure(**fields)
-        if faults is not None:
-            service.fail_reads(**faults)
+        for kind, fault in faults.items():
+            if fault is not None:
+                service.fail(kind, **fault)
         status = service.status()
         if dropped is not None:
             status["dropped"] = service.drop_connections(None if dropped is True else dropped)

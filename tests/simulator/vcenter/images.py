@@ -27,7 +27,7 @@ MIB = 1 << 20
 SECTOR = 512
 SMALLEST_BYTES = 32 * MIB
 _EPOCH = 1_700_000_000
-_PROJECT = Path(__file__).resolve().parents[3]
+_PROJECT_CACHE = Path(__file__).resolve().parents[3] / "build" / "images"
 
 
 class ImageError(Exception):
@@ -243,7 +243,7 @@ def known_files(kind: str) -> dict[str, bytes]:
 
 
 def _cache_folder() -> Path:
-    folder = _PROJECT / "build" / "images"
+    folder = _PROJECT_CACHE
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
@@ -268,14 +268,17 @@ def image(kind: str, capacity_bytes: int) -> Path:
     if kind in _MAKERS and kind != "empty" and capacity_bytes < SMALLEST_BYTES:
         raise ImageError(f"{kind} wants at least {SMALLEST_BYTES} bytes, not {capacity_bytes}")
     version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
-    folder = _cache_folder()
-    result = folder / f"{re.sub('[:%]', '-', kind)}-{capacity_bytes}-{version}.raw"
-    if result.exists():
-        return result
+    name = f"{re.sub('[:%]', '-', kind)}-{capacity_bytes}-{version}.raw"
+    for result in (_PROJECT_CACHE / name, (folder := _cache_folder()) / name):
+        if result.exists():
+            return result
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if result.exists():
             return result
+        for old in folder.glob("*.raw"):
+            if not old.stem.endswith(version):
+                old.unlink()
         scratch = Path(tempfile.mkdtemp(dir=folder))
         try:
             made = scratch / "image"

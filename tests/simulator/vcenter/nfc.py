@@ -37,6 +37,7 @@ MAGIC = 0x3143464E
 REQUEST = struct.Struct("<IHHQQQQ")
 REPLY = struct.Struct("<IIQQ")
 READ, WRITE, ALLOCATED, FLUSH, CLOSE = 1, 2, 3, 4, 5
+_KINDS = {READ: "read", WRITE: "write", ALLOCATED: "query"}
 LARGEST_REQUEST = 64 << 20
 TICKET_SECONDS = 60.0
 
@@ -88,8 +89,9 @@ class Grant:
 
 @dataclass
 class Fault:
-    """Reads that go wrong. ``count`` < 0: for ever. ``after``: so many go well first."""
+    """Requests that go wrong. ``count`` < 0: for ever. ``after``: so many go well first."""
 
+    kind: str  # "read", "write", "query" (of allocated blocks) or "open"
     count: int
     after: int = 0
     vix: int = VIX_FAIL
@@ -97,8 +99,8 @@ class Fault:
     host: str | None = None
     path: str | None = None
 
-    def hits(self, host: str, path: str) -> bool:
-        if self.count == 0 or self.host not in (None, host) or self.path not in (None, path):
+    def hits(self, kind: str, host: str, path: str) -> bool:
+        if kind != self.kind or self.count == 0 or self.host not in (None, host) or self.path not in (None, path):
             return False
         if self.after > 0:
             self.after -= 1
@@ -304,8 +306,8 @@ class NfcService:
             self._pause(length if kind in (READ, WRITE) else 0)
             vix, answer = 0, memoryview(b"")
             try:
+                self.fail_as_told(_KINDS.get(kind, ""), host.name, grant.path)
                 if kind == READ:
-                    self._fail_as_told(host, grant)
                     if self.max_request_bytes is not None and length > self.max_request_bytes:
                         raise Refused(VIX_OUT_OF_MEMORY, f"NFC error 5: {length} bytes")
                     self.simulator.storage.read_into(grant.path, offset, view)
@@ -337,9 +339,10 @@ class NfcService:
         if seconds > 0:
             time.sleep(seconds)
 
-    def _fail_as_told(self, host: HostPort, grant: Grant) -> None:
+    def fail_as_told(self, kind: str, host: str, path: str) -> None:
+        """:raises Refused: a fault was set for such a request. :raises OSError: it is to cut the connection."""
         with self._lock:
-            hit = next((fault for fault in self._faults if fault.hits(host.name, grant.path)), None)
+            hit = next((fault for fault in self._faults if fault.hits(kind, host, path)), None)
             self._faults = [fault for fault in self._faults if fault.count != 0]
         if hit is None:
             return
@@ -400,10 +403,10 @@ class NfcService:
             _reset(sock)
         return len(doomed)
 
-    def fail_reads(self, count: int, **fields: Any) -> None:
-        """The next ``count`` reads fail (-1: for ever); fields as of :class:`Fault`."""
+    def fail(self, kind: str, count: int, **fields: Any) -> None:
+        """The next ``count`` requests of a kind fail (-1: for ever); fields as of :class:`Fault`."""
         with self._lock:
-            self._faults.append(Fault(count, **fields))
+            self._faults.append(Fault(kind, count, **fields))
 
     def clear_faults(self) -> None:
         with self._lock:
@@ -444,7 +447,7 @@ class NfcService:
                 "delay": self.delay,
                 "bytes_per_second": self.bytes_per_second,
                 "serve": self.serve,
-                "read_faults": [vars(fault).copy() for fault in self._faults],
+                "faults": [vars(fault).copy() for fault in self._faults],
                 "hosts": {
                     host.name: {
                         "connections": host.disks,
@@ -608,6 +611,7 @@ class _Entry:
             with simulator.vm_lock(vm):
                 self._check_path(vm, path, snapshot, write)
                 host = service.choose_host(vm, storage_module.Storage.split_path(path)[0], snapshot)
+                service.fail_as_told("open", host.name, path)
                 ticket = secrets.token_hex(16)
                 info = simulator.storage.info(path)
                 links = len(simulator.storage.chain(path))
