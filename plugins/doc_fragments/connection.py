@@ -47,5 +47,4 @@ options:
     type: str
 requirements:
   - pyVmomi
-  - requests
 """

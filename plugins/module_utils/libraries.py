@@ -15,7 +15,6 @@ from typing import Any, Dict, Tuple
 _NAMES = {
     # import name -> (what to install)
     "pyVmomi": "pyvmomi (PyPI)",
-    "requests": "requests (PyPI, or python3-requests)",
     "jmespath": "jmespath (PyPI, or python3-jmespath)",
     "nbd": "libnbd's Python binding (package python3-libnbd; PyPI's 'nbd' is another project)",
     "blake3": "blake3 (PyPI)",
@@ -33,7 +32,6 @@ def _optional(name: str) -> Any:
 
 
 pyVmomi: Any = _optional("pyVmomi")
-requests = _optional("requests")
 jmespath = _optional("jmespath")
 nbd = _optional("nbd")
 blake3 = _optional("blake3")

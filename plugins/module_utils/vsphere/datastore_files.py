@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import io
-from typing import IO, Any, Iterator
+from typing import IO, Iterator, Optional
 from urllib.parse import quote
 
 from ..errors import NotFoundError, PrivilegeError, VsphereError
@@ -59,34 +59,27 @@ def http_get(session: Session, path: str, datacenter: str) -> bytes:
     return data
 
 
-def http_put(session: Session, path: str, datacenter: str, source: bytes | IO[bytes], length: int = -1) -> None:
+def http_put(session: Session, path: str, datacenter: str, source: bytes | IO[bytes]) -> None:
     """Write a file, an existing one included.
 
-    :param source: bytes, or a seekable binary file of which *length* bytes from its start are sent.
+    :param source: bytes, or a seekable binary file, which is sent from its start to its end.
     """
-    stream: IO[bytes] = io.BytesIO(source) if isinstance(source, bytes) else source
-    size = len(source) if isinstance(source, bytes) else length
-    if size < 0:
-        raise ValueError("the length of a stream must be given")
-
-    def put() -> None:
-        stream.seek(0)
-        with _request(session, "PUT", path, datacenter, body=stream, size=size):
-            return
-
-    session.call(put, what="The file was not written", subject=path, idempotent=True)
+    body: IO[bytes] = io.BytesIO(source) if isinstance(source, bytes) else source
+    with _request(session, "PUT", path, datacenter, body):
+        return
 
 
 @contextlib.contextmanager
 def _request(
-    session: Session, method: str, path: str, datacenter: str, body: Any = None, size: int = 0
+    session: Session, method: str, path: str, datacenter: str, body: Optional[IO[bytes]] = None
 ) -> Iterator[http.client.HTTPResponse]:
     what = "The file was not written" if method == "PUT" else "The file was not read"
 
     def send() -> http.client.HTTPResponse:
         # A connection of its own: a download may last, and pyVmomi's are for short calls.
         headers = {"Cookie": session.cookie}
-        if method == "PUT":
+        if body is not None:
+            size = body.seek(0, io.SEEK_END)
             headers.update({"Content-Length": str(size), "Content-Type": "application/octet-stream"})
             body.seek(0)
         connection.close()

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import http.server
+import io
 import ssl
 import threading
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -108,7 +109,7 @@ def test_names_arrive_as_they_are(server, files):
 
 def test_an_expired_login_is_renewed_and_the_whole_file_sent_again(server, files, stub):
     stub.cookie = 'vmware_soap_session="old"'
-    datastore_files.http_put(files, PATH, "DC", b"x" * 100_000)
+    datastore_files.http_put(files, PATH, "DC", io.BytesIO(b"x" * 100_000))
     assert list(server.files.values()) == [b"x" * 100_000]
     assert files.logins == 2
 
