@@ -17,6 +17,7 @@ from ansible_collections.openvadp.backup.plugins.module_utils.errors import (
     TaskError,
     VsphereError,
 )
+from ansible_collections.openvadp.backup.plugins.module_utils.vsphere import session as session_module
 from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.session import (
     Connection,
     Session,
@@ -137,6 +138,20 @@ def test_wrong_password(stub, clock):
     with pytest.raises(AuthenticationError, match="incorrect user name") as caught:
         Session(Connection("vc", "user", "secret"), stub, clock=clock, sleep=clock.sleep)
     assert "secret" not in str(caught.value)
+
+
+def test_an_idle_session_is_kept_alive_until_it_is_closed(stub, clock, monkeypatch):
+    monkeypatch.setattr(session_module, "KEEP_ALIVE_SECONDS", 0.01)
+    touched = threading.Event()
+    stub.methods["CurrentTime"] = lambda *_args: touched.set()
+    session = Session(Connection("vc", "user", "secret"), stub, clock=clock, sleep=clock.sleep)
+    clock.now += 1
+    thread = threading.Thread(target=session._keep_session_alive)
+    thread.start()
+    assert touched.wait(10)
+    session.close()
+    thread.join(10)
+    assert not thread.is_alive() and stub.names()[-1] in ("Logout", "CurrentTime") and "Logout" in stub.names()
 
 
 # Tasks
