@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-3.0-or-later
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 """The control socket's client, for tests and for the shell.
@@ -81,7 +80,7 @@ def main(argv: list[str]) -> int:
         return 2
     fields: dict[str, Any] = {}
     for word in argv[2:]:
-        name, _, value = word.partition("=")
+        name, _unused, value = word.partition("=")
         fields[name] = value
         with contextlib.suppress(ValueError):
             fields[name] = json.loads(value)

@@ -220,7 +220,7 @@ def _read_pieces(path: str, stream: Any, block_bytes: int, capacity_bytes: int) 
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _parse(path: str, number: int, line: str) -> Any:

@@ -274,7 +274,7 @@ def test_chunked_requests_and_typed_answers_as_govc_wants_them(sim):
         '<Login><_this type="SessionManager">SessionManager</_this>'
         "<userName>{}</userName><password>{}</password></Login>"
     ).format(sim.info["username"], sim.info["password"])
-    status, _, cookie = post(connection, login)
+    status, _unused, cookie = post(connection, login)
     assert status == 200
     retrieve = (
         '<RetrieveProperties><_this type="PropertyCollector">propertyCollector</_this><specSet>'
@@ -282,7 +282,7 @@ def test_chunked_requests_and_typed_answers_as_govc_wants_them(sim):
         "<pathSet>config.hardware.memoryMB</pathSet><pathSet>config.extraConfig</pathSet></propSet>"
         '<objectSet><obj type="VirtualMachine">{}</obj></objectSet></specSet></RetrieveProperties>'
     ).format(sim.vm()._moId)
-    status, text, _ = post(connection, retrieve, cookie.split(";")[0])
+    status, text, unused = post(connection, retrieve, cookie.split(";")[0])
     assert status == 200
     assert '<val xsi:type="ManagedObjectReference" type="Folder">group-v7</val>' in text
     assert '<val xsi:type="ArrayOfManagedObjectReference"><ManagedObjectReference type="Datastore">' in text
@@ -304,7 +304,7 @@ def test_what_is_not_understood_is_a_fault_on_a_living_connection(sim):
         "<unclosed>",
     ]
     for body in wrong:
-        status, text, _ = post(connection, body)
+        status, text, unused = post(connection, body)
         assert status == 500
         assert "<faultstring>" in text
     assert connection.sock is sock
@@ -450,7 +450,7 @@ def test_areas_come_in_pages_of_2000_at_most(sim, app):
     assert pages == 3
     sim.control.call("set_settings", page_areas=2000, page_bytes=MIB)
     limited, pages = areas(app, two, change_id)
-    assert sum(length for _, length in limited) == 64 * KIB * len(blocks)
+    assert sum(length for _unused, length in limited) == 64 * KIB * len(blocks)
     assert pages == 64
 
 
@@ -557,7 +557,7 @@ def test_tasks(sim, app):
 
 def test_injected_faults(sim, app):
     sim.control.call("inject", target="call", name="CreateSnapshot_Task", fault="TaskInProgress", count=2)
-    for _ in range(2):
+    for _unused in range(2):
         with pytest.raises(vim.fault.TaskInProgress):
             app.CreateSnapshot_Task("x", "", False, False)
     sim.control.call("inject", target="task", name="CreateSnapshot_Task", fault="ApplicationQuiesceFault")
@@ -716,7 +716,7 @@ def fetch(sim, path, method="GET", headers=None, body=None, query="?dcPath=DC0&d
 
 
 def test_folder_serves_files_with_authentication_and_ranges(sim, app):
-    status, whole, _ = fetch(sim, "app01/app01.nvram")
+    status, whole, unused = fetch(sim, "app01/app01.nvram")
     assert (status, whole[:5]) == (200, b"NVRAM")
     assert fetch(sim, "app01/app01.nvram", login=False)[0] == 401
     cookie = {"Cookie": sim.si._stub.cookie}
@@ -743,7 +743,7 @@ def test_folder_refuses_the_extents_of_a_running_vm(sim, app):
     for extent in ("app01/app01-flat.vmdk", "app01/app01-000001-delta.vmdk"):
         assert fetch(sim, extent, headers={"Range": "bytes=0-511"})[0] == 500
     remove(snap)
-    status, data, _ = fetch(sim, "restore01/restore01-flat.vmdk", headers={"Range": "bytes=0-511"})
+    status, data, unused = fetch(sim, "restore01/restore01-flat.vmdk", headers={"Range": "bytes=0-511"})
     assert (status, data) == (206, bytes(512))
 
 

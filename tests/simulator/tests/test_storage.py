@@ -146,8 +146,8 @@ class StorageMachine(RuleBasedStateMachine):
         self.compare_areas(first, second)
 
     def compare_areas(self, first: str, second: str) -> None:
-        _, _, change_id, since = self.frozen[first]
-        path, content, _, until = self.frozen[second]
+        _path, _content, change_id, since = self.frozen[first]
+        path, content, _unused, until = self.frozen[second]
         if until < since:
             with pytest.raises(storage_module.UnknownChangeId):
                 self.storage.changed_areas(path, second, change_id)
@@ -163,7 +163,7 @@ class StorageMachine(RuleBasedStateMachine):
     @invariant()
     def bytes_are_right(self) -> None:
         assert self.storage.read(self.leaf, 0, len(self.bytes)) == self.bytes
-        for path, content, _, _ in self.frozen.values():
+        for path, content, _unused, _unused in self.frozen.values():
             assert self.storage.read(path, 0, len(content)) == content
 
     @invariant()
@@ -246,7 +246,7 @@ def test_tracking_begun_over_a_snapshot_or_spoiled_loses_changes(storage: Storag
     first = storage.mark_snapshot(delta(1), "snapshot-1")
     storage.write(delta(1), 0, b"x" * CAPACITY)
     storage.mark_snapshot(delta(1), "snapshot-2")
-    found = sum(length for _, length in storage.changed_areas(delta(1), "snapshot-2", first))
+    found = sum(length for _unused, length in storage.changed_areas(delta(1), "snapshot-2", first))
     assert 0 < found < CAPACITY
 
 

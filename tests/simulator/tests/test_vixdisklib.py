@@ -244,7 +244,7 @@ def test_a_snapshot_reads_as_it_was_through_a_chain(lab: Lab, tmp_path: Path, di
                 data = read_all(handle)
                 assert hashlib.sha256(data).hexdigest() == expected
                 areas = extents(handle)
-                assert sum(length for _, length, _ in areas) == size == len(data)
+                assert sum(length for _offset, length, _flags in areas) == size == len(data)
                 holes = [(offset, length) for offset, length, flags in areas if flags & nbd.STATE_ZERO]
                 assert any(offset <= CHUNK < offset + length for offset, length in holes)
                 assert all(not any(data[offset : offset + length]) for offset, length in holes)
@@ -358,7 +358,7 @@ def test_a_cut_network_is_an_error_and_stays_one(lab: Lab, tmp_path: Path) -> No
     with lab.snapshot("app01") as (moid, paths), lab.serve(tmp_path, paths[2000], snapshot=moid) as server:
         handle = server.connect()
         handle.pread(4096, 0)
-        buffers = [nbd.Buffer(1 << 20) for _ in range(8)]
+        buffers = [nbd.Buffer(1 << 20) for _unused in range(8)]
         cookies = [handle.aio_pread(buffer, at << 20) for at, buffer in enumerate(buffers)]
         lab.control.call("cut_network", host="127.0.1.2")
         failed = 0
@@ -494,7 +494,7 @@ def test_a_disk_in_use_holds_its_delta(lab: Lab, tmp_path: Path) -> None:
 
 
 def test_the_shell_client(lab: Lab) -> None:
-    argv = [HERE / "client.py", lab.facts["control_socket"]]
+    argv = [sys.executable, HERE / "client.py", lab.facts["control_socket"]]
     done = subprocess.run(
         [*argv, "guest_write", "vm=app01", "disk=Hard disk 1", 'pattern={"seed": 1, "length": 512}'],
         capture_output=True,
@@ -538,7 +538,7 @@ MISUSE = textwrap.dedent(
                     ("password", ctypes.c_char_p), ("r2", P), ("port", I), ("nfcHostPort", I), ("r3", P * 6),
                     ("specType", ctypes.c_int)]
 
-    LOG = ctypes.CFUNCTYPE(None, ctypes.c_char_p, P)(lambda *_: None)
+    LOG = ctypes.CFUNCTYPE(None, ctypes.c_char_p, P)(lambda *unused: None)
     check(call("InitEx", 3, 0, LOG, LOG, LOG, None, None), 3)
     check(call("InitEx", 8, 0, LOG, LOG, LOG, None, b"/does/not/exist"), 4)
     check(call("InitEx", 8, 0, LOG, LOG, LOG, None, None), 0)

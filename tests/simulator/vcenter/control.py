@@ -91,7 +91,7 @@ class ControlServer:
     def _accept(self) -> None:
         while True:
             try:
-                sock, _ = self._listener.accept()
+                sock, _address = self._listener.accept()
             except OSError:
                 return
             with self._lock:

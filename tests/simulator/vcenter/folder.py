@@ -37,7 +37,7 @@ def _user(handler: "Handler") -> User:
     header = handler.headers.get("Authorization") or ""
     if header.lower().startswith("basic "):
         try:
-            name, _, password = base64.b64decode(header[6:], validate=True).decode().partition(":")
+            name, _unused, password = base64.b64decode(header[6:], validate=True).decode().partition(":")
             return handler.simulator.authenticate(name, password)
         except (AuthenticationFailed, binascii.Error, UnicodeDecodeError):
             pass
@@ -110,7 +110,7 @@ def _guarded(handler: "Handler", privilege: str, work: Any, changing: bool) -> N
     except _Refused as refused:
         _log(handler, user, path, False, None if refused.status == 200 else str(refused.status))
         if handler.command == "PUT":
-            for _ in handler.chunks():
+            for _unused in handler.chunks():
                 pass  # a client that still sends would see a reset connection instead of the answer
         handler.text(refused.status, str(refused), refused.headers)
     except DropConnection:

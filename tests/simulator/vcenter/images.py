@@ -195,7 +195,7 @@ def _fill_fat16(fd: int, files: dict[str, bytes]) -> None:
             following = number + 1 if number + 1 < cluster + count else 0xFFFF
             struct.pack_into("<H", table, number * 2, following)
         os.pwrite(fd, content, data_at + (cluster - 2) * cluster_bytes)
-        stem, _, extension = name.partition(".")
+        stem, _unused, extension = name.partition(".")
         entry = f"{stem:8}{extension:3}".encode() + b"\x20" + bytes(14)
         root[slot * 32 : slot * 32 + 32] = entry + struct.pack("<HI", cluster if count else 0, len(content))
         slot, cluster = slot + 1, cluster + count

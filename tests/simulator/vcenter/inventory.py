@@ -518,7 +518,7 @@ class VirtualMachine(Entity):
         return config
 
     def _change_id(self, path: str) -> str | None:
-        for _ in range(3):  # the file may be merged between two looks
+        for _unused in range(3):  # the file may be merged between two looks
             with contextlib.suppress(storage.NotFound, IndexError):
                 return self.simulator.storage.current_change_id(self.chain(path)[0])
         return None

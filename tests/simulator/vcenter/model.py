@@ -41,7 +41,7 @@ def coerce(value: Any, declared: Any) -> Any:
         return value if isinstance(value, VmomiSupport.Array) else soap.array(declared.Item, value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return value
-    return value if type(value) is declared else declared(value)
+    return value if value.__class__ is declared else declared(value)
 
 
 def split_path(path: str) -> list[str]:
@@ -65,7 +65,7 @@ def property_value(obj: "Managed", path: str) -> Any:
     declared: Any = obj.type
     value: Any = obj
     for index, part in enumerate(split_path(path)):
-        name, _, key = part.partition("[")
+        name, _unused, key = part.partition("[")
         if declared is object and isinstance(value, DataObject):
             declared = type(value)
         try:

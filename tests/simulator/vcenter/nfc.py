@@ -157,7 +157,7 @@ class NfcService:
         :raises OSError: no port is free on all of them.
         """
         names = [host.name for host in self.simulator.hosts()]
-        for _ in range(50):
+        for _unused in range(50):
             listeners: list[socket.socket] = []
             port = 0
             try:
@@ -208,7 +208,7 @@ class NfcService:
     def _accept(self, name: str, listener: socket.socket) -> None:
         while True:
             try:
-                sock, _ = listener.accept()
+                sock, _address = listener.accept()
             except OSError:
                 return
             with self._lock:
@@ -294,7 +294,7 @@ class NfcService:
         buffer = bytearray(1 << 20)
         spoiled = False
         while _read_exactly(sock, memoryview(header)):
-            magic, kind, _, number, offset, length, chunk = REQUEST.unpack(header)
+            magic, kind, _unused, number, offset, length, chunk = REQUEST.unpack(header)
             if magic != MAGIC or (kind != ALLOCATED and length > LARGEST_REQUEST):
                 return
             if kind in (READ, WRITE) and len(buffer) < length:
@@ -580,7 +580,7 @@ class _Entry:
         return {}
 
     def _vm(self, spec: str) -> Any:
-        kind, _, moid = spec.partition("=")
+        kind, _unused, moid = spec.partition("=")
         try:
             vm = self._simulator.find_vm(moid) if kind == "moref" and moid else None
         except SimulatorError:

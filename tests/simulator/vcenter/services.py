@@ -262,7 +262,7 @@ class Sessions:
     def authenticate(self, username: str, password: str) -> User:
         name = username.lower()
         if "\\" in name:
-            domain, _, account = name.partition("\\")
+            domain, _unused, account = name.partition("\\")
             name = f"{account}@{domain if '.' in domain else domain + '.local'}"
         user = self.simulator.users.get(name)
         if user is None or not hmac.compare_digest(user.password.encode(), password.encode()):

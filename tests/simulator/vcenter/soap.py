@@ -352,7 +352,7 @@ def encode(out: list[str], tag: str, value: Any, declared: Any, version: str, at
     """Append one element. *declared* is the type the schema gives the field; ``object`` is Any."""
     any_type = declared is object
     if isinstance(value, DataObject):
-        if isinstance(value, Exception) and type(value) is not vmodl.LocalizedMethodFault:
+        if isinstance(value, Exception) and not isinstance(value, vmodl.LocalizedMethodFault):
             _encode_localized_fault(out, tag, value, declared, version, attributes)
             return
         actual = VmomiSupport.GetCompatibleType(type(value), version)
@@ -401,7 +401,7 @@ def _number_name(value: Any) -> str:
     if isinstance(value, float):
         return "double" if isinstance(value, VmomiSupport.double) else "float"
     for kind, name in ((VmomiSupport.byte, "byte"), (VmomiSupport.short, "short"), (VmomiSupport.long, "long")):
-        if type(value) is kind:
+        if value.__class__ is kind:
             return name
     return "int" if -(2**31) <= value < 2**31 else "long"
 

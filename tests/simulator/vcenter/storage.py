@@ -862,7 +862,7 @@ class Storage:
                 first = tracking.state["first"]
             if frozen is None:
                 raise UnknownChangeId(f"{path}: nothing is known of the snapshot {snapshot_moid}")
-            prefix, _, number = change_id.rpartition("/")
+            prefix, _unused, number = change_id.rpartition("/")
             if prefix != frozen["prefix"] or not number.isdecimal() or not first <= int(number) <= frozen["sequence"]:
                 raise UnknownChangeId(f"{path}: the change id {change_id!r} is not known")
             key = (tracking.folder.name, snapshot_moid, f"{change_id} {frozen['sequence']}")

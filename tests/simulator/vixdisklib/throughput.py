@@ -64,7 +64,7 @@ def main() -> None:
                 child = f"[vmfs01] app01/app01-{number:06d}.vmdk"
                 simulator.storage.snapshot_disk(leaf, child)
                 leaf = child
-                for _ in range(size // 8):
+                for _unused in range(size // 8):
                     simulator.storage.write(leaf, noise.randrange(size * 16) * 65536, bytes(65536))
             for device in vm.config.hardware.device:
                 if device.key == disk.key:

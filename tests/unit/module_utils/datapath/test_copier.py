@@ -182,20 +182,22 @@ def test_each_cluster_is_written_once_and_whole_and_requests_are_cut(nbdkit, tmp
     source = nbdkit("-r", "--filter=log", "file", tmp_path / "disk", f"logfile={tmp_path}/source.log")
     target = nbdkit("--filter=log", "memory", limit, f"logfile={tmp_path}/target.log")
     rng = random.Random(5)
-    areas = Extents.of((rng.randrange(capacity // SECTOR) * SECTOR, SECTOR * rng.randrange(1, 300)) for _ in range(40))
+    areas = Extents.of(
+        (rng.randrange(capacity // SECTOR) * SECTOR, SECTOR * rng.randrange(1, 300)) for _unused in range(40)
+    )
     result = copy(source.uri, target.uri, capacity_bytes=capacity, areas=areas, zeros="write")
     asked = requests_of(tmp_path / "source.log")
     got = requests_of(tmp_path / "target.log")
-    assert {name for name, _, _ in got} <= {"Write", "Zero", "Flush"}
-    assert [name for name, _, _ in got].count("Flush") == 1 and got[-1][0] == "Flush"
+    assert {name for name, _unused, _unused in got} <= {"Write", "Zero", "Flush"}
+    assert [name for name, _unused, _unused in got].count("Flush") == 1 and got[-1][0] == "Flush"
     writes = sorted(request[1:] for request in got[:-1])
     assert all(offset % CLUSTER == 0 and length % CLUSTER == 0 and length <= MIB for offset, length in writes)
     assert all(a[0] + a[1] <= b[0] for a, b in zip(writes, writes[1:])), "a cluster was written twice"
     assert Extents.of(writes) == areas.clip(capacity).round_out(CLUSTER, limit)
     reads = [request[1:] for request in asked if request[0] == "Read"]
     assert all(offset + length <= capacity and length <= MIB for offset, length in reads)
-    assert sum(length for _, length in reads) == result.bytes_read
-    assert [name for name, _, _ in asked].count("Extents") == 1, "one question covers all areas nearby"
+    assert sum(length for _unused, length in reads) == result.bytes_read
+    assert [name for name, _unused, _unused in asked].count("Extents") == 1, "one question covers all areas nearby"
 
 
 def test_a_large_hole_costs_little_and_is_zeroed_in_steps(nbdkit, tmp_path):
@@ -208,8 +210,8 @@ def test_a_large_hole_costs_little_and_is_zeroed_in_steps(nbdkit, tmp_path):
     areas = Extents.of([(0, 100 * MIB), (1 << 39, MIB)])
     copy(source.uri, target.uri, capacity_bytes=size, areas=areas, zeros="write")
     zeros = [request for request in requests_of(tmp_path / "target.log") if request[0] == "Zero"]
-    assert max(length for _, _, length in zeros) == 32 * MIB
-    assert sum(length for _, _, length in zeros) == 101 * MIB
+    assert max(length for _unused, _unused, length in zeros) == 32 * MIB
+    assert sum(length for _unused, _unused, length in zeros) == 101 * MIB
     assert time.monotonic() - started < 30
 
 
@@ -426,7 +428,7 @@ def test_memory_is_bounded_by_the_buffers(nbdkit, tmp_path):
     seen = []
 
     def look(done, total):
-        seen.append([name for name, _, _ in requests_of(tmp_path / "log")].count("Read"))
+        seen.append([name for name, _unused, _unused in requests_of(tmp_path / "log")].count("Read"))
         if len(seen) == 2:
             cancel.set()
 

@@ -75,7 +75,7 @@ def test_pieces_are_cut_at_multiples_of_the_disk(a, size):
     x = Extents.of(a)
     pieces = list(x.pieces(size))
     assert pieces == sorted(pieces)
-    assert sum(length for _, length in pieces) == x.total_bytes
+    assert sum(length for _unused, length in pieces) == x.total_bytes
     assert bytes_of(pieces) == bytes_of(x)
     assert all(offset // size == (offset + length - 1) // size for offset, length in pieces)
     # no more cuts than the borders of blocks ask for

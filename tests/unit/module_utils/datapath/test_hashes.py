@@ -50,7 +50,7 @@ def test_pieces_are_sorted_cut_and_hashed(tmp_path_factory, lengths, rng):
     for offset, length, digest in pieces:
         assert digest == blake3.blake3(bytes(disk[offset : offset + length])).hexdigest()
         covered.update(range(offset, offset + length))
-    assert covered == {byte for _, offset, length in ranges for byte in range(offset, offset + length)}
+    assert covered == {byte for _unused, offset, length in ranges for byte in range(offset, offset + length)}
 
 
 def test_many_pieces_spill_to_disk_and_come_back_sorted(tmp_path, monkeypatch):
@@ -65,7 +65,7 @@ def test_many_pieces_spill_to_disk_and_come_back_sorted(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []  # the temporary file has no name
     writer.close()
     assert os.listdir(tmp_path) == ["x"]
-    _, pieces = pieces_of(tmp_path / "x")
+    _unused, pieces = pieces_of(tmp_path / "x")
     expected = [(n * BLOCK, BLOCK, blake3.blake3(n.to_bytes(BLOCK, "big")).hexdigest()) for n in range(1037)]
     assert pieces == expected
 

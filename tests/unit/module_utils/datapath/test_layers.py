@@ -113,7 +113,7 @@ def test_a_chain_is_restored_into_an_existing_disk(tmp_path, nbdkit, run_dir):
         stream.truncate(capacity)
     make_layer(tmp_path, "one", nbdkit("-r", "file", disk), capacity, run_dir)
     areas = change(disk, rng, 10, capacity)
-    top, _ = make_layer(tmp_path, "two", nbdkit("-r", "file", disk), capacity, run_dir, areas=areas, backing="one")
+    top, unused = make_layer(tmp_path, "two", nbdkit("-r", "file", disk), capacity, run_dir, areas=areas, backing="one")
     target = tmp_path / "target.raw"
     target.write_bytes(b"\xaa" * capacity)
     with image.serve(top, run_dir=run_dir) as server:
@@ -133,7 +133,7 @@ def test_several_disks_in_threads(tmp_path, nbdkit, run_dir):
 
     def work(number):
         try:
-            path, _ = make_layer(tmp_path, f"layer{number}", sources[number][1], capacity, run_dir)
+            path, unused = make_layer(tmp_path, f"layer{number}", sources[number][1], capacity, run_dir)
             assert image.compare(path, str(sources[number][0]), b_format="raw")
         except BaseException as error:
             failures.append(error)

@@ -49,7 +49,7 @@ def test_disks_of_many_threads_share_a_file(tmp_path):
     path = tmp_path / "progress"
 
     def work(progress, key):
-        for _ in range(200):
+        for _unused in range(200):
             progress.disk(key, "x" * key, 1).finish("done")
 
     with Progress(str(path)) as progress:
