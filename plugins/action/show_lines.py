@@ -25,7 +25,8 @@ class ActionModule(ActionBase):
             argument_spec={"lines": {"type": "list", "elements": "str", "required": True}}
         )
         # A callback that prints JSON owns stdout; the lines go beside it then.
-        machine_readable = str(C.DEFAULT_STDOUT_CALLBACK).rsplit(".", 1)[-1] in ("json", "jsonl")
+        callback = str(C.DEFAULT_STDOUT_CALLBACK)  # type: ignore[attr-defined]
+        machine_readable = callback.rsplit(".", 1)[-1] in ("json", "jsonl")
         for line in arguments["lines"]:
             display.display(line, stderr=machine_readable)
         result["changed"] = False

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -156,7 +157,8 @@ class Ansible:
     :param folder: where playbooks, variables, logs and Ansible's own temporary files go.
     :param venv, tree: the Python environment and the collection tree; a test that runs as another user passes copies
         that user can read.
-    :param prefix: words before the command (``setpriv --reuid ...``).
+    :param plugins: the tests' own callback plugins.
+    :param uid: the user to run as, if another (root can).
     """
 
     def __init__(
@@ -164,12 +166,14 @@ class Ansible:
         folder: Path,
         venv: Path = ROOT / ".venv",
         tree: Path = ROOT / "build" / "tree",
-        prefix: Sequence[str] = (),
+        plugins: Path = Path(__file__).parent / "plugins",
+        uid: Optional[int] = None,
     ) -> None:
         self.folder = folder
         self.venv = venv
         self.tree = tree
-        self.prefix = list(prefix)
+        self.plugins = plugins
+        self.uid = uid
         self._count = 0
 
     def start(
@@ -219,7 +223,7 @@ class Ansible:
             **{name: os.environ[name] for name in names if name in os.environ},
             "HOME": str(self.folder),
             "ANSIBLE_COLLECTIONS_PATH": str(self.tree),
-            "ANSIBLE_CALLBACK_PLUGINS": str(Path(__file__).parent / "plugins" / "callback"),
+            "ANSIBLE_CALLBACK_PLUGINS": str(self.plugins / "callback"),
             "ANSIBLE_CALLBACKS_ENABLED": "json_lines",
             "ANSIBLE_LOCAL_TEMP": str(self.folder / "tmp"),
             "ANSIBLE_REMOTE_TEMP": str(self.folder / "tmp"),
@@ -229,7 +233,11 @@ class Ansible:
             "E2E_RESULTS": str(results),
             **(environment or {}),
         }
-        return Running(self.prefix + command, settings, run, results)
+        if self.uid is not None:
+            command = ["setpriv", f"--reuid={self.uid}", f"--regid={self.uid}", "--clear-groups", "--", *command]
+            for path in (self.folder, run, *run.iterdir()):
+                os.chown(path, self.uid, self.uid)
+        return Running(command, settings, run, results)
 
     def run(self, playbook: Any, **options: Any) -> Outcome:
         """Run a playbook to its end; see :meth:`start`."""
@@ -324,8 +332,15 @@ class Running:
         self._out = (run / "stdout").open("wb")
         self._err = (run / "stderr").open("wb")
         self.process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=self._out, stderr=self._err, cwd=str(ROOT)
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=self._out, stderr=self._err, cwd=str(run)
         )
+
+    def wait_for(self, text: str, timeout: float = 60) -> None:
+        """Until *text* stands in the output."""
+        deadline = time.monotonic() + timeout
+        while text not in (self.folder / "stdout").read_text(encoding="utf-8", errors="replace"):
+            assert self.process.poll() is None and time.monotonic() < deadline, f"no {text!r}:\n{self.wait()}"
+            time.sleep(0.05)
 
     def wait(self, timeout: float = 240) -> Outcome:
         try:
