@@ -139,6 +139,15 @@ options:
     description: Whether what was written is read back and compared with the restore point.
     type: bool
     default: true
+  transports:
+    description:
+      - The transports that may be used with O(target=in_place), the preferred one first. For each disk the first that
+        can work is taken, and the result says why each of the others was not.
+      - This release moves data by V(nbdssl) and V(nbd). The others are planned, and are passed over with that reason.
+    type: list
+    elements: str
+    choices: [san, hotadd, nbdssl, nbd, https]
+    default: [hotadd, nbdssl, nbd, https]
   rate_limit:
     description:
       - Bytes a second that are written at most, with O(target=in_place), such as V(50M).

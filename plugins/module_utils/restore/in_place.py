@@ -19,7 +19,7 @@ from ..datapath.copier import CopyResult, copy
 from ..datapath.extents import Extents
 from ..datapath.processes import Child, RuntimeDir
 from ..datapath.progress import Progress
-from ..errors import DataPathError, TransportError, VadpError, VsphereError
+from ..errors import DataPathError, InputError, TransportError, VadpError, VsphereError
 from ..libraries import vim
 from ..repository import trust
 from ..repository.layout import VmStore
@@ -71,7 +71,8 @@ def restore_point(request: RestoreRequest, check_mode: bool) -> Dict[str, Any]:
     :raises VadpError: before the first write nothing was touched; after it the run's record says what was.
     """
     request.check()
-    assert request.connection is not None
+    if request.connection is None:
+        raise InputError("A restore in place needs vCenter", remedy="Give hostname, username and password")
     point = open_point(request)
     with Session.connect(request.connection) as session:
         vm = _find_target(session, point, request)
@@ -82,7 +83,8 @@ def restore_point(request: RestoreRequest, check_mode: bool) -> Dict[str, Any]:
             require_intact(point, progress)
             if check_mode:
                 return _result(point, vm, [_entry(target, vm, "it would be written") for target in targets])
-            assert vddk is not None
+            if vddk is None:
+                raise TransportError("The disks can't be written", reason=problem)
             store = _journal_store(point, vm)
             run_id = new_run_id()
             with store.lock(run_id, "vadp_disk_restore"):

@@ -99,9 +99,7 @@ class RestoreRequest:
             self._check_in_place()
 
     def _check_file(self) -> None:
-        if self.dest is None:
-            raise InputError("There is no folder for the image files", remedy="Give dest")
-        if not os.path.isabs(self.dest):
+        if self.dest is not None and not os.path.isabs(self.dest):
             raise InputError("The folder for the image files is not an absolute path", subject=self.dest)
         if any(self.vm.get(name) for name in ("name", "uuid", "moid")):
             raise InputError(

@@ -17,7 +17,7 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List
+from typing import Any, Dict, Iterator, List, Optional
 
 from ..datapath import image
 from ..datapath.processes import run_tool
@@ -56,7 +56,7 @@ def restore_point(request: RestoreRequest, check_mode: bool) -> Dict[str, Any]:
     """
     request.check()
     point = open_point(request)
-    folder = _folder(request)
+    folder = _folder(request.dest)
     with progress_of(None if check_mode else request.progress_file) as progress:
         require_intact(point, progress)
         files = [_look(disk, folder, point, request) for disk in point.disks]
@@ -94,20 +94,21 @@ def file_name(vm_name: str, label: str, key: int, image_format: str) -> str:
 # Before the first write
 
 
-def _folder(request: RestoreRequest) -> Path:
-    assert request.dest is not None
-    folder = Path(request.dest)
+def _folder(dest: Optional[str]) -> Path:
+    if dest is None:
+        raise InputError("There is no folder for the image files", remedy="Give dest")
+    folder = Path(dest)
     if not folder.is_dir():
-        reason = "it is no folder" if os.path.lexists(request.dest) else "it does not exist"
+        reason = "it is no folder" if os.path.lexists(dest) else "it does not exist"
         raise InputError(
-            "The image files can't be written", subject=request.dest, reason=reason, remedy="Make the folder first"
+            "The image files can't be written", subject=dest, reason=reason, remedy="Make the folder first"
         )
-    real = Path(os.path.realpath(request.dest))
+    real = Path(os.path.realpath(dest))
     for parent in (real, *real.parents):
         if (parent / REPOSITORY_FILE).exists():
             raise InputError(
                 "The folder for the image files lies in a repository",
-                subject=request.dest,
+                subject=dest,
                 reason=f"{parent} is one",
                 remedy="Choose a folder outside it",
             )
