@@ -157,6 +157,7 @@ class Ansible:
     :param folder: where playbooks, variables, logs and Ansible's own temporary files go.
     :param venv, tree: the Python environment and the collection tree; a test that runs as another user passes copies
         that user can read.
+    :param controller: the environment whose ansible-playbook is started, if another; *venv* then is the proxy's alone.
     :param plugins: the tests' own callback plugins.
     :param uid: the user to run as, if another (root can).
     """
@@ -166,12 +167,14 @@ class Ansible:
         folder: Path,
         venv: Path = ROOT / ".venv",
         tree: Path = ROOT / "build" / "tree",
+        controller: Optional[Path] = None,
         plugins: Path = Path(__file__).parent / "plugins",
         uid: Optional[int] = None,
     ) -> None:
         self.folder = folder
         self.venv = venv
         self.tree = tree
+        self.controller = controller or venv
         self.plugins = plugins
         self.uid = uid
         self._count = 0
@@ -210,7 +213,7 @@ class Ansible:
             }
         }
         (run / "inventory.json").write_text(json.dumps(inventory), encoding="utf-8")
-        command = [str(self.venv / "bin" / "python"), str(self.venv / "bin" / "ansible-playbook")]
+        command = [str(self.controller / "bin" / "python"), str(self.controller / "bin" / "ansible-playbook")]
         command += ["-i", str(run / "inventory.json"), playbook, *arguments]
         if variables:
             secret = run / "variables.json"
