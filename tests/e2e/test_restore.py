@@ -8,12 +8,13 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Tuple
 
 import pytest
-from harness import Ansible, Simulator, file_sha256
+from harness import Ansible, Control, Simulator, file_sha256
 
 KEYS = (2000, 2001)
 TO_RESTORE01 = [{"key": key, "target_key": key} for key in KEYS]
@@ -217,6 +218,30 @@ def test_what_speaks_against_a_restore_is_said_and_nothing_is_touched(restores: 
     restores.module("vm_snapshot", name="restore01", snapshot_name="mine", state="absent", consolidate=False)
     refused(("need consolidation", {}))
     restores.module("vm_snapshot", name="restore01", snapshot_name="mine", state="absent")
+
+
+def test_bytes_that_are_not_the_points_are_found_when_read_back(restores: Restores) -> None:
+    """Somebody writes to the disk while it is restored."""
+    restores.simulator.control.call("power", vm="restore01", state="poweredOff")
+    options = {"target": "in_place", "name": "restore01", "disks": TO_RESTORE01, "overwrite": True, "point": "full"}
+    over = threading.Event()
+
+    def scribble() -> None:
+        with Control(restores.simulator.facts["control_socket"]) as control:
+            while not over.is_set():
+                control.call("guest_write", vm="restore01", disk=2000, offset=(1 << 20) + 7, data=b"scribble")
+
+    scribbler = threading.Thread(target=scribble)
+    scribbler.start()
+    try:
+        result = restores.restore(**options)
+    finally:
+        over.set()
+        scribbler.join()
+    assert result["failed"] and "differ from byte 1048576 on when read back" in result["msg"], result
+    assert result["error"]["details"] == {"offset": 1 << 20}
+    assert [intent["half_written"] for run in restores.runs() for intent in run["intents"]] == [[2000]]
+    assert not restores.restore(**options)["failed"] and not restores.runs()
 
 
 def test_a_restore_that_is_killed_is_on_record_and_converges(restores: Restores) -> None:

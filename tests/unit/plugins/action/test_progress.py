@@ -261,3 +261,19 @@ def test_a_job_that_vanishes_is_noticed(controller: Controller) -> None:
         quiet.write_text(text)
     assert outcome["failed"] and "killed" in outcome["msg"]
     assert not controller.leftovers()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
+def test_a_task_that_is_given_up_ends_its_job(controller: Controller) -> None:
+    become = {"ansible_connection": "local", "ansible_become": True, "ansible_become_method": "su"}
+    own = controller.folder / "given-up"
+    outcome, _lines, _text = controller.play({"seconds": 60, "progress_file": str(own)}, {"timeout": 5}, become)
+    assert outcome["failed"] and '"done"' not in own.read_text()
+    size = own.stat().st_size
+    assert size > 0
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            assert str(controller.folder / "remote").encode() not in path.read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    assert own.stat().st_size == size and not controller.leftovers()
