@@ -326,7 +326,7 @@ def body(module: AnsibleModule) -> Dict[str, Any]:
     restore = to_file.restore_point
     if module.params["target"] == IN_PLACE:
         restore = in_place.restore_point
-        name, what, trace = first_missing("pyVmomi", "requests", "nbd")
+        name, what, trace = first_missing("pyVmomi", "nbd")
         if name:
             module.fail_json(msg=missing_required_lib(what), exception=trace)
     request = RestoreRequest.from_params(module.params, parse_rate(module.params["rate_limit"]))

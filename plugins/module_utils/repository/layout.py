@@ -498,7 +498,8 @@ class VmStore:
         for part in folder.relative_to(current).parts:
             current = current / part
             try:
-                os.mkdir(str(current))
+                # What a VM's disks hold is nobody else's to read; whoever wants that opens the folder up.
+                os.mkdir(str(current), 0o700)
                 fsync_dir(str(current.parent))
             except FileExistsError:
                 continue
@@ -506,19 +507,20 @@ class VmStore:
                 raise _unusable(str(current), error) from None
 
     def write_config(self, point: str, config: Dict[str, Any]) -> Dict[str, Any]:
-        """Write the VM's configuration of a point; returns its entry for the manifest. Under the lock."""
+        """Write the VM's configuration of a point (mode 0600); returns its entry for the manifest. Under the lock."""
         self.require_lock("write a configuration")
-        return self._write_blob(self.config_path(point), to_json(config), 0o644)
+        return self._write_blob(self.config_path(point), to_json(config))
 
     def write_nvram(self, point: str, nvram: bytes) -> Dict[str, Any]:
         """Write the VM's NVRAM of a point (mode 0600); returns its entry for the manifest. Under the lock."""
         self.require_lock("write the NVRAM")
-        return self._write_blob(self.nvram_path(point), nvram, 0o600)
+        return self._write_blob(self.nvram_path(point), nvram)
 
     @staticmethod
-    def _write_blob(path: Path, data: bytes, mode: int) -> Dict[str, Any]:
+    def _write_blob(path: Path, data: bytes) -> Dict[str, Any]:
+        # Mode 0600: a configuration's guestinfo.* and an NVRAM can hold secrets of the guest.
         try:
-            atomic_write(str(path), data, mode=mode)
+            atomic_write(str(path), data, mode=0o600)
         except OSError as error:
             raise _unusable(str(path), error) from None
         return file_entry(path)
