@@ -362,7 +362,7 @@ class ProgressAction(ActionBase):
         for pid in self._try_command(job.processes_command()).split():
             if pid.isdigit():
                 # The wrapper makes the module and itself a process group; its supervisor ends by itself then.
-                self._try_command(f"kill -TERM -- -{pid} 2>/dev/null")
+                self._try_command(f"kill -s TERM -- -{pid} 2>/dev/null")
         self._try_command(f"rm -f {shlex.quote(job.results_file)}")
 
     # Commands on the proxy, as the user the module runs as.

@@ -273,7 +273,10 @@ def test_a_task_that_is_given_up_ends_its_job(controller: Controller) -> None:
     assert size > 0
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            assert str(controller.folder / "remote").encode() not in path.read_bytes()
+            words = path.read_bytes().split(b"\0")
         except (FileNotFoundError, ProcessLookupError):
             continue
+        # Ansible's supervisor sleeps for some seconds before it sees that its job is over.
+        module = len(words) > 1 and words[1].endswith(b"AnsiballZ_vadp_disk_export.py")
+        assert not (module and os.fsencode(controller.folder) in words[1])
     assert own.stat().st_size == size and not controller.leftovers()
