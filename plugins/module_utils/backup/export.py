@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from types import SimpleNamespace
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -27,7 +27,7 @@ from ..repository.shapes import format_time
 from ..transport.planner import ProxyFacts
 from ..transport.vddk import look_for_library
 from ..vsphere import configuration
-from ..vsphere.disks import disks_of, vm_obstacles
+from ..vsphere.disks import Disk, disks_of, vm_obstacles
 from ..vsphere.inventory import VmRef, find_vm
 from ..vsphere.session import Session
 from ..vsphere.snapshots import Snapshot, VmState, pick_snapshot, snapshot_disks, vm_state
@@ -79,6 +79,9 @@ def export_point(request: ExportRequest, check_mode: bool) -> Dict[str, Any]:
         proxy = _proxy_facts(session, request)
         if check_mode:
             return _planned(session, source, store, request, proxy)
+        if store is None or not store.path.is_dir():
+            # What can't be done shows before there is anything of this VM in the repository.
+            plan_disks(session, vm, source.snapshot, source.selection.disks, store, request, proxy)
         if store is None:
             store = Repository.open(request.repository, create=True).vm(vm.instance_uuid)
         with store.lock(new_run_id(), "vadp_disk_export"):
@@ -104,7 +107,7 @@ def _look(session: Session, vm: VmRef, request: ExportRequest, check_mode: bool)
     snapshot = pick_snapshot(state.snapshots, vm, request.snapshot_moid, request.snapshot_name)
     warnings = []
     if snapshot is not None:
-        disks = snapshot_disks(session, snapshot)
+        disks = _with_those_outside(snapshot_disks(session, snapshot), disks_of(state.devices))
     elif check_mode:
         disks = disks_of(state.devices)
         warnings.append("The snapshot does not exist yet; the plan is made from the VM's present configuration.")
@@ -123,6 +126,14 @@ def _look(session: Session, vm: VmRef, request: ExportRequest, check_mode: bool)
         others=[item for item in state.snapshots if snapshot is None or item.moid != snapshot.moid],
         warnings=warnings,
     )
+
+
+def _with_those_outside(held: List[Disk], present: List[Disk]) -> List[Disk]:
+    """The snapshot's disks, and those of the VM that it does not hold, with the reason (VADP facts 13)."""
+    keys = {disk.key for disk in held}
+    reason = "it was added to the virtual machine after the snapshot"
+    outside = [disk for disk in present if disk.key not in keys]
+    return held + [replace(disk, included=False, skip_reason=disk.skip_reason or reason) for disk in outside]
 
 
 def _config_of(state: VmState) -> Any:
