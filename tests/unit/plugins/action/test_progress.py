@@ -118,6 +118,8 @@ note("running", 0)
 while time.monotonic() - start < module.params["seconds"]:
     time.sleep(0.2)
     note("running", min(1.0, (time.monotonic() - start) / module.params["seconds"]))
+if module.params["act"] == "silent":
+    time.sleep(4)
 if module.params["act"] == "kill_all":
     os.killpg(0, signal.SIGKILL)
 if module.params["act"] == "fail":
@@ -250,15 +252,17 @@ def test_another_user_gets_a_job_that_is_polled(controller: Controller) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
-def test_a_job_that_vanishes_is_noticed(controller: Controller) -> None:
+def test_a_job_that_vanishes_is_noticed_and_a_silent_one_is_waited_for(controller: Controller) -> None:
     quiet = controller.folder / "ansible_collections/openvadp/backup/plugins/plugin_utils/progress.py"
     text = quiet.read_text()
     quiet.write_text(text.replace("QUIET_SECONDS = 30.0", "QUIET_SECONDS = 0.1"))
     become = {"ansible_connection": "local", "ansible_become": True, "ansible_become_method": "su"}
     try:
+        silent, _lines, _text = controller.play({"act": "silent"}, None, become)
         outcome, _lines, _text = controller.play({"act": "kill_all", "seconds": 3}, None, become)
     finally:
         quiet.write_text(text)
+    assert silent["changed"] and not silent["failed"], silent
     assert outcome["failed"] and "killed" in outcome["msg"]
     assert not controller.leftovers()
 
