@@ -45,13 +45,10 @@ def test_to_files_and_in_place(own_simulator: Simulator, backups: Backups, tmp_p
     outcome = backups.ansible.run("openvadp.backup.restore", variables=in_place).failed()
     assert "overwrite" in outcome.result("vadp_disk_restore")["msg"]
     in_place["vm_restore_overwrite"] = True
-    outcome = backups.ansible.run("openvadp.backup.restore", variables=in_place, arguments=["--check"]).ok()
-    outcome = backups.ansible.run(
-        "openvadp.backup.restore", variables=dict(in_place, vm_restore_name="app01", vm_uuid="")
-    ).failed()
-    assert (
-        "powered" in outcome.result("vadp_disk_restore")["msg"] or "off" in outcome.result("vadp_disk_restore")["msg"]
-    )
+    backups.ansible.run("openvadp.backup.restore", variables=in_place, arguments=["--check"]).ok()
+    running = dict(in_place, vm_restore_name="app01")
+    outcome = backups.ansible.run("openvadp.backup.restore", variables=running).failed()
+    assert "it is poweredOn: power it off" in outcome.result("vadp_disk_restore")["msg"]
     assert simulator.changing_calls(seen) == []
 
     outcome = backups.ansible.run("openvadp.backup.restore", variables=in_place).ok()
