@@ -69,6 +69,15 @@ options:
     type: list
     elements: str
     default: []
+  transports:
+    description:
+      - The transports that may be used, the preferred one first. For each disk the first that can work is taken, and
+        the result says why none before it was.
+      - This release moves data by V(nbdssl) and V(nbd). The others are planned, and are passed over with that reason.
+    type: list
+    elements: str
+    choices: [san, hotadd, nbdssl, nbd, https]
+    default: [san, hotadd, nbdssl, nbd, https]
   rate_limit:
     description:
       - Bytes a second that are read at most, with K, M or G (binary) if you like, such as V(50M).

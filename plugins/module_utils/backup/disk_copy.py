@@ -127,7 +127,7 @@ def copy_disk(plan: DiskPlan, job: CopyJob) -> Dict[str, Any]:
     finally:
         progress.finish("done" if finished else "failed")
         if not finished:
-            _clean(job.run, intent, parts)
+            _clean(job.run, intent, [*parts, layer, hashes])
 
 
 def _copy_to_parts(
@@ -238,10 +238,10 @@ def _manifest_entry(plan: DiskPlan, result: CopyResult, transport: str) -> Dict[
     }
 
 
-def _clean(run: Run, intent: int, parts: Sequence[Path]) -> None:
+def _clean(run: Run, intent: int, paths: Sequence[Path]) -> None:
     """Leave nothing unfinished. What can't be removed now stays in the run's record for vadp_recover."""
     try:
-        _remove(parts)
+        _remove(paths)
         run.done(intent)
     except (OSError, RepositoryError):
         # The failure that brought us here is the one to tell.

@@ -19,13 +19,13 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from ..datapath.processes import RuntimeDir, run_tool
 from ..datapath.progress import Progress
-from ..errors import InputError, NotFoundError, RepositoryError, VsphereError
+from ..errors import InputError, NotFoundError, RepositoryError, TransportError, VsphereError
 from ..repository import trust
 from ..repository.layout import Repository, VmStore, file_entry, is_empty_folder, new_point_name
 from ..repository.runs import Run, new_run_id
 from ..repository.shapes import format_time
 from ..transport.planner import ProxyFacts
-from ..transport.vddk import look_for_library
+from ..transport.vddk import Vddk, look_for_library
 from ..vsphere import configuration
 from ..vsphere.disks import Disk, disks_of, vm_obstacles
 from ..vsphere.inventory import VmRef, find_vm
@@ -59,6 +59,18 @@ class Source:
         return [item for item in self.others if (item.marker or {}).get("repository_id") != repository_id]
 
 
+@dataclass(frozen=True)
+class Work:
+    """What the steps under the VM's lock have in common."""
+
+    session: Session
+    source: Source
+    snapshot: Snapshot
+    store: VmStore
+    request: ExportRequest
+    proxy: ProxyFacts
+
+
 def export_point(request: ExportRequest, check_mode: bool) -> Dict[str, Any]:
     """Make a restore point, unless it exists.
 
@@ -77,7 +89,7 @@ def export_point(request: ExportRequest, check_mode: bool) -> Dict[str, Any]:
                 return _unchanged(session, vm, store, manifest, request)
         source = _look(session, vm, request, check_mode)
         proxy = _proxy_facts(session, request)
-        if check_mode:
+        if check_mode or source.snapshot is None:  # it is only in check mode that there may be none
             return _planned(session, source, store, request, proxy)
         if store is None or not store.path.is_dir():
             # What can't be done shows before there is anything of this VM in the repository.
@@ -85,7 +97,7 @@ def export_point(request: ExportRequest, check_mode: bool) -> Dict[str, Any]:
         if store is None:
             store = Repository.open(request.repository, create=True).vm(vm.instance_uuid)
         with store.lock(new_run_id(), "vadp_disk_export"):
-            return _export(session, source, store, request, proxy)
+            return _export(Work(session, source, source.snapshot, store, request, proxy))
 
 
 def _existing_repository(path: str) -> Optional[Repository]:
@@ -217,29 +229,28 @@ def _own_marker(source: Source, store: Optional[VmStore]) -> Optional[Dict[str, 
     return marker
 
 
-def _export(
-    session: Session, source: Source, store: VmStore, request: ExportRequest, proxy: ProxyFacts
-) -> Dict[str, Any]:
+def _export(work: Work) -> Dict[str, Any]:
     """Under the VM's lock."""
-    assert source.snapshot is not None
+    session, source, store, request = work.session, work.source, work.store, work.request
     started, clock = datetime.now(timezone.utc), time.monotonic()
     point = _point_name(source, store, request)
     if store.point(point) is not None:
         # Another run made it between our look and our lock.
         return _unchanged(session, source.vm, store, store.resolve(point), request)
     before = store.point_names()
-    plans = plan_disks(session, source.vm, source.snapshot, source.selection.disks, store, request, proxy)
-    config = configuration.save(session, source.vm, source.snapshot)
+    plans = plan_disks(session, source.vm, work.snapshot, source.selection.disks, store, request, work.proxy)
+    vddk = _usable_vddk(work.proxy)
+    config = configuration.save(session, source.vm, work.snapshot)
     nvram = configuration.nvram(session, source.vm)
-    tools = _tools(proxy)
-    run, shared = _run_for(store, source, point)
+    tools = _tools(vddk)
+    run, shared = _run_for(work, point)
     _mark_untrusted(store, source)
-    run.set_snapshot(source.snapshot.moid, source.snapshot.created, source.change_ids)
+    run.set_snapshot(work.snapshot.moid, work.snapshot.created, source.change_ids)
     entries = _finished(store, run, plans)
     _remove_strangers(store, point, entries)
     sealed: Optional[Dict[str, Any]] = None
     try:
-        entries.update(_copy(session, source, store, run, point, plans, entries, request, proxy))
+        entries.update(_copy(work, run, point, [plan for plan in plans if plan.disk.key not in entries], vddk))
         manifest = {
             "format": MANIFEST_FORMAT,
             "repository_id": store.repository.id,
@@ -249,7 +260,7 @@ def _export(
             "point": point,
             "run_id": run.run_id,
             "started": format_time(started),
-            "snapshot": _snapshot_entry(source, store.repository.id),
+            "snapshot": _snapshot_entry(work),
             "disks": [entries[plan.disk.key] for plan in plans],
             "skipped_disks": source.selection.skipped,
             "tools": tools,
@@ -273,20 +284,27 @@ def _export(
     }
 
 
-def _run_for(store: VmStore, source: Source, point: str) -> Tuple[Run, bool]:
+def _usable_vddk(proxy: ProxyFacts) -> Vddk:
+    """The VDDK that every transport of this release needs; the plans were made with it."""
+    if proxy.vddk is None:
+        raise TransportError("No disk can be read without VDDK", reason=proxy.vddk_problem)
+    return proxy.vddk
+
+
+def _run_for(work: Work, point: str) -> Tuple[Run, bool]:
     """The run that this export belongs to, and whether somebody else ends it.
 
     That of the snapshot's marker, which vadp_recover ends once the snapshot is gone; else one of ours that failed on
     the very same snapshot; else a new one.
     """
-    assert source.snapshot is not None
+    store, source = work.store, work.source
     marker = _own_marker(source, store)
     if marker is not None:
         run = store.run(str(marker.get("run_id")))
         if run is not None and run.data["point"] == point:
             return run, True
     for run in store.runs():
-        same = run.matches_snapshot(source.snapshot.moid, source.snapshot.created, source.change_ids)
+        same = run.matches_snapshot(work.snapshot.moid, work.snapshot.created, source.change_ids)
         if same and run.data["point"] == point and not run.intents("snapshot"):
             return run, False
     return store.create_run(point, vm_moid=source.vm.moid, vm_name=source.vm.name), False
@@ -336,48 +354,35 @@ def _remove_strangers(store: VmStore, point: str, entries: Dict[int, Dict[str, A
             path.unlink()
 
 
-def _copy(
-    session: Session,
-    source: Source,
-    store: VmStore,
-    run: Run,
-    point: str,
-    plans: Sequence[DiskPlan],
-    finished: Dict[int, Dict[str, Any]],
-    request: ExportRequest,
-    proxy: ProxyFacts,
-) -> Dict[int, Dict[str, Any]]:
-    assert source.snapshot is not None and proxy.vddk is not None
-    todo = [plan for plan in plans if plan.disk.key not in finished]
-    at_once = max(1, min(request.parallel_disks, len(todo)))
+def _copy(work: Work, run: Run, point: str, plans: Sequence[DiskPlan], vddk: Vddk) -> Dict[int, Dict[str, Any]]:
+    request = work.request
+    at_once = max(1, min(request.parallel_disks, len(plans)))
     with RuntimeDir(run.run_id) as run_dir, Progress(request.progress_file) as progress:
         job = CopyJob(
-            session=session,
-            vm=source.vm,
-            snapshot_moid=source.snapshot.moid,
-            store=store,
+            session=work.session,
+            vm=work.source.vm,
+            snapshot_moid=work.snapshot.moid,
+            store=work.store,
             run=run,
             point=point,
-            vddk=proxy.vddk,
+            vddk=vddk,
             request=request,
             run_dir=run_dir,
             progress=progress,
             cancel=threading.Event(),
             rate_limit=None if request.rate_limit is None else request.rate_limit // at_once,
         )
-        return copy_disks(todo, job)
+        return copy_disks(plans, job)
 
 
-def _snapshot_entry(source: Source, repository_id: str) -> Dict[str, Any]:
-    assert source.snapshot is not None
+def _snapshot_entry(work: Work) -> Dict[str, Any]:
+    foreign = work.source.foreign(work.store.repository.id)
     return {
-        "moid": source.snapshot.moid,
-        "name": source.snapshot.name,
-        "created": source.snapshot.created,
-        "quiesced": source.snapshot.quiesced,
-        "foreign": [
-            {"moid": item.moid, "name": item.name, "created": item.created} for item in source.foreign(repository_id)
-        ],
+        "moid": work.snapshot.moid,
+        "name": work.snapshot.name,
+        "created": work.snapshot.created,
+        "quiesced": work.snapshot.quiesced,
+        "foreign": [{"moid": item.moid, "name": item.name, "created": item.created} for item in foreign],
     }
 
 
@@ -411,7 +416,7 @@ def _commit(
 
 def _abandon(run: Run, shared: bool) -> None:
     """The export failed. What was finished stays for another try on the same snapshot, and so does its record."""
-    if not shared and not run.data["finished_disks"]:
+    if not shared and not run.data["finished_disks"] and not run.intents():
         try:
             run.remove()
         except (OSError, RepositoryError):
@@ -419,12 +424,11 @@ def _abandon(run: Run, shared: bool) -> None:
             return
 
 
-def _tools(proxy: ProxyFacts) -> Dict[str, Optional[str]]:
+def _tools(vddk: Vddk) -> Dict[str, Optional[str]]:
     """Versions of what the data goes through."""
-    assert proxy.vddk is not None
-    versions = {}
+    versions: Dict[str, Optional[str]] = {"nbdkit-vddk-plugin": vddk.plugin, "vddk": vddk.version}
     for name in ("nbdkit", "qemu-img"):
         text = run_tool([name, "--version"], what=f"The version of {name} can't be read", timeout=60)
         match = re.search(r"\d+(\.\d+)+", text)
         versions[name] = match.group(0) if match else None
-    return {**versions, "nbdkit-vddk-plugin": proxy.vddk.plugin, "vddk": proxy.vddk.version}
+    return versions

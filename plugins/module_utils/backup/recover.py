@@ -283,9 +283,15 @@ def _is_ours(snapshot: Snapshot, store: VmStore) -> bool:
 
 
 def _temporary_files(store: VmStore, runs: List[Run], check_mode: bool) -> List[Recovered]:
-    """Unfinished files, files of points that were never committed, and folders of sockets and logs."""
+    """Unfinished files, files of points that a run did not commit, and folders of sockets and logs.
+
+    A finished layer goes only if a run's record names its point: a lost folder of manifests must not make leftovers of
+    all that the repository holds.
+    """
     found = []
-    for path in store.part_files() + store.uncommitted_files():
+    points = {run.data["point"] for run in runs}
+    uncommitted = [path for path in store.uncommitted_files() if path.stem in points]
+    for path in store.part_files() + uncommitted:
         if not check_mode:
             _unlink(path)
         found.append(_item("temporary_file", str(path), "removed", check_mode))

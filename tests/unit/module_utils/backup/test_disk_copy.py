@@ -10,7 +10,7 @@ import threading
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional
 
 import pytest
 from ansible_collections.openvadp.backup.plugins.module_utils.backup import disk_copy
@@ -48,6 +48,7 @@ class World:
         self.store: VmStore = Repository.open(str(folder / "repository"), create=True).vm(UUID)
         self.filters: Dict[str, List[str]] = {}
         self.opened: List[str] = []
+        self.children: List[Child] = []
 
     def disk(self, key: int, data: bytes) -> Disk:
         path = self.folder / f"{key}.raw"
@@ -65,6 +66,7 @@ class World:
             log_path=f"{stem}.log",
             name="source",
         )
+        self.children.append(child)
         try:
             child.wait_for_socket(f"{stem}.sock", 20)
             size = Path(options["file"]).stat().st_size
@@ -205,18 +207,10 @@ def test_a_disk_of_another_size_than_its_snapshot_is_refused(world: World) -> No
 def test_a_dead_server_is_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = world.disk(2000, _pattern(1, 64 << 20))
     world.filters[disk.file] = ["--filter=delay", "delay-read=1"]
-    children: List[Child] = []
-    start: Callable[..., Child] = Child.start
-
-    def remember(*args: Any, **options: Any) -> Child:
-        children.append(start(*args, **options))
-        return children[-1]
-
-    monkeypatch.setattr(Child, "start", remember)
     original = disk_copy.copy
 
     def copy_and_kill(*args: Any, **options: Any) -> Any:
-        threading.Timer(0.3, children[0]._process.kill).start()
+        threading.Timer(0.3, world.children[0]._process.kill).start()
         return original(*args, **options)
 
     monkeypatch.setattr(disk_copy, "copy", copy_and_kill)
