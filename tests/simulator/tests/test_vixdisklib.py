@@ -87,6 +87,14 @@ class Lab:
                 WaitForTask(snapshot.RemoveSnapshot_Task(removeChildren=False, consolidate=True))
 
     @contextlib.contextmanager
+    def serve_snapshot(self, tmp_path: Path, **options: Any) -> Iterator[Server]:
+        """The first disk of app01, of a new snapshot."""
+        with self.snapshot("app01") as frozen:
+            moid, paths = frozen
+            with self.serve(tmp_path, paths[2000], snapshot=moid, **options) as server:
+                yield server
+
+    @contextlib.contextmanager
     def serve(self, tmp_path: Path, file: str, **options: Any) -> Iterator[Server]:
         server = Server(self, tmp_path, file, **options)
         try:
@@ -355,7 +363,7 @@ def test_a_missing_privilege(lab: Lab, tmp_path: Path) -> None:
 
 def test_a_cut_network_is_an_error_and_stays_one(lab: Lab, tmp_path: Path) -> None:
     lab.control.call("nfc", serve="127.0.1.2", delay=0.05)
-    with lab.snapshot("app01") as (moid, paths), lab.serve(tmp_path, paths[2000], snapshot=moid) as server:
+    with lab.serve_snapshot(tmp_path) as server:
         handle = server.connect()
         handle.pread(4096, 0)
         buffers = [nbd.Buffer(1 << 20) for _unused in range(8)]
@@ -392,9 +400,7 @@ def test_a_cut_network_is_an_error_and_stays_one(lab: Lab, tmp_path: Path) -> No
 
 def test_a_silent_host_is_given_up(lab: Lab, tmp_path: Path) -> None:
     config = "vixDiskLib.nfc.ReadTimeoutMs=700\nvixDiskLib.nfc.RequestTimeoutMs=700\n"
-    with lab.snapshot("app01") as (moid, paths), lab.serve(
-        tmp_path, paths[2000], snapshot=moid, config=config
-    ) as server:
+    with lab.serve_snapshot(tmp_path, config=config) as server:
         handle = server.connect()
         handle.pread(4096, 0)
         lab.control.call("cut_network", mode="blackhole")
@@ -406,7 +412,7 @@ def test_a_silent_host_is_given_up(lab: Lab, tmp_path: Path) -> None:
 
 
 def test_reads_that_fail(lab: Lab, tmp_path: Path) -> None:
-    with lab.snapshot("app01") as (moid, paths), lab.serve(tmp_path, paths[2000], snapshot=moid) as server:
+    with lab.serve_snapshot(tmp_path) as server:
         handle = server.connect()
         lab.control.call("nfc", read_faults={"count": 1, "after": 1, "vix": 2})
         good = handle.pread(4096, 0)
@@ -474,9 +480,10 @@ def test_hosts_that_cannot_serve(lab: Lab, tmp_path: Path) -> None:
 def test_a_disk_in_use_holds_its_delta(lab: Lab, tmp_path: Path) -> None:
     """While a disk of a snapshot is read its delta can't be consolidated; once it is closed, it can at once."""
     vm = lab.vm("app01")
-    with lab.snapshot("app01") as (moid, paths), lab.serve(tmp_path, paths[2000], snapshot=moid) as server:
+    leaf = next(d.backing for d in vm.config.hardware.device if isinstance(d, vim.vm.device.VirtualDisk))
+    with lab.serve_snapshot(tmp_path) as server:
         handle = server.connect()
-        assert lab.control.call("nfc")["disks"][0]["path"] == paths[2000]
+        assert lab.control.call("nfc")["disks"][0]["path"] == leaf.fileName
         lab.control.call("guest_write", vm="app01", disk=2000, offset=0, pattern={"seed": 9, "length": 4096})
         with contextlib.suppress(vim.fault.FileLocked, vim.fault.GenericVmConfigFault):
             WaitForTask(vm.snapshot.currentSnapshot.RemoveSnapshot_Task(removeChildren=False, consolidate=True))
