@@ -55,7 +55,8 @@ def query_changed_disk_areas(
     limit = simulator.settings.page_bytes
     end = capacity if limit is None else min(capacity, startOffset + limit)
     page = _clip(areas, startOffset, end)
-    if len(page) > simulator.settings.page_areas:
+    if len(page) >= simulator.settings.page_areas:
+        # A page that is full ends with its last area, whether more follow or not (VADP facts 1).
         page = page[: simulator.settings.page_areas]
         end = page[-1][0] + page[-1][1]
     return vim.VirtualMachine.DiskChangeInfo(
