@@ -11,7 +11,9 @@ import pytest
 # The tests import their helpers by name; pytest's importlib mode leaves sys.path alone.
 sys.path.insert(0, str(Path(__file__).parent))
 
+from administrator import Administrator  # noqa: E402
 from harness import Ansible, Backups, Simulator  # noqa: E402
+from modules import Modules  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +54,19 @@ def ansible(tmp_path: Path) -> Ansible:
 def backups(simulator: Simulator, ansible: Ansible, repository: Path) -> Backups:
     """Backups of the shared simulator's machines through playbook backup.yml."""
     return Backups(simulator, ansible, repository)
+
+
+@pytest.fixture
+def modules(own_simulator: Simulator, repository: Path) -> Modules:
+    """The modules on app01 of a simulator of the test's own."""
+    return Modules(own_simulator, repository)
+
+
+@pytest.fixture
+def administrator(own_simulator: Simulator) -> Iterator[Administrator]:
+    """Who changes app01 behind the backup's back."""
+    session = Administrator(own_simulator.facts, "app01")
+    try:
+        yield session
+    finally:
+        session.close()

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""What an administrator does to a virtual machine in the vSphere client, behind the backup's back."""
+
+from __future__ import annotations
+
+import ssl
+from typing import Any, Dict
+
+from pyVim.connect import Disconnect, SmartConnect
+from pyVim.task import WaitForTask
+from pyVmomi import vim
+
+
+class Administrator:
+    """A session of the simulator's administrator, and one virtual machine.
+
+    :param facts: the simulator's JSON line.
+    """
+
+    def __init__(self, facts: Dict[str, Any], vm: str) -> None:
+        self._service = SmartConnect(
+            host=facts["host"],
+            port=facts["port"],
+            user=facts["username"],
+            pwd=facts["password"],
+            sslContext=ssl.create_default_context(cafile=facts["ca_path"]),
+        )
+        content = self._service.content
+        machines = content.viewManager.CreateContainerView(content.rootFolder, [vim.VirtualMachine], True).view
+        self._vm = next(machine for machine in machines if machine.name == vm)
+
+    def close(self) -> None:
+        Disconnect(self._service)
+
+    def revert(self, moid: str) -> None:
+        """Go back to a snapshot. The machine is off afterwards."""
+        WaitForTask(vim.vm.Snapshot(moid, self._vm._stub).RevertToSnapshot_Task())
+
+    def track_changes(self, on: bool) -> None:
+        """The advanced setting alone: in a running machine it has no effect before the next stun."""
+        self._reconfigure(vim.vm.ConfigSpec(changeTrackingEnabled=on))
+
+    def add_disk(self, unit: int, capacity_bytes: int) -> int:
+        """A new, empty disk on the first controller; its device key."""
+        return self._add(unit, capacity_bytes, self._folder(), "create")
+
+    def attach_disk(self, unit: int, path: str) -> int:
+        """A disk that exists; its device key."""
+        return self._add(unit, None, path, None)
+
+    def detach_disk(self, key: int) -> str:
+        """The datastore path of a disk that is taken out of the configuration; its files stay."""
+        disk = self._disk(key)
+        self._change(vim.vm.device.VirtualDeviceSpec(operation="remove", device=disk))
+        return str(disk.backing.fileName)
+
+    def pass_through(self) -> None:
+        """Hand a PCI device of the host to the machine."""
+        backing = vim.vm.device.VirtualPCIPassthrough.DeviceBackingInfo(
+            id="00000:001:00.0", deviceId="10de", systemId="host", vendorId=0x10DE, deviceName="GPU"
+        )
+        device = vim.vm.device.VirtualPCIPassthrough(key=13000, backing=backing)
+        self._change(vim.vm.device.VirtualDeviceSpec(operation="add", device=device))
+
+    def _folder(self) -> str:
+        return str(self._vm.config.files.vmPathName).split(" ")[0]
+
+    def _disk(self, key: int) -> Any:
+        return next(device for device in self._vm.config.hardware.device if device.key == key)
+
+    def _add(self, unit: int, capacity_bytes: Any, path: str, operation: Any) -> int:
+        before = {device.key for device in self._vm.config.hardware.device}
+        disk = vim.vm.device.VirtualDisk(
+            key=-1,
+            controllerKey=1000,
+            unitNumber=unit,
+            capacityInBytes=capacity_bytes,
+            capacityInKB=(capacity_bytes or 0) // 1024,
+            backing=vim.vm.device.VirtualDisk.FlatVer2BackingInfo(
+                fileName=path, diskMode="persistent", thinProvisioned=True
+            ),
+        )
+        self._change(vim.vm.device.VirtualDeviceSpec(operation="add", fileOperation=operation, device=disk))
+        added = {device.key for device in self._vm.config.hardware.device} - before
+        return int(added.pop())
+
+    def _change(self, change: Any) -> None:
+        self._reconfigure(vim.vm.ConfigSpec(deviceChange=[change]))
+
+    def _reconfigure(self, spec: Any) -> None:
+        WaitForTask(self._vm.ReconfigVM_Task(spec))
