@@ -10,7 +10,6 @@ temporary files; a run's record goes last, so that a recovery that fails half-wa
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import time
@@ -296,9 +295,7 @@ def _temporary_files(store: VmStore, runs: List[Run], check_mode: bool) -> List[
             _unlink(path)
         found.append(_item("temporary_file", str(path), "removed", check_mode))
     for run in runs:
-        for folder in RuntimeDir.leftovers(run.run_id):
-            if not check_mode:
-                shutil.rmtree(folder, ignore_errors=True)
+        for folder in RuntimeDir.leftovers(run.run_id, remove=not check_mode):
             found.append(_item("temporary_file", folder, "removed", check_mode))
     return found
 

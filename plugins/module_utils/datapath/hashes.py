@@ -97,8 +97,9 @@ class HashWriter:
     def _spill_records(self) -> None:
         with self._errors():
             if self._spill is None:
-                folder = os.path.dirname(os.path.abspath(self.path))
-                self._spill = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - discard() closes it
+                folder, name = os.path.split(os.path.abspath(self.path))
+                # Where a file can't be without a name, it has one for a moment: of an unfinished file, if we are.
+                self._spill = tempfile.TemporaryFile(prefix=name + "-", dir=folder)  # noqa: SIM115 - discard() closes it
             self._records.sort()
             self._runs.append((self._spill.tell(), len(self._records)))
             self._spill.write(b"".join(self._records))

@@ -24,7 +24,6 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Opt
 from ..errors import DataPathError
 
 PREFIX = "openvadp-"
-_OWNER = "owner"
 # The path of a Unix socket has 107 usable bytes; this leaves 47 for the name of the socket.
 _PATH_LIMIT = 60
 _RUN_ID_CHARACTERS = 24
@@ -42,33 +41,38 @@ class RuntimeDir:
     """A private folder (0700) with a short path for a run's sockets and logs; removed at exit.
 
     It lies in ``/run/user/<uid>``, ``$TMPDIR`` or ``/tmp``, whichever comes first, can be written and keeps the path
-    below 60 bytes. The file ``owner`` in it holds the run id and is locked while the owner lives, so that
-    :meth:`leftovers` tells what a crash left.
+    below 60 bytes. It is named after the run, and locked while its owner lives: so :meth:`leftovers` tells what a
+    crash left, at whatever moment it came.
     """
 
     def __init__(self, run_id: str) -> None:
         self.run_id = run_id
-        self.path = self._make(run_id)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        self._owner = os.open(os.path.join(self.path, _OWNER), flags, 0o600)
-        fcntl.flock(self._owner, fcntl.LOCK_EX)
-        os.write(self._owner, run_id.encode("utf-8"))
+        self.path, self._lock = self._make(run_id)
 
     @staticmethod
     def _bases() -> List[str]:
         bases = [f"/run/user/{os.geteuid()}", os.environ.get("TMPDIR", ""), "/tmp"]
         return [base for base in dict.fromkeys(bases) if os.path.isabs(base)]
 
+    @staticmethod
+    def _stem(run_id: str) -> str:
+        return PREFIX + re.sub(r"[^A-Za-z0-9]", "", run_id)[:_RUN_ID_CHARACTERS] + "-"
+
     @classmethod
-    def _make(cls, run_id: str) -> str:
-        stem = PREFIX + re.sub(r"[^A-Za-z0-9]", "", run_id)[:_RUN_ID_CHARACTERS] + "-"
+    def _make(cls, run_id: str) -> Tuple[str, int]:
+        stem = cls._stem(run_id)
         reasons = []
         for base in cls._bases():
             if len(os.path.join(base, stem)) + 8 >= _PATH_LIMIT:
                 reasons.append(f"{base}: its path is too long")
                 continue
             try:
-                return tempfile.mkdtemp(prefix=stem, dir=base)
+                while True:
+                    path = tempfile.mkdtemp(prefix=stem, dir=base)
+                    lock = _lock_folder(path)
+                    if lock is not None:
+                        return path, lock
+                    # Who clears up after a run of this name took it for a leftover before it was locked: again.
             except OSError as error:
                 reasons.append(f"{base}: {error.strerror}")
         raise DataPathError(
@@ -89,11 +93,15 @@ class RuntimeDir:
     def remove(self) -> None:
         """Remove the folder with all that is in it."""
         shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._owner)
+        os.close(self._lock)
 
     @classmethod
-    def leftovers(cls, run_id: str) -> List[str]:
-        """Paths of this user's folders of the run *run_id* whose owner is dead; the caller removes them."""
+    def leftovers(cls, run_id: str, remove: bool = False) -> List[str]:
+        """Paths of this user's folders of the run *run_id* whose owner is dead.
+
+        :param remove: they are removed.
+        """
+        name_of_run = re.compile(re.escape(cls._stem(run_id)) + r"[A-Za-z0-9_]+")
         found = []
         for base in cls._bases():
             try:
@@ -102,24 +110,36 @@ class RuntimeDir:
                 continue
             for name in names:
                 path = os.path.join(base, name)
-                if name.startswith(PREFIX) and _is_abandoned(path, run_id):
+                lock = _lock_folder(path) if name_of_run.fullmatch(name) else None
+                if lock is not None:
                     found.append(path)
+                    if remove:
+                        shutil.rmtree(path, ignore_errors=True)
+                    os.close(lock)
         return found
 
 
-def _is_abandoned(path: str, run_id: str) -> bool:
+def _lock_folder(path: str) -> Optional[int]:
+    """The descriptor that holds the lock of a private folder of this user; None if it is no such folder, or locked."""
     try:
-        status = os.lstat(path)
-        if status.st_uid != os.geteuid() or (status.st_mode & 0o170777) != 0o040700:
-            return False
-        with open(os.path.join(path, _OWNER), encoding="utf-8") as owner:
-            if owner.read() != run_id:
-                return False
-            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
-        # Gone meanwhile, not one of these folders, or locked by its living owner.
-        return False
+        return None
+    try:
+        status = os.fstat(descriptor)
+        if status.st_uid == os.geteuid() and (status.st_mode & 0o777) == 0o700:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # It may have been removed before it was locked.
+            if os.stat(path).st_ino == status.st_ino:
+                return descriptor
+    except (BlockingIOError, FileNotFoundError):
+        os.close(descriptor)
+        return None
+    except BaseException:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None
 
 
 def _environment(extra: Optional[Mapping[str, str]] = None) -> Dict[str, str]:
@@ -311,7 +331,8 @@ def tool_result(
     :raises DataPathError: with the tool's last words.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
-    with tempfile.TemporaryFile() as stderr, tempfile.TemporaryFile() as stdout:
+    # In memory: a crash must not leave a file.
+    with open(os.memfd_create("stderr"), "w+b") as stderr, open(os.memfd_create("stdout"), "w+b") as stdout:
         process = _spawn(argv, stdout=stdout if on_output is None else subprocess.PIPE, stderr=stderr)
         try:
             if on_output is not None and process.stdout is not None:

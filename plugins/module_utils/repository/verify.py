@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import array
 import os
-import shutil
 import struct
 import sys
 import threading
@@ -139,8 +138,7 @@ class _DiskCheck:
         if self.level == DATA:
             # The folder's name is the same for each verification of a VM, so the next one clears up after a crash.
             name = f"verify-{self.store.uuid}"
-            for left in RuntimeDir.leftovers(name):
-                shutil.rmtree(left, ignore_errors=True)
+            RuntimeDir.leftovers(name, remove=True)
             with RuntimeDir(name) as run_dir:
                 for number, link in enumerate(links):
                     self._data(link, links[number - 1] if number else None, run_dir)

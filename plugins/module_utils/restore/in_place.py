@@ -9,6 +9,7 @@ restore again writes all of it anew.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -241,15 +242,21 @@ def _restore(
 
 
 def _forget_earlier(store: VmStore, vm: VmRef, run: Run, keys: List[int]) -> None:
-    """Records of crashed restores whose disks are all whole again. Their processes are dead: we hold the lock."""
+    """What crashed restores left whose disks are all whole again. Their processes are dead: we hold the lock."""
     for other in store.runs():
+        if other.run_id == run.run_id or other.data["point"] is not None:
+            continue
         intents = other.intents()
         ours = all(intent["what"] in ("restore", "process") for intent in intents)
         restores = [intent for intent in intents if intent["what"] == "restore"]
         healed = all(intent.get("vm_uuid") == vm.instance_uuid for intent in restores)
         healed = healed and set(_half_written(other)) <= set(keys)
-        if other.run_id != run.run_id and restores and ours and healed:
+        if ours and healed:
+            RuntimeDir.leftovers(other.run_id, remove=True)
             other.remove()
+    for part in store.part_files():
+        with contextlib.suppress(FileNotFoundError):
+            part.unlink()
 
 
 def _half_written(run: Run) -> List[int]:

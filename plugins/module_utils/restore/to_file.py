@@ -71,6 +71,9 @@ def restore_point(request: RestoreRequest, check_mode: bool) -> Dict[str, Any]:
             with _own_run(folder) as run_id:
                 for file in todo:
                     restored[file.disk.key] = _write(file, run_id, request, progress)
+        elif os.access(str(folder), os.W_OK):
+            # The last act of a restore that crashed may have been to finish the files.
+            _remove_leftovers(folder)
     return {
         "changed": bool(todo),
         "point": point.name,
