@@ -147,7 +147,7 @@ def _store_facts(store: Optional[VmStore], points: Sequence[Dict[str, Any]], dis
 def not_to_be_trusted(
     disks: Sequence[Disk], points: Sequence[Dict[str, Any]], foreign: Sequence[Snapshot]
 ) -> List[Disk]:
-    """Disks whose tracking may have been switched on over a snapshot that is not ours (VADP facts 7).
+    """Disks whose tracking may have been switched on over another snapshot (VADP facts 7).
 
     With such a snapshot there, only an earlier point without one proves that the same tracking is older.
     """

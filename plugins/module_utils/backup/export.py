@@ -44,19 +44,16 @@ class Source:
     """What is to be read, as vCenter shows it before anything is touched.
 
     :param snapshot: None where it does not exist yet (check mode).
-    :param foreign: snapshots of the VM that are not of this repository, the one that is read apart.
+    :param foreign: the VM's snapshots but the one that is read. One that a run of ours left is no better than others:
+        to go back to it does the same harm (VADP facts 7, 11).
     """
 
     vm: VmRef
     snapshot: Optional[Snapshot]
     selection: Selection
     change_ids: Dict[int, Optional[str]]
-    others: List[Snapshot]
+    foreign: List[Snapshot]
     warnings: List[str] = field(default_factory=list)
-
-    def foreign(self, repository_id: str) -> List[Snapshot]:
-        """The VM's other snapshots that this repository did not make (VADP facts 7, 11)."""
-        return [item for item in self.others if (item.marker or {}).get("repository_id") != repository_id]
 
 
 @dataclass(frozen=True)
@@ -135,7 +132,7 @@ def _look(session: Session, vm: VmRef, request: ExportRequest, check_mode: bool)
         snapshot=snapshot,
         selection=select_disks(disks, request.disks, request.exclude_disks),
         change_ids={disk.key: disk.change_id for disk in disks if disk.included},
-        others=[item for item in state.snapshots if snapshot is None or item.moid != snapshot.moid],
+        foreign=[item for item in state.snapshots if snapshot is None or item.moid != snapshot.moid],
         warnings=warnings,
     )
 
@@ -311,16 +308,15 @@ def _run_for(work: Work, point: str) -> Tuple[Run, bool]:
 
 
 def _mark_untrusted(store: VmStore, source: Source) -> None:
-    """Remember disks whose tracking was found on together with a snapshot that is not ours (VADP facts 7)."""
-    foreign = source.foreign(store.repository.id)
+    """Remember disks whose tracking was found on together with another snapshot (VADP facts 7)."""
     points, marks = store.points(), trust.marks(store)
-    for disk in not_to_be_trusted(source.selection.disks, points, foreign):
+    for disk in not_to_be_trusted(source.selection.disks, points, source.foreign):
         if trust.in_force(marks, points, disk.key, disk.uuid) is None:
-            names = ", ".join(f"'{item.name}'" for item in foreign[:3])
+            names = ", ".join(f"'{item.name}'" for item in source.foreign[:3])
             trust.mark(
                 store,
                 disk.key,
-                f"it was found on while the VM had snapshots that are not ours: {names}",
+                f"it was found on while the VM had other snapshots: {names}",
                 uuid=disk.uuid,
                 change_id=disk.change_id,
             )
@@ -376,13 +372,12 @@ def _copy(work: Work, run: Run, point: str, plans: Sequence[DiskPlan], vddk: Vdd
 
 
 def _snapshot_entry(work: Work) -> Dict[str, Any]:
-    foreign = work.source.foreign(work.store.repository.id)
     return {
         "moid": work.snapshot.moid,
         "name": work.snapshot.name,
         "created": work.snapshot.created,
         "quiesced": work.snapshot.quiesced,
-        "foreign": [{"moid": item.moid, "name": item.name, "created": item.created} for item in foreign],
+        "foreign": [{"moid": item.moid, "name": item.name, "created": item.created} for item in work.source.foreign],
     }
 
 

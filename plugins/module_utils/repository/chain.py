@@ -155,7 +155,7 @@ def _obstacle(
     if foreign and not revert_excluded:
         names = ", ".join(f"{snapshot['name']!r}" for snapshot in foreign[:3])
         return (
-            f"the VM had snapshots that are not ours at point {name} ({names}): "
+            f"the VM had other snapshots at point {name} ({names}): "
             "it may have been reverted since, and change tracking would not show that"
         )
     return _chain_problem(points, name, disk.key, facts)

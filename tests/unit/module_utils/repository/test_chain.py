@@ -99,7 +99,7 @@ OBSTACLES = {
     "no slash": (now(change_id="*"), POINTS, {}, "unknown form"),
     "no number": (now(change_id=f"{PREFIX}/x"), POINTS, {}, "unknown form"),
     "older snapshot": (now(), POINTS, {"created": "2026-11-22T08:46:02Z"}, "older than that of point another"),
-    "foreign": (now(), foreign(POINTS, "another"), {}, "not ours at point another .'before the update'"),
+    "foreign": (now(), foreign(POINTS, "another"), {}, "other snapshots at point another .'before the update'"),
     "layer": (
         now(),
         POINTS,
@@ -149,7 +149,7 @@ def test_a_differential_stands_on_its_own_full() -> None:
     """Foreign snapshots and a missing layer count where they are built upon."""
     broken = StoreFacts({("another", KEY): "the file is missing"})
     assert decide(now(), foreign(POINTS, "another"), "differential", broken).parent == "full"
-    with pytest.raises(ChainError, match="not ours at point full"):
+    with pytest.raises(ChainError, match="other snapshots at point full"):
         decide(now(), foreign(POINTS, "full"), "differential")
     with pytest.raises(ChainError, match="no restore point holds the disk in full"):
         decide(now(), [point("inc2", 2, "incremental", "gone")], "differential")
