@@ -86,7 +86,7 @@ def restore_point(request: RestoreRequest, check_mode: bool) -> Dict[str, Any]:
                 return _result(point, vm, [_entry(target, vm, "it would be written") for target in targets])
             if vddk is None:
                 raise TransportError("The disks can't be written", reason=problem)
-            store = _journal_store(point, vm)
+            store = _journal_store(point, vm, targets)
             run_id = new_run_id()
             with store.lock(run_id, "vadp_disk_restore"):
                 # The check of the point may have taken long.
@@ -108,12 +108,17 @@ def _find_target(session: Session, point: Point, request: RestoreRequest) -> VmR
     return find_vm(session, **named)
 
 
-def _journal_store(point: Point, vm: VmRef) -> VmStore:
-    """Where lock and record lie: with the VM that is written, if the repository knows it, else with the point's VM."""
+def _journal_store(point: Point, vm: VmRef, targets: List[DiskTarget]) -> VmStore:
+    """Where lock, record and marks lie: with the VM that is written.
+
+    With the point's VM if the repository knows nothing of the other and its changes are not tracked, so that there is
+    nothing to mark.
+    """
     own = point.repository.vm(vm.instance_uuid)
     if own.uuid == point.store.uuid:
         return point.store
-    return own if own.path.is_dir() else point.store
+    tracked = any(target.disk.change_id is not None for target in targets)
+    return own if tracked or own.path.is_dir() else point.store
 
 
 def _look(session: Session, vm: VmRef, point: Point, request: RestoreRequest, proxy: ProxyFacts) -> List[DiskTarget]:
