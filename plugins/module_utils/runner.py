@@ -9,6 +9,7 @@ from typing import Any, Callable, Dict, List, Sequence
 from ansible.module_utils.basic import AnsibleModule, env_fallback, missing_required_lib
 
 from .errors import VadpError
+from .lease import Ended, ends_in_order
 from .libraries import first_missing
 
 
@@ -98,6 +99,16 @@ def transport_options(transports: Sequence[str]) -> Options:
     )
 
 
+def progress_options() -> Options:
+    """Doc fragment ``openvadp.backup.progress``: of modules that run for long, beside an action plugin."""
+    lease = dict(
+        processes=dict(type="list", elements="str", default=[]),
+        file=dict(type="path"),
+        seconds=dict(type="int"),
+    )
+    return Options(dict(progress_file=dict(type="path"), lease=dict(type="dict", options=lease)))
+
+
 def run_module(
     options: Options, body: Callable[[AnsibleModule], Dict[str, Any]], libraries: Sequence[str] = ()
 ) -> None:
@@ -105,7 +116,8 @@ def run_module(
 
     :param body: takes the module, returns the result (``changed`` included; ``warnings`` are given out, ``diff`` is
         passed on in diff mode only); a :class:`VadpError` becomes ``fail_json``
-        with the message and an ``error`` dictionary, anything else keeps its traceback.
+        with the message and an ``error`` dictionary, anything else keeps its traceback. SIGTERM, and the loss of the
+        option ``lease``, end it in order.
     :param libraries: import names (see ``libraries``) without which the module can't do its work.
     """
     module = AnsibleModule(argument_spec=options.argument_spec, supports_check_mode=True, **options.rules)
@@ -113,9 +125,12 @@ def run_module(
     if name:
         module.fail_json(msg=missing_required_lib(what), exception=trace)
     try:
-        result = body(module)
+        with ends_in_order(module.params.get("lease")):
+            result = body(module)
     except VadpError as error:
         module.fail_json(msg=str(error), error=error.to_result())
+    except Ended as end:
+        module.fail_json(msg=f"The module was ended before its work was done: {end}. Run it again.")
     for warning in result.pop("warnings", ()):
         module.warn(warning)
     if not module._diff:

@@ -22,6 +22,7 @@ extends_documentation_fragment:
   - openvadp.backup.vm
   - openvadp.backup.repository
   - openvadp.backup.transport
+  - openvadp.backup.progress
   - openvadp.backup.attributes
   - openvadp.backup.attributes.actiongroup_vadp
 attributes:
@@ -92,11 +93,6 @@ options:
     description: How many disks are read at a time (1 to 16). Each takes two connections to its ESXi host.
     type: int
     default: 2
-  progress_file:
-    description:
-      - File to which the progress of each disk is appended as JSON lines.
-      - The action plugin of this module sets it, and shows the progress on the controller's screen.
-    type: path
 requirements:
   - nbdkit with its VDDK plugin, and VDDK
   - qemu-img and qemu-nbd (QEMU 5.1 or newer)
@@ -266,6 +262,7 @@ from ..module_utils.repository.chain import MODES
 from ..module_utils.runner import (
     Options,
     connection_options,
+    progress_options,
     repository_options,
     run_module,
     transport_options,
@@ -283,7 +280,6 @@ OPTIONS = Options(
         rate_limit=dict(type="str"),
         compression=dict(type="str", choices=list(COMPRESSIONS), default="zstd"),
         parallel_disks=dict(type="int", default=2),
-        progress_file=dict(type="path"),
     ),
     required_one_of=[("snapshot_moid", "snapshot_name")],
     mutually_exclusive=[("snapshot_moid", "snapshot_name")],
@@ -299,7 +295,8 @@ def body(module: AnsibleModule) -> Dict[str, Any]:
 
 
 def main() -> None:
-    options = connection_options() + vm_options() + repository_options() + transport_options(TRANSPORTS) + OPTIONS
+    options = connection_options() + vm_options() + repository_options() + transport_options(TRANSPORTS)
+    options += progress_options() + OPTIONS
     run_module(options, body, libraries=["pyVmomi", "nbd", "blake3"])
 
 

@@ -21,6 +21,7 @@ extends_documentation_fragment:
   - openvadp.backup.repository
   - openvadp.backup.repository_vm
   - openvadp.backup.transport
+  - openvadp.backup.progress
   - openvadp.backup.attributes
   - openvadp.backup.attributes.actiongroup_vadp
 attributes:
@@ -153,11 +154,6 @@ options:
       - Bytes a second that are written at most, with O(target=in_place), such as V(50M).
       - The suffixes K, M and G are binary.
     type: str
-  progress_file:
-    description:
-      - File to which the progress of each disk is appended as lines of JSON.
-      - If not given, the progress is shown on the controller's screen and kept nowhere.
-    type: path
 notes:
   - Required privileges for O(target=in_place) are C(VirtualMachine.Provisioning.DiskRandomAccess),
     C(VirtualMachine.Provisioning.DiskRandomRead) and C(VirtualMachine.Provisioning.GetVmFiles).
@@ -281,6 +277,7 @@ from ..module_utils.restore.request import IN_PLACE, TARGETS, RestoreRequest
 from ..module_utils.runner import (
     Options,
     connection_options,
+    progress_options,
     repository_options,
     repository_vm_options,
     run_module,
@@ -310,7 +307,6 @@ def options() -> Options:
         overwrite=dict(type="bool", default=False),
         verify=dict(type="bool", default=True),
         rate_limit=dict(type="str"),
-        progress_file=dict(type="path"),
     )
     return (
         Options(connection, required_if=[("target", IN_PLACE, needed)])
@@ -318,6 +314,7 @@ def options() -> Options:
         + repository_options()
         + repository_vm_options()
         + transport_options(TRANSPORTS)
+        + progress_options()
         + Options(own, required_if=[("target", "file", ["dest"])])
     )
 

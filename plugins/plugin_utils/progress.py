@@ -9,6 +9,10 @@ which runs on the controller, reads that file meanwhile and prints a line now an
 * Everything else (SSH, ``become``, containers): the module runs as an asynchronous job. Each poll is one short command
   that fetches what is new in the file and whether the job still runs, so no channel is silent for long: firewalls and
   SSH servers cut silent ones, and a synchronous module with them.
+
+Nobody ends a module whose controller died, so the plugin gives it a lease (see ``module_utils/lease.py``): the process
+ids of ansible-playbook and of the plugin on this machine; else a file that each poll touches, and that goes with the
+task. A plugin that outlives its ansible-playbook ends the job.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import multiprocessing
 import os
 import re
 import shlex
@@ -31,6 +36,8 @@ from ansible.errors import AnsibleActionFail, AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 
+from ..module_utils.lease import identity
+
 display = Display()
 
 FOLLOW_SECONDS = 0.5
@@ -44,6 +51,8 @@ POLL_BYTES = 256 * 1024
 JOB_SECONDS = 30 * 24 * 3600
 #: How long the connection to a job's machine may be away before the task is given up.
 LOST_SECONDS = 120.0
+#: A job ends when it was not polled for so long: later than the task would have been given up here.
+LEASE_SECONDS = int(LOST_SECONDS) + 60
 #: After this long without news from a job, its process is looked for.
 QUIET_SECONDS = 30.0
 
@@ -208,49 +217,52 @@ class ProgressAction(ActionBase):
     def _runs_as_another(self) -> bool:
         return self._connection.become is not None
 
-    def _arguments(self, progress_file: str) -> Dict[str, Any]:
-        return {**self._task.args, "progress_file": progress_file}
+    def _arguments(self, progress_file: str, lease: Dict[str, Any]) -> Dict[str, Any]:
+        return {**self._task.args, "progress_file": progress_file, "lease": lease}
 
     # Here: a thread follows the file.
 
     def _run_here(self, lines: ProgressLines, variables: Dict[str, Any]) -> Dict[str, Any]:
         own = self._task.args.get("progress_file")
-        folder = None
+        folder = tempfile.mkdtemp(prefix="vadp-progress-", dir=C.DEFAULT_LOCAL_TMP)  # type: ignore[attr-defined]
+        lease: Dict[str, Any] = {"processes": _waiting(), "file": os.path.join(folder, "lease")}
+        _touch(lease["file"])
         if own:
             path = os.path.expanduser(os.path.expandvars(str(own)))
             offset = os.path.getsize(path) if os.path.exists(path) else 0
         else:
-            folder = tempfile.mkdtemp(prefix="vadp-progress-", dir=C.DEFAULT_LOCAL_TMP)  # type: ignore[attr-defined]
             path, offset = os.path.join(folder, "progress"), 0
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            _touch(path)
         follower = Follower(path, offset, lines.feed)
         try:
             with follower:
-                return dict(self._execute_module(module_args=self._arguments(path), task_vars=variables))
+                result = dict(self._execute_module(module_args=self._arguments(path, lease), task_vars=variables))
+            _check_parent()
+            return result
         finally:
             if follower.error is not None:
                 display.warning(f"The progress is not shown: {path} can't be read: {follower.error.strerror}")
-            if folder is not None:
-                shutil.rmtree(folder)
+            # A task that is given up ends the module by this.
+            shutil.rmtree(folder)
 
     # On another machine, or as another user: a job that is polled.
 
     def _run_remotely(self, lines: ProgressLines, variables: Dict[str, Any]) -> Dict[str, Any]:
         own = self._task.args.get("progress_file")
-        folder = None
+        folder = self._remote_folder()
+        lease: Dict[str, Any] = {"file": f"{folder}/lease", "seconds": LEASE_SECONDS}
         if own:
             path = str(self._remote_expand_user(str(own)))
             size = self._shell_words(f"wc -c < {shlex.quote(path)} 2>/dev/null || echo 0")
             offset = int(size) if size.isdigit() else 0
         else:
-            folder, offset = self._remote_folder(), 0
-            path = f"{folder}/progress"
+            path, offset = f"{folder}/progress", 0
         payload = self._connection._shell.tmpdir or self._make_tmp_path()
         try:
-            started = self._start_job(self._arguments(path), variables)
+            started = self._start_job(self._arguments(path, lease), variables)
             if "ansible_job_id" not in started or "results_file" not in started:
                 return started
-            job = Job(str(started["ansible_job_id"]), str(started["results_file"]), path, offset)
+            job = Job(str(started["ansible_job_id"]), str(started["results_file"]), path, offset, lease["file"])
             try:
                 return self._wait_for_job(job, lines, variables)
             except BaseException:
@@ -258,12 +270,12 @@ class ProgressAction(ActionBase):
                 self._end_job(job)
                 raise
         finally:
-            if folder is not None:
-                self._try_command(f"rm -rf {shlex.quote(folder)}")
+            self._try_command(f"rm -rf {shlex.quote(folder)}")
             self._remove_payload(payload)
 
     def _remote_folder(self) -> str:
-        words = self._shell_words('umask 077; mktemp -d "${TMPDIR:-/tmp}/vadp-progress-XXXXXXXX"')
+        make = 'mktemp -d "${TMPDIR:-/tmp}/vadp-progress-XXXXXXXX"'
+        words = self._shell_words(f'umask 077; made=$({make}) && touch "$made/lease" && echo "$made"')
         if not re.fullmatch(r"/\S*/vadp-progress-\w+", words):
             raise AnsibleActionFail(
                 f"No folder for the progress could be made on the proxy: mktemp -d said {words!r}. "
@@ -292,6 +304,7 @@ class ProgressAction(ActionBase):
         reached = heard = time.monotonic()
         while True:
             time.sleep(POLL_SECONDS)
+            _check_parent()
             try:
                 data, running = job.parse(self._words(job.poll_command()))
             except (AnsibleConnectionFailure, LostJob) as error:
@@ -404,19 +417,20 @@ class LostJob(Exception):
 class Job:
     """A module that runs as Ansible's asynchronous job, with a progress file: the commands to follow it."""
 
-    def __init__(self, job_id: str, results_file: str, progress_file: str, offset: int) -> None:
+    def __init__(self, job_id: str, results_file: str, progress_file: str, offset: int, lease_file: str) -> None:
         self.job_id = job_id
+        self.lease_file = lease_file
         self.results_file = results_file
         self.progress_file = progress_file
         self.offset = offset
 
     def poll_command(self) -> str:
-        """One command for both: what is new in the progress file, and whether the job still runs.
+        """One command for all: what is new in the progress file, and whether the job still runs; it renews the lease.
 
         Base64 because terminals change line ends. As long as the module runs, the results file begins with "started".
         """
         return (
-            "printf 'vadp<'; "
+            f"touch -c {shlex.quote(self.lease_file)} 2>/dev/null; printf 'vadp<'; "
             f"tail -c +{self.offset + 1} {shlex.quote(self.progress_file)} 2>/dev/null "
             f"| head -c {POLL_BYTES} | base64; "
             f"if grep -q '^{{\"started\"' {shlex.quote(self.results_file)} 2>/dev/null; "
@@ -446,6 +460,24 @@ class Job:
             f"tr '\\000' ' ' 2>/dev/null < $f | grep -q '[a]sync_wrapper.* {name} ' && "
             "p=${f%/cmdline} && echo ${p#/proc/}; done 2>/dev/null; true"
         )
+
+
+def _touch(path: str) -> None:
+    """Make an empty file that only we can read."""
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+
+
+def _waiting() -> List[str]:
+    """The processes that wait for a module here: this one, and the ansible-playbook whose worker it is."""
+    parent = multiprocessing.parent_process()
+    return [identity(os.getpid())] + ([identity(parent.pid)] if parent is not None and parent.pid else [])
+
+
+def _check_parent() -> None:
+    """:raises AnsibleActionFail: the ansible-playbook whose worker this is was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid != os.getppid():
+        raise AnsibleActionFail("ansible-playbook has ended; nobody waits for this task any more.")
 
 
 def _print(line: str) -> None:

@@ -74,16 +74,22 @@ def test_a_poll_finds_new_bytes_whatever_the_terminal_made_of_the_line_ends(tmp_
     path, results = tmp_path / "progress", tmp_path / "j1.2"
     path.write_bytes(b"old\n" + bytes(range(256)) * 700)
     results.write_text('{"started": 1, "finished": 0, "ansible_job_id": "j1.2"}')
-    job = progress.Job("j1.2", str(results), str(path), 4)
+    lease = tmp_path / "lease"
+    lease.touch()
+    os.utime(lease, (1, 1))
+    job = progress.Job("j1.2", str(results), str(path), 4, str(lease))
 
     def poll() -> Any:
         text = subprocess.run(["sh", "-c", job.poll_command()], check=True, capture_output=True, text=True).stdout
         return job.parse("Welcome!\r\n" + text.replace("\n", "\r\n"))
 
     assert poll() == (bytes(range(256)) * 700, True)
+    assert lease.stat().st_mtime > 1
+    lease.unlink()
     assert poll() == (b"", True)
     results.write_text('{"changed": true, "invocation": {"started": 1}}')
     assert poll() == (b"", False)
+    assert not lease.exists(), "a lease that was given up does not come back"
     with pytest.raises(progress.LostJob):
         job.parse("Connection closed")
 
@@ -96,7 +102,7 @@ from ansible.module_utils.basic import AnsibleModule
 
 module = AnsibleModule(
     dict(progress_file=dict(type="path"), seconds=dict(type="float", default=0), password=dict(no_log=True),
-         act=dict(default="end")),
+         act=dict(default="end"), lease=dict(type="dict")),
     supports_check_mode=True,
 )
 path = module.params["progress_file"]
@@ -137,6 +143,8 @@ class Controller:
         plugins = folder / "ansible_collections" / "openvadp" / "backup" / "plugins"
         for name in ("action", "plugin_utils"):
             shutil.copytree(ROOT / "plugins" / name, plugins / name)
+        (plugins / "module_utils").mkdir()
+        shutil.copy(ROOT / "plugins" / "module_utils" / "lease.py", plugins / "module_utils")
         (plugins / "modules").mkdir()
         (plugins / "modules" / "vadp_disk_export.py").write_text(MODULE)
         (folder / "ansible.cfg").write_text(
