@@ -8,10 +8,9 @@ import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from ..datapath import image
 from ..datapath.copier import CopyResult, copy
@@ -164,11 +163,11 @@ def _read_disk(
         nfc_port=request.nfc_port,
         run_dir=job.run_dir,
         io_timeout=request.io_timeout,
-    ) as source, _recorded(job.run, source.child):
+    ) as source, job.run.recorded(source.child):
         _check_size(plan, source)
         with image.serve(
             str(layer), run_dir=job.run_dir, writable=True, compress=request.compression == "zstd"
-        ) as target, _recorded(job.run, target):
+        ) as target, job.run.recorded(target):
             try:
                 result = copy(
                     source.uri,
@@ -207,16 +206,6 @@ def _explained(error: DataPathError, source: Endpoint, target: Child) -> VadpErr
     if error.details.get("side") == "target" and not target.alive:
         error.reason = target.log_tail(5) or f"qemu-nbd ended with status {target.returncode}"
     return error
-
-
-@contextmanager
-def _recorded(run: Run, child: Child) -> Iterator[None]:
-    """A process stands in the run's record while it lives. It dies with us anyway; this is for when that fails."""
-    intent = run.record("process", name=child.name, pid=child.pid, start_time=child.start_time)
-    try:
-        yield
-    finally:
-        run.done(intent)
 
 
 def _manifest_entry(plan: DiskPlan, result: CopyResult, transport: str) -> Dict[str, Any]:

@@ -13,11 +13,13 @@ import os
 import secrets
 import socket
 import threading
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any, Dict, Iterator, List, Mapping, Optional
 
 from ..datapath.image import atomic_write, fsync_dir
+from ..datapath.processes import Child
 from ..errors import DamagedError, RepositoryError
 from .manifest import check_disk
 from .shapes import (
@@ -171,6 +173,15 @@ class Run:
         with self._mutex:
             self._find(intent)
             self._change(intents=[known for known in self.data["intents"] if known["id"] != intent])
+
+    @contextmanager
+    def recorded(self, child: Child) -> Iterator[None]:
+        """A child process stands in the record while it lives. It dies with us anyway; this is for when that fails."""
+        intent = self.record("process", name=child.name, pid=child.pid, start_time=child.start_time)
+        try:
+            yield
+        finally:
+            self.done(intent)
 
     def set_snapshot(self, moid: str, created: str, change_ids: Mapping[int, Optional[str]]) -> None:
         """Say which snapshot is read. Disks that were finished from another one are forgotten.

@@ -18,7 +18,7 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 from ..datapath import image
 from ..datapath.copier import CopyResult, copy
 from ..datapath.extents import Extents
-from ..datapath.processes import Child, RuntimeDir
+from ..datapath.processes import RuntimeDir
 from ..datapath.progress import Progress
 from ..errors import DataPathError, InputError, TransportError, VadpError, VsphereError
 from ..libraries import vim
@@ -275,7 +275,7 @@ def _restore_disk(target: DiskTarget, job: _Job) -> Dict[str, Any]:
     report = job.progress.disk(source.key, source.label, source.capacity_bytes)
     state = "failed"
     try:
-        with image.serve(source.layer, run_dir=job.run_dir) as reader, _recorded(job.run, reader):
+        with image.serve(source.layer, run_dir=job.run_dir) as reader, job.run.recorded(reader):
             with _open(target, job, writable=True) as disk:
                 job.run.update(job.intent, half_written=[target.disk.key])
                 result = _write(reader.uri, disk, target, job, report.update)
@@ -318,7 +318,7 @@ def _open(target: DiskTarget, job: _Job, writable: bool) -> Iterator[Endpoint]:
         nfc_port=job.request.nfc_port,
         run_dir=job.run_dir,
         io_timeout=job.request.io_timeout,
-    ) as endpoint, _recorded(job.run, endpoint.child):
+    ) as endpoint, job.run.recorded(endpoint.child):
         if endpoint.size_bytes != target.source.capacity_bytes:
             raise TransportError(
                 "The disk has another size than its configuration says",
@@ -373,16 +373,6 @@ def _verify(reader_uri: str, target: DiskTarget, job: _Job) -> None:
         state = "done"
     finally:
         report.finish(state)
-
-
-@contextmanager
-def _recorded(run: Run, child: Child) -> Iterator[None]:
-    """A process stands in the run's record while it lives. It dies with us anyway; this is for when that fails."""
-    intent = run.record("process", name=child.name, pid=child.pid, start_time=child.start_time)
-    try:
-        yield
-    finally:
-        run.done(intent)
 
 
 # Results
