@@ -205,6 +205,7 @@ def _explained(error: DataPathError, source: Endpoint, target: Child) -> VadpErr
         error.remedy = "Make room in the repository, and run again"
     if error.details.get("side") == "target" and not target.alive:
         error.reason = target.log_tail(5) or f"qemu-nbd ended with status {target.returncode}"
+        error.remedy = "Run again; if it happens again, look at the system's log for what ended qemu-nbd"
     return error
 
 

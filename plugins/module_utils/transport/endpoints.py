@@ -67,10 +67,16 @@ class Endpoint:
 
         :returns: a TransportError where the log has a reason, else *error* itself.
         """
-        text = _tail(self.log_path)
-        if self.child.alive and decode_log(text) is None:
+        returncode = self.child.returncode
+        known = decode_log(_tail(self.log_path)) is not None
+        if returncode is None and not known:
             return error
-        better = _log_error(error.what, self.subject, self.log_path)
+        ending = f"signal {-returncode}" if returncode is not None and returncode < 0 else f"status {returncode}"
+        better = _log_error(error.what, self.subject, self.log_path, fallback=f"nbdkit ended with {ending}")
+        if not known:
+            # A server that died of nothing that VDDK knows of may live the next time.
+            better.retryable = True
+            better.remedy = "Run again; if it happens again, look at the system's log for what ended nbdkit"
         better.details["error"] = error.to_result()
         return better
 
