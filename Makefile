@@ -37,7 +37,7 @@ lint:
 	tests/tools/lint.sh
 
 unit:
-	$(PYTHON) -m pytest -q tests/unit tests/simulator/tests
+	$(PYTHON) -m pytest -q -n 2 --dist loadfile tests/unit tests/simulator/tests
 
 e2e:
 	$(PYTHON) -m pytest -q tests/e2e

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -203,7 +204,8 @@ def test_here_the_file_is_private_followed_and_gone(controller: Controller) -> N
     outcome, lines, _text = controller.play({"seconds": 1.5})
     assert outcome["changed"] is True and outcome["private"] is True and outcome["private_folder"] is True
     assert not os.path.exists(outcome["file"])
-    assert lines[0] == "app01: Hard disk 1: 0 % of 192.0 MiB" and lines[-1].startswith("app01: Hard disk 1: done")
+    # How far it is at the first look depends on the machine.
+    assert re.fullmatch(r"app01: Hard disk 1: \d+ % of 192\.0 MiB.*", lines[0]) and lines[-1].startswith("app01: Hard disk 1: done")
     assert len(lines) >= 3
     assert not controller.leftovers()
 
