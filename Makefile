@@ -5,12 +5,13 @@ PYTHON := .venv/bin/python
 export PYTHONPATH := $(CURDIR)/build/tree
 export ANSIBLE_COLLECTIONS_PATH := $(CURDIR)/build/tree
 
-.PHONY: help setup demo test sanity lint unit e2e simulator build clean
+.PHONY: help setup demo test sanity lint unit e2e bench simulator build clean
 
 help:
 	@echo "make demo       set up, then back up, change and restore a VM on the simulator"
 	@echo "make test       set up, then sanity, lint, unit and end-to-end tests"
 	@echo "make sanity|lint|unit|e2e   one of them (after make setup)"
+	@echo "make bench      the figures of docs/benchmarks.md, or some: make bench BENCH=name,name (build/bench.json)"
 	@echo "make simulator  a vCenter to play with, until Ctrl-C (state in build/simulator)"
 	@echo "make build      the collection as an archive for ansible-galaxy, in build/"
 	@echo "make clean      remove what setup and tests made in this folder"
@@ -41,6 +42,9 @@ unit:
 
 e2e:
 	$(PYTHON) -m pytest -q tests/e2e
+
+bench: setup
+	@tests/benchmarks/run $(BENCH)
 
 simulator: setup
 	tests/simulator/run --state build/simulator --vms standard

@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""The figures. Each group makes what it needs, so any selection can be measured."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
+
+from ansible_collections.openvadp.backup.plugins.module_utils.datapath import image
+from ansible_collections.openvadp.backup.plugins.module_utils.datapath.extents import Extents
+from ansible_collections.openvadp.backup.plugins.module_utils.datapath.image import CLUSTER_BYTES
+from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.changed_areas import query_changed_areas
+from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.inventory import VmRef
+from harness import Ansible, Backups
+from pyVmomi import vim
+
+from .data import BLOCK, GIB, MIB
+from .rig import DISK, SMALL_DISK, Rig, say, timed
+
+ROUNDS = 3
+CHAIN_LAYERS = 10
+AREAS = 1_000_000
+# A disk for a million areas, of a VM that has an empty one.
+LARGE_VM, LARGE_DISK, LARGE_BYTES = "restore01", 2001, 2048 * GIB
+# role vm_backup has one disk to back up here: a VM of the simulator with a single, small one.
+ONE_DISK_VM = "win01"
+
+
+class Figure(NamedTuple):
+    """A measured figure; without a peer the value stands in ``ratio`` too."""
+
+    ratio: float
+    ours: float
+    peer: Optional[float]
+    unit: str
+
+
+Figures = Dict[str, Figure]
+
+
+def compared(ours: Sequence[float], peer: Sequence[float], unit: str = "s") -> Figure:
+    """Median against median."""
+    one, other = statistics.median(ours), statistics.median(peer)
+    return Figure(one / other, one, other, unit)
+
+
+def alone(value: float, unit: str) -> Figure:
+    return Figure(value, value, None, unit)
+
+
+def _seconds(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.2f}" for value in values) + " s"
+
+
+Times = Tuple[List[float], List[float]]
+
+
+def _interleaved(name: str, ours: Callable[[int], None], peer: Callable[[int], None]) -> Times:
+    """Seconds of both, in turn; who is first changes."""
+    times: Times = ([], [])
+    for number in range(ROUNDS):
+        for index in (0, 1) if number % 2 == 0 else (1, 0):
+            times[index].append(timed(partial((ours, peer)[index], number)))
+    say(f"{name}: ours {_seconds(times[0])}, peer {_seconds(times[1])}")
+    return times
+
+
+# Full and incremental
+
+SLOPE = {"1pct": 0.01, "5pct": 0.05, "20pct": 0.20}
+
+
+def full_and_incremental(rig: Rig, wanted: Set[str]) -> Figures:
+    """Rounds of a full, its peer, and an incremental of each size."""
+    repository = rig.repository("repository")
+    slopes = {
+        name: share
+        for name, share in SLOPE.items()
+        if {f"incremental_{name}_vs_full", f"incremental_{name}_stored_vs_compressed"} & wanted
+    }
+    full: List[float] = []
+    peer: List[float] = []
+    incremental: Dict[str, List[float]] = {name: [] for name in slopes}
+    stored: Dict[str, List[float]] = {name: [] for name in slopes}
+    compressed: Dict[str, List[float]] = {name: [] for name in slopes}
+    for number in range(ROUNDS):
+        with rig.snapshot() as snapshot:
+            for who in ("ours", "peer") if number % 2 == 0 else ("peer", "ours"):
+                if who == "ours":
+                    point = f"full-{number}"
+                    full.append(timed(partial(rig.export, repository, snapshot, mode="full", point=point)))
+                    size = os.stat(rig.layer(repository, point)).st_size
+                    say(f"full: {full[-1]:.2f} s, {size / MIB:.0f} MiB stored")
+                elif "full_vs_qemu_img_convert" in wanted:
+                    dest = rig.folder / "peer.qcow2"
+                    peer.append(timed(partial(rig.qemu_img_convert, snapshot, dest)))
+                    say(f"qemu-img convert: {peer[-1]:.2f} s, {dest.stat().st_size / MIB:.0f} MiB stored")
+                    dest.unlink()
+        for name, share in slopes.items():
+            changes = rig.change(share)
+            with rig.snapshot() as snapshot:
+                point = f"{name}-{number}"
+                seconds = timed(partial(rig.export, repository, snapshot, mode="incremental", point=point))
+            size = os.stat(rig.layer(repository, point)).st_size
+            incremental[name].append(seconds)
+            stored[name].append(size)
+            compressed[name].append(rig.compressed_bytes(changes))
+            say(f"incremental, {share:.0%} changed: {seconds:.2f} s, {size / MIB:.0f} MiB stored")
+    figures = {f"incremental_{name}_vs_full": compared(values, full) for name, values in incremental.items()}
+    figures.update(
+        {
+            f"incremental_{name}_stored_vs_compressed": compared(stored[name], compressed[name], "bytes")
+            for name in slopes
+        }
+    )
+    if peer:
+        figures["full_vs_qemu_img_convert"] = compared(full, peer)
+    shutil.rmtree(repository)
+    return figures
+
+
+def full_raw(rig: Rig, _wanted: Set[str]) -> Figures:
+    """Not compressed, so that nothing hides what reading, hashing and writing cost."""
+    repository, dest = rig.repository("raw"), rig.folder / "peer.qcow2"
+    with rig.snapshot() as snapshot:
+
+        def ours(number: int) -> None:
+            rig.export(repository, snapshot, mode="full", compression="none", point=f"raw-{number}")
+
+        def peer(_number: int) -> None:
+            dest.unlink(missing_ok=True)
+            rig.nbdcopy(snapshot, dest)
+
+        times = _interleaved("full_raw", ours, peer)
+    shutil.rmtree(repository)
+    dest.unlink()
+    return {"full_raw_vs_nbdcopy": compared(*times)}
+
+
+# Restore
+
+
+def restore(rig: Rig, _wanted: Set[str]) -> Figures:
+    """A chain of ten layers to a raw image."""
+    repository, dest = rig.repository("chain"), rig.repository("restored")
+    for number in range(CHAIN_LAYERS):
+        if number:
+            rig.change(0.01)
+        with rig.snapshot() as snapshot:
+            rig.export(repository, snapshot, mode="incremental" if number else "full", point=f"p{number}")
+    point = f"p{CHAIN_LAYERS - 1}"
+    layer = rig.layer(repository, point)
+    assert len(image.chain_files(layer)) == CHAIN_LAYERS
+    raw = rig.folder / "peer.raw"
+    restored: List[Path] = []
+
+    def clear() -> None:
+        raw.unlink(missing_ok=True)
+        while restored:
+            restored.pop().unlink()
+
+    def ours(_number: int) -> None:
+        restored.append(rig.restore(repository, point, dest))
+
+    def peer(_number: int) -> None:
+        rig.convert_to_raw(layer, raw)
+
+    times: Times = ([], [])
+    verify: List[float] = []
+    for number in range(ROUNDS):
+        clear()
+        for index in (0, 1) if number % 2 == 0 else (1, 0):
+            times[index].append(timed(partial((ours, peer)[index], number)))
+        verify.append(timed(partial(image.compare, layer, str(restored[0]), b_format="raw")))
+    say(f"restore: ours {_seconds(times[0])}, peer {_seconds(times[1])}; read again to verify {_seconds(verify)}")
+    clear()
+    shutil.rmtree(repository)
+    shutil.rmtree(dest)
+    return {
+        "restore_vs_qemu_img_convert": compared(*times),
+        "restore_verify_read_seconds": alone(statistics.median(verify), "s"),
+    }
+
+
+# Memory and planning
+
+
+class _Pages:
+    """Answers to QueryChangedDiskAreas as pyVmomi gives them, made beforehand: what is timed is ours alone."""
+
+    def __init__(self, areas: int, page_areas: int = 2000) -> None:
+        info, extent = vim.VirtualMachine.DiskChangeInfo, vim.VirtualMachine.DiskChangeInfo.DiskChangeExtent
+        self.capacity_bytes = areas * 2 * BLOCK
+        self._pages = [
+            info(
+                startOffset=first * 2 * BLOCK,
+                length=page_areas * 2 * BLOCK,
+                changedArea=[
+                    extent(start=number * 2 * BLOCK, length=BLOCK) for number in range(first, first + page_areas)
+                ],
+            )
+            for first in range(0, areas, page_areas)
+        ]
+        self.obj = vim.VirtualMachine("vm-1")
+
+    def call(self, *_args: Any, **_options: Any) -> Any:
+        return self._pages.pop(0)
+
+
+def planning(_rig: Rig, _wanted: Set[str]) -> Figures:
+    """From the pages of an answer to the pieces that are copied, a million of them."""
+    times = []
+    for _round in range(ROUNDS):
+        pages: Any = _Pages(AREAS)
+        begun = time.monotonic()
+        found = query_changed_areas(pages, pages, None, DISK, pages.capacity_bytes, "52 de/1")
+        areas = Extents.of(found).round_out(CLUSTER_BYTES, pages.capacity_bytes)
+        count = sum(1 for _piece in areas.pieces(MIB))
+        times.append(time.monotonic() - begun)
+        assert len(areas) == count == AREAS
+    say(f"planning {AREAS} areas: {_seconds(times)}")
+    return {"plan_1m_areas_seconds": alone(statistics.median(times), "s")}
+
+
+def memory(rig: Rig, _wanted: Set[str]) -> Figures:
+    """The largest resident set of an export's process: of much data, of a huge disk, of a million changed areas."""
+    repository = rig.repository("memory")
+    peaks: List[float] = []
+
+    def export(what: str, machine: Optional[VmRef] = None, **options: Any) -> None:
+        with rig.snapshot(machine) as snapshot:
+            result = rig.export_apart(repository, snapshot, **options)
+        disk = result["disks"][0]
+        peaks.append(result["peak_mib"])
+        say(
+            f"memory, {what}: {result['peak_mib']:.0f} MiB; {disk['mode']}, {disk['areas']} areas,"
+            f" {disk['bytes_read'] / GIB:.2f} GiB read in {result['seconds']:.1f} s"
+        )
+
+    export("full", mode="full")
+    rig.change(0.20)
+    export("20 % changed", mode="incremental")
+    large = rig.large_disk(LARGE_VM, LARGE_DISK, LARGE_BYTES)
+    options = {"vm": {"name": LARGE_VM}, "disks": [str(LARGE_DISK)]}
+    export("2 TiB, nearly empty", large, mode="full", **options)
+    rig.change_everywhere(LARGE_VM, LARGE_DISK, AREAS, LARGE_BYTES // AREAS // BLOCK * BLOCK)
+    export("2 TiB, a million areas", large, mode="incremental", **options)
+    shutil.rmtree(repository)
+    return {"export_rss_mib": alone(max(peaks), "MiB")}
+
+
+# Calls
+
+
+def calls(rig: Rig, wanted: Set[str]) -> Figures:
+    """Calls to vCenter, all of them: log-ins, reads, files and what VDDK asks for included."""
+    figures: Figures = {}
+    control = rig.simulator.control
+    if "api_calls_noop_export" in wanted:
+        repository = rig.repository("calls")
+        with rig.snapshot() as snapshot:
+            rig.export(repository, snapshot, mode="full", point="there", disks=[str(SMALL_DISK)])
+            before = rig.simulator.last_call()
+            result = rig.export(repository, snapshot, point="there", disks=[str(SMALL_DISK)])
+            made = control.call("calls", since=before)
+        assert not result["changed"]
+        figures["api_calls_noop_export"] = alone(_told("export of a point that exists", made), "calls")
+    if {"api_calls_full_backup", "ansible_playbook_start_seconds"} & wanted:
+        control.call("power", vm=ONE_DISK_VM, state="poweredOn")
+        ansible = Ansible(rig.folder / "ansible")
+        backups = Backups(rig.simulator, ansible, rig.repository("role"))
+        before = rig.simulator.last_call()
+        backups.run(ONE_DISK_VM, point="first", transports=["nbdssl"]).ok()
+        made = control.call("calls", since=before)
+        figures["api_calls_full_backup"] = alone(_told("role vm_backup, the first backup of a VM", made), "calls")
+        play = [{"hosts": "localhost", "gather_facts": False, "tasks": [{"ansible.builtin.ping": {}}]}]
+        starts = [timed(lambda: ansible.run(play).ok()) for _round in range(ROUNDS)]
+        figures["ansible_playbook_start_seconds"] = alone(statistics.median(starts), "s")
+    return figures
+
+
+def _told(what: str, made: List[Dict[str, Any]]) -> int:
+    counts = Counter(call["method"] for call in made)
+    say(f"{what}: " + ", ".join(f"{count} {method}" for method, count in counts.most_common()))
+    return len(made)
+
+
+#: Each group with the figures that it measures, in the order of a whole run: the short ones first.
+GROUPS: List[Tuple[Callable[[Rig, Set[str]], Figures], List[str]]] = [
+    (planning, ["plan_1m_areas_seconds"]),
+    (calls, ["api_calls_noop_export", "api_calls_full_backup", "ansible_playbook_start_seconds"]),
+    (
+        full_and_incremental,
+        ["full_vs_qemu_img_convert"]
+        + [f"incremental_{name}_vs_full" for name in SLOPE]
+        + [f"incremental_{name}_stored_vs_compressed" for name in SLOPE],
+    ),
+    (full_raw, ["full_raw_vs_nbdcopy"]),
+    (restore, ["restore_vs_qemu_img_convert", "restore_verify_read_seconds"]),
+    (memory, ["export_rss_mib"]),
+]

@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""The place where it is measured: a simulated VM with a large disk, exports of it, and the peers at the same endpoint.
+
+What is timed begins with data that is on the disk (``sync``) and ends when the result is: ours by itself, a peer's
+file is synced by us within its time. All is read from the page cache where it fits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+
+from ansible_collections.openvadp.backup.plugins.module_utils.backup.export import export_point
+from ansible_collections.openvadp.backup.plugins.module_utils.backup.request import ExportRequest
+from ansible_collections.openvadp.backup.plugins.module_utils.datapath import image
+from ansible_collections.openvadp.backup.plugins.module_utils.datapath.processes import RuntimeDir
+from ansible_collections.openvadp.backup.plugins.module_utils.repository.layout import Repository
+from ansible_collections.openvadp.backup.plugins.module_utils.restore.request import DiskChoice, RestoreRequest
+from ansible_collections.openvadp.backup.plugins.module_utils.restore.to_file import restore_point
+from ansible_collections.openvadp.backup.plugins.module_utils.transport.endpoints import Endpoint, open_vddk
+from ansible_collections.openvadp.backup.plugins.module_utils.transport.vddk import find_library
+from ansible_collections.openvadp.backup.plugins.module_utils.vsphere import change_tracking, snapshots
+from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.inventory import VmRef, find_vm
+from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.session import Connection, Session
+from harness import Simulator
+
+from .data import GIB, Content
+
+VM = "app01"
+DISK = 2001
+SMALL_DISK = 2000
+# No multiple of a cluster, as real disks are.
+_ODD_BYTES = 67 * 512
+_TRANSPORT = "nbdssl"
+
+
+def say(text: str) -> None:
+    """What goes on, beside the figures."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def timed(work: Callable[[], Any]) -> float:
+    """Seconds of *work*, which begins when nothing is left to write."""
+    os.sync()
+    begun = time.monotonic()
+    work()
+    return time.monotonic() - begun
+
+
+class Rig:
+    """A running simulator, its VM with *gib* GiB of data on a disk of twice the size, and a folder for what is made."""
+
+    def __init__(self, folder: Path, gib: int) -> None:
+        self.folder = folder
+        self.simulator = Simulator(folder / "vcenter", vms="standard")
+        self._stack = contextlib.ExitStack()
+        self._stack.callback(self.simulator.stop)
+        try:
+            self._prepare(gib)
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(self, gib: int) -> None:
+        self.capacity_bytes = 2 * gib * GIB + _ODD_BYTES
+        self.connection = Connection(**self.simulator.connection)
+        self.vddk = find_library(self.simulator.facts["vddk_libdir"])
+        self.simulator.control.call("grow_disk", vm=VM, disk=DISK, capacity_bytes=self.capacity_bytes)
+        extent = self.folder / "vcenter" / "datastores" / "vmfs01" / VM / f"{VM}_1-flat.vmdk"
+        os.truncate(extent, 0)
+        os.truncate(extent, self.capacity_bytes)
+        self.content = Content()
+        begun = time.monotonic()
+        self.blocks = self.content.fill(extent, self.capacity_bytes, gib * GIB)
+        os.sync()
+        say(f"disk of {self.capacity_bytes} bytes with {gib} GiB of data: {time.monotonic() - begun:.1f} s")
+        self.session = self._stack.enter_context(Session.connect(self.connection))
+        self.vm = find_vm(self.session, name=VM)
+        change_tracking.enable(self.session, self.vm)
+
+    def close(self) -> None:
+        """End the simulator."""
+        self._stack.close()
+
+    # The VM
+
+    @contextlib.contextmanager
+    def snapshot(self, vm: Optional[VmRef] = None) -> Iterator[snapshots.Snapshot]:
+        """A snapshot of a VM as it is now, gone afterwards."""
+        vm = vm or self.vm
+        taken = snapshots.create_snapshot(self.session, vm, f"bench-{time.monotonic_ns()}", quiesce="never").snapshot
+        try:
+            yield taken
+        finally:
+            snapshots.remove_snapshot(self.session, vm, taken)
+
+    def change(self, share: float) -> Dict[bytes, List[int]]:
+        """The guest writes to a share of its data. :returns: what it wrote, and where."""
+        changes = self.content.changes(self.blocks, share)
+        for data, offsets in changes.items():
+            self.simulator.control.call("guest_write", vm=VM, disk=DISK, offsets=offsets, data=data)
+        return changes
+
+    def large_disk(self, name: str, key: int, capacity_bytes: int) -> VmRef:
+        """Make an empty disk of another VM a large one, with change tracking on."""
+        self.simulator.control.call("grow_disk", vm=name, disk=key, capacity_bytes=capacity_bytes)
+        vm = find_vm(self.session, name=name)
+        change_tracking.enable(self.session, vm)
+        return vm
+
+    def change_everywhere(self, name: str, key: int, count: int, stride: int) -> None:
+        """The guest writes a sector at each of *count* places, and gives most of the space back.
+
+        So there are that many changed areas and little to read.
+        """
+        data, places = os.urandom(512), [number * stride for number in range(count)]
+        path = self.simulator.control.call("guest_write", vm=name, disk=key, offsets=places, data=data)["path"]
+        folder, file = path[1:].replace("]", "/", 1).split("/ ", 1)
+        extent = self.folder / "vcenter" / "datastores" / folder / file.replace(".vmdk", "-flat.vmdk")
+        kept = places[count // 10]
+        length = str(extent.stat().st_size - kept)
+        subprocess.run(
+            ["fallocate", "--punch-hole", "--offset", str(kept), "--length", length, str(extent)], check=True
+        )
+
+    # Ours
+
+    def options(self, repository: Path, snapshot: snapshots.Snapshot, **options: Any) -> Dict[str, Any]:
+        """An export of the large disk, as keywords of ExportRequest but the connection."""
+        return {
+            "vm": {"name": VM},
+            "repository": str(repository),
+            "snapshot_moid": snapshot.moid,
+            "disks": [str(DISK)],
+            "transports": [_TRANSPORT],
+            "vddk_libdir": self.vddk.libdir,
+            "nfc_port": self.simulator.facts["nfc_port"],
+            **options,
+        }
+
+    def export(self, repository: Path, snapshot: snapshots.Snapshot, **options: Any) -> Dict[str, Any]:
+        """Make a restore point. :returns: the export's result."""
+        options = self.options(repository, snapshot, **options)
+        return export_point(ExportRequest(connection=self.connection, **options), check_mode=False)
+
+    def export_apart(self, repository: Path, snapshot: snapshots.Snapshot, **options: Any) -> Dict[str, Any]:
+        """The same in a process of its own; see :mod:`.child`."""
+        request = {"connection": asdict(self.connection), "request": self.options(repository, snapshot, **options)}
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.child"],
+            check=False,
+            input=json.dumps(request),
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise RuntimeError(f"the export in a process of its own failed:\n{done.stderr[-4000:]}")
+        return dict(json.loads(done.stdout))
+
+    def repository(self, name: str) -> Path:
+        """An empty folder for a new repository."""
+        path = self.folder / name
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir()
+        return path
+
+    def layer(self, repository: Path, point: str, key: int = DISK) -> str:
+        store = Repository.open(str(repository)).find_vm(vm_name=VM)
+        return str(store.layer_path(key, point))
+
+    def restore(self, repository: Path, point: str, dest: Path) -> Path:
+        """Restore the large disk to a raw image, without the read afterwards. :returns: the image."""
+        request = RestoreRequest(
+            repository=str(repository),
+            vm_name=VM,
+            point=point,
+            dest=str(dest),
+            disks=[DiskChoice(DISK)],
+            verify=False,
+        )
+        return Path(restore_point(request, check_mode=False)["restored"][0]["target"])
+
+    # Peers
+
+    @contextlib.contextmanager
+    def _endpoint(self, snapshot: snapshots.Snapshot) -> Iterator[Tuple[Endpoint, RuntimeDir]]:
+        disk = next(disk for disk in snapshots.snapshot_disks(self.session, snapshot) if disk.key == DISK)
+        with RuntimeDir("bench-peer") as run_dir, open_vddk(
+            self.session,
+            self.vm,
+            file=disk.file,
+            snapshot_moid=snapshot.moid,
+            transports=[_TRANSPORT],
+            writable=False,
+            vddk=self.vddk,
+            nfc_port=self.simulator.facts["nfc_port"],
+            run_dir=run_dir,
+            io_timeout=180,
+        ) as endpoint:
+            yield endpoint, run_dir
+
+    def qemu_img_convert(self, snapshot: snapshots.Snapshot, dest: Path) -> None:
+        """A compressed qcow2 of the snapshot's disk by qemu-img, from an endpoint as ours is."""
+        options = ["-c", "-f", "raw", "-O", "qcow2", "-o", "compression_type=zstd", "-m", "16", "-W"]
+        with self._endpoint(snapshot) as (endpoint, _run_dir):
+            subprocess.run(["qemu-img", "convert", *options, endpoint.uri, str(dest)], check=True)
+        image.fsync_file(str(dest))
+
+    def nbdcopy(self, snapshot: snapshots.Snapshot, dest: Path) -> None:
+        """A qcow2, not compressed, of the snapshot's disk by nbdcopy, from an endpoint and to a server as ours are."""
+        image.create_layer(str(dest), self.capacity_bytes)
+        with self._endpoint(snapshot) as (endpoint, run_dir), image.serve(
+            str(dest), run_dir=run_dir, writable=True, connections=4
+        ) as target:
+            command = ["nbdcopy", "--flush", "--destination-is-zero", endpoint.uri, target.uri]
+            subprocess.run(command, check=True)
+        image.fsync_file(str(dest))
+
+    @staticmethod
+    def convert_to_raw(layer: str, dest: Path) -> None:
+        """A raw image of a chain of layers by qemu-img."""
+        command = ["qemu-img", "convert", "-f", "qcow2", "-O", "raw", "-m", "16", "-W", layer, str(dest)]
+        subprocess.run(command, check=True)
+        image.fsync_file(str(dest))
+
+    def compressed_bytes(self, changes: Dict[bytes, List[int]]) -> int:
+        """What the changed clusters take when qemu compresses them, without the tables of the image."""
+        raw, packed = self.folder / "changed.raw", self.folder / "changed.qcow2"
+        with raw.open("wb") as file:
+            for data, offsets in changes.items():
+                for _offset in offsets:
+                    file.write(data)
+        size = raw.stat().st_size
+        options = ["-f", "raw", "-O", "qcow2", "-o", "compression_type=zstd"]
+        subprocess.run(["qemu-img", "convert", "-c", *options, str(raw), str(packed)], check=True)
+        stored = packed.stat().st_size
+        raw.write_bytes(b"")
+        os.truncate(raw, size)
+        subprocess.run(["qemu-img", "convert", "-c", *options, str(raw), str(packed)], check=True)
+        tables = packed.stat().st_size + -(-size // (512 << 20)) * image.CLUSTER_BYTES
+        raw.unlink()
+        packed.unlink()
+        return stored - tables
