@@ -30,6 +30,8 @@ _STOP_TIMEOUT = 10
 _LOG_TAIL_BYTES = 256 * 1024
 _LOG_TAIL_LINES = 20
 _POLL_MS = 100
+# 1 + 2 + 4 + 8 s: as long as a host takes that leaves vCenter's choice, and a cut that heals by itself.
+_OPEN_RETRIES = 4
 
 # nbdkit asks for SIGTERM at its parent's death, in place of the SIGKILL that Child asked for, and after a SIGTERM it
 # waits for requests that VDDK does not end. So a guard in its process group waits for the end of a pipe that only we
@@ -221,9 +223,25 @@ def mode_used(log_text: str) -> Optional[str]:
 
 
 def _first_connection(child: Child, socket: Path, subject: str, log: Path, timeout: int) -> int:
-    """Open the disk once and return its size; asynchronously, because an open that hangs must not hang us."""
-    handle = nbd.NBD()
+    """Open the disk once and return its size. What may pass by itself is tried again (VADP facts 19).
+
+    With each open vCenter chooses the serving host anew: one that enters maintenance mode is not chosen again.
+    """
     deadline = time.monotonic() + timeout
+    for retry in range(min(_OPEN_RETRIES, retries_within(timeout))):
+        try:
+            return _open_once(child, socket, subject, log, timeout, deadline)
+        except TransportError as error:
+            pause = 2**retry
+            if not error.retryable or not child.alive or time.monotonic() + pause >= deadline:
+                raise
+        time.sleep(pause)
+    return _open_once(child, socket, subject, log, timeout, deadline)
+
+
+def _open_once(child: Child, socket: Path, subject: str, log: Path, timeout: int, deadline: float) -> int:
+    """Asynchronously, because an open that hangs must not hang us."""
+    handle = nbd.NBD()
     try:
         handle.aio_connect_unix(str(socket))
         while not handle.aio_is_ready():
