@@ -56,6 +56,7 @@ class _Job:
     session: Session
     vm: VmRef
     point: Point
+    store: VmStore
     run: Run
     intent: int
     vddk: Vddk
@@ -212,7 +213,7 @@ def _restore(
     run_dir: RuntimeDir,
     progress: Progress,
 ) -> List[Dict[str, Any]]:
-    """Under the VM's lock. Before the first write, the run's record and the marks are on the disk (VADP facts 12)."""
+    """Under the VM's lock. The run's record is on the disk before anything is opened."""
     keys = [target.disk.key for target in targets]
     intent = run.record(
         "restore",
@@ -224,16 +225,7 @@ def _restore(
         half_written=[],
     )
     try:
-        if store.uuid == vm.instance_uuid.lower():
-            for target in targets:
-                trust.mark(
-                    store,
-                    target.disk.key,
-                    f"the disk was restored from point {point.name}",
-                    uuid=target.disk.uuid,
-                    change_id=target.disk.change_id,
-                )
-        job = _Job(session, vm, point, run, intent, vddk, request, run_dir, progress)
+        job = _Job(session, vm, point, store, run, intent, vddk, request, run_dir, progress)
         restored = [_restore_disk(target, job) for target in targets]
     except BaseException:
         # As long as every disk is either what it was or wholly restored, there is nothing to remember.
@@ -277,6 +269,8 @@ def _restore_disk(target: DiskTarget, job: _Job) -> Dict[str, Any]:
     try:
         with image.serve(source.layer, run_dir=job.run_dir) as reader, job.run.recorded(reader):
             with _open(target, job, writable=True) as disk:
+                # Before the first write (VADP facts 12), but not for a disk that can't be written at all.
+                _mark_untrusted(target, job)
                 job.run.update(job.intent, half_written=[target.disk.key])
                 result = _write(reader.uri, disk, target, job, report.update)
                 transport = disk.transport
@@ -302,6 +296,17 @@ def _restore_disk(target: DiskTarget, job: _Job) -> Dict[str, Any]:
         seconds=round(time.monotonic() - begun, 3),
         verified=True if request.verify else None,
     )
+
+
+def _mark_untrusted(target: DiskTarget, job: _Job) -> None:
+    if job.store.uuid == job.vm.instance_uuid.lower():
+        trust.mark(
+            job.store,
+            target.disk.key,
+            f"the disk was restored from point {job.point.name}",
+            uuid=target.disk.uuid,
+            change_id=target.disk.change_id,
+        )
 
 
 @contextmanager
