@@ -13,7 +13,7 @@ import os
 import secrets
 import socket
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional
@@ -169,10 +169,14 @@ class Run:
             )
 
     def done(self, intent: int) -> None:
-        """Nothing of this intent is left."""
+        """Nothing of this intent is left.
+
+        That stays so where the record can't be written (a full disk): the next time that it can, it says so too.
+        """
         with self._mutex:
             self._find(intent)
-            self._change(intents=[known for known in self.data["intents"] if known["id"] != intent])
+            self.data = dict(self.data, intents=[known for known in self.data["intents"] if known["id"] != intent])
+            self._save()
 
     @contextmanager
     def recorded(self, child: Child) -> Iterator[None]:
@@ -180,8 +184,12 @@ class Run:
         intent = self.record("process", name=child.name, pid=child.pid, start_time=child.start_time)
         try:
             yield
-        finally:
-            self.done(intent)
+        except BaseException:
+            # The failure that brought us here is the one to tell, also where the record has no room either.
+            with suppress(RepositoryError):
+                self.done(intent)
+            raise
+        self.done(intent)
 
     def set_snapshot(self, moid: str, created: str, change_ids: Mapping[int, Optional[str]]) -> None:
         """Say which snapshot is read. Disks that were finished from another one are forgotten.
