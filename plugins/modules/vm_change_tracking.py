@@ -109,7 +109,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ..module_utils.runner import Options, connection_options, run_module, vm_options
 from ..module_utils.vsphere.change_tracking import ensure
 from ..module_utils.vsphere.inventory import find_vm, vm_selection
-from ..module_utils.vsphere.session import Connection, Session
+from ..module_utils.vsphere.session import Connection, Session, check_timeout
 
 OPTIONS = Options(
     dict(
@@ -122,9 +122,10 @@ OPTIONS = Options(
 
 def body(module: AnsibleModule) -> dict:
     params = module.params
+    timeout = check_timeout(params["timeout"])
     with Session.connect(Connection.from_params(params)) as session:
         vm = find_vm(session, **vm_selection(params))
-        return ensure(session, vm, params["state"], params["activate"], params["timeout"], module.check_mode)
+        return ensure(session, vm, params["state"], params["activate"], timeout, module.check_mode)
 
 
 def main() -> None:

@@ -241,9 +241,10 @@ OPTIONS = Options(
 
 
 def body(module: AnsibleModule) -> dict:
+    wanted = Wanted.from_params(module.params)
     with Session.connect(Connection.from_params(module.params)) as session:
         vm = find_vm(session, **vm_selection(module.params))
-        return ensure(session, vm, Wanted.from_params(module.params), module.check_mode)
+        return ensure(session, vm, wanted, module.check_mode)
 
 
 def main() -> None:

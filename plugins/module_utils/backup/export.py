@@ -130,11 +130,19 @@ def _look(session: Session, vm: VmRef, request: ExportRequest, check_mode: bool)
     return Source(
         vm=vm,
         snapshot=snapshot,
-        selection=select_disks(disks, request.disks, request.exclude_disks),
+        selection=_select(vm, disks, request),
         change_ids={disk.key: disk.change_id for disk in disks if disk.included},
         foreign=[item for item in state.snapshots if snapshot is None or item.moid != snapshot.moid],
         warnings=warnings,
     )
+
+
+def _select(vm: VmRef, disks: List[Disk], request: ExportRequest) -> Selection:
+    try:
+        return select_disks(disks, request.disks, request.exclude_disks)
+    except InputError as error:
+        error.subject = f"{error.subject} of {vm}" if error.subject else str(vm)
+        raise
 
 
 def _with_those_outside(held: List[Disk], present: List[Disk]) -> List[Disk]:

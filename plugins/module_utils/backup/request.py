@@ -101,4 +101,8 @@ class ExportRequest:
             if not low <= number <= high:
                 raise InputError(f"The option {name} is out of range", subject=str(number), remedy=f"{low} to {high}")
         if not os.path.isabs(self.repository):
-            raise InputError("The repository's path is not absolute", subject=self.repository)
+            raise InputError(
+                "The repository's path is not absolute",
+                subject=self.repository,
+                remedy="Give the whole path, from / on",
+            )

@@ -40,7 +40,12 @@ def select_disks(disks: Sequence[Disk], wanted: Optional[Sequence[str]], exclude
         elif not disk.included:
             reason = disk.skip_reason or "no snapshot holds it"
             if wanted_keys is not None:
-                raise InputError("A disk that was asked for can't be backed up", f"disk '{disk.label}'", reason)
+                raise InputError(
+                    "A disk that was asked for can't be backed up",
+                    subject=f"disk '{disk.label}'",
+                    reason=reason,
+                    remedy="Leave it out of 'disks', or change what the reason says",
+                )
         if reason is None:
             taken.append(disk)
         else:
@@ -49,6 +54,7 @@ def select_disks(disks: Sequence[Disk], wanted: Optional[Sequence[str]], exclude
         raise InputError(
             "No disk of the virtual machine can be backed up",
             reason="; ".join(f"'{item['label']}': {item['reason']}" for item in skipped) or "it has no disk",
+            remedy="Choose at least one disk that a snapshot can hold",
         )
     return Selection(taken, skipped)
 

@@ -33,6 +33,9 @@ _TAIL_BYTES = 64 * 1024
 # After the death signal is set, a shell makes sure that the parent is still there, then becomes the program.
 _STILL_OURS = 'test "$PPID" = "$1" || exit 125; shift; exec "$@"'
 
+# Program -> the packages that hold it, where none is named like it everywhere.
+_PACKAGES = dict.fromkeys(("qemu-img", "qemu-nbd"), "qemu-utils (Debian, Ubuntu) or qemu-img (Fedora, RHEL)")
+
 # A variable that can carry a password does not go to a child.
 _SECRET = re.compile(r"^VMWARE_|PASSW|SECRET|TOKEN|CREDENTIAL", re.IGNORECASE)
 
@@ -156,7 +159,10 @@ def _spawn(argv: Sequence[str], env: Optional[Mapping[str, str]] = None, **popen
     for name, found, package in ((argv[0], program, argv[0]), ("setpriv", setpriv, "util-linux")):
         if found is None:
             raise DataPathError(
-                "A program is not installed", subject=name, remedy=f"Install the package that holds {package}"
+                "A program is not installed",
+                subject=name,
+                reason="it is not in the search path",
+                remedy=f"Install the package {_PACKAGES.get(package, package)}",
             )
     command = [str(setpriv), "--pdeathsig", "KILL", "/bin/sh", "-c", _STILL_OURS, "sh", str(os.getpid()), str(program)]
     return subprocess.Popen(

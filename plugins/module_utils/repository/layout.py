@@ -26,6 +26,7 @@ from .chain import StoreFacts
 from .lock import VmLock
 from .runs import Run, new_run_id
 from .shapes import (
+    POINT_CHARACTERS,
     POINT_PATTERN,
     RUN_ID_PATTERN,
     UUID_PATTERN,
@@ -73,6 +74,7 @@ def check_point_name(name: str) -> str:
         raise InputError(
             "This can't be the name of a restore point",
             subject=repr(name)[:200],
+            reason=_name_problem(name),
             remedy="A name has 1 to 128 characters: letters, digits and . _ + -, and begins with a letter or a digit",
         )
     if name == LATEST or PART in name:
@@ -83,6 +85,15 @@ def check_point_name(name: str) -> str:
             remedy="Choose another name",
         )
     return name
+
+
+def _name_problem(name: object) -> str:
+    if not isinstance(name, str) or not name:
+        return "it is empty"
+    if len(name) > POINT_CHARACTERS:
+        return f"it has {len(name)} characters"
+    strange = "".join(dict.fromkeys(re.sub(r"[A-Za-z0-9._+-]", "", name)))
+    return f"it holds {strange!r}" if strange else f"it begins with {name[0]!r}"
 
 
 def new_point_name(taken: Collection[str], now: datetime) -> str:
@@ -132,6 +143,10 @@ def _foreign_entries(path: Path) -> List[str]:
     )
 
 
+def _listed(entries: List[str]) -> str:
+    return f"it holds other data: {', '.join(entries[:5])}{', ...' if len(entries) > 5 else ''}"
+
+
 class Repository:
     """A repository of restore points: a folder with ``repository.json`` in it."""
 
@@ -145,8 +160,16 @@ class Repository:
 
         :param create: an empty folder becomes a repository (and the repository has to be writable).
         :param writable: fail now if it can't be written to.
+        :raises InputError: the path is relative.
         :raises RepositoryError: no such folder, no repository in it, a newer format, not writable.
         """
+        if not os.path.isabs(path):
+            raise InputError(
+                "The repository's path is not absolute",
+                subject=path,
+                reason="what it is relative to is not known where the module runs",
+                remedy="Give the whole path, from / on",
+            )
         root = Path(path)
         try:
             root = Path(os.path.realpath(path))
@@ -155,10 +178,11 @@ class Repository:
             raise _unusable(path, error) from None
         if REPOSITORY_FILE not in names:
             if not create:
+                others = _foreign_entries(root)
                 raise RepositoryError(
                     "The folder holds no repository",
                     subject=path,
-                    reason=f"{REPOSITORY_FILE} is missing",
+                    reason=f"{REPOSITORY_FILE} is missing, and {_listed(others) if others else 'it is empty'}",
                     remedy="See that the repository's file system is mounted there and that the path is right; "
                     "the first export makes a repository of an empty folder",
                 )
@@ -168,7 +192,7 @@ class Repository:
                 raise RepositoryError(
                     "The folder can't become a repository",
                     subject=path,
-                    reason=f"it holds other data: {', '.join(foreign[:5])}{', ...' if len(foreign) > 5 else ''}",
+                    reason=_listed(foreign),
                     remedy="Name an empty folder, or the folder of a repository",
                 )
             _create_repository(root)

@@ -15,7 +15,8 @@ from typing import Any, Callable, Dict, Optional
 
 Shape = Callable[[Any, str], None]
 
-POINT_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}"
+POINT_CHARACTERS = 128
+POINT_PATTERN = rf"[A-Za-z0-9][A-Za-z0-9._+-]{{0,{POINT_CHARACTERS - 1}}}"
 UUID_PATTERN = r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
 RUN_ID_PATTERN = r"[0-9]{8}T[0-9]{6}\.[0-9]{6}Z-[0-9a-f]{8}"
 TIME_PATTERN = r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?Z"

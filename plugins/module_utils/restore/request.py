@@ -82,7 +82,11 @@ class RestoreRequest:
         if self.target not in TARGETS:
             raise InputError("The option target has no such value", subject=self.target)
         if not os.path.isabs(self.repository):
-            raise InputError("The repository's path is not absolute", subject=self.repository)
+            raise InputError(
+                "The repository's path is not absolute",
+                subject=self.repository,
+                remedy="Give the whole path, from / on",
+            )
         for number, low, high, name in (
             (self.io_timeout, 1, 86400, "io_timeout"),
             (self.nfc_port, 1, 65535, "nfc_port"),
@@ -92,7 +96,9 @@ class RestoreRequest:
         keys = [choice.key for choice in self.disks]
         twice = sorted({key for key in keys if keys.count(key) > 1})
         if twice:
-            raise InputError("A disk is listed twice in disks", subject=", ".join(map(str, twice)))
+            raise InputError(
+                "A disk is listed twice in disks", subject=", ".join(map(str, twice)), remedy="Name each disk once"
+            )
         if self.target == FILE:
             self._check_file()
         else:
@@ -100,7 +106,11 @@ class RestoreRequest:
 
     def _check_file(self) -> None:
         if self.dest is not None and not os.path.isabs(self.dest):
-            raise InputError("The folder for the image files is not an absolute path", subject=self.dest)
+            raise InputError(
+                "The folder for the image files is not an absolute path",
+                subject=self.dest,
+                remedy="Give the whole path, from / on",
+            )
         if any(self.vm.get(name) for name in ("name", "uuid", "moid")):
             raise InputError(
                 "The options name, uuid and moid name the virtual machine to write to, and target=file writes to none",
@@ -126,7 +136,11 @@ class RestoreRequest:
         targets = [choice.key if choice.target_key is None else choice.target_key for choice in self.disks]
         twice = sorted({key for key in targets if targets.count(key) > 1})
         if twice:
-            raise InputError("Two disks of the point can't go into one disk", subject=", ".join(map(str, twice)))
+            raise InputError(
+                "Two disks of the point can't go into one disk",
+                subject=", ".join(map(str, twice)),
+                remedy="Give each another target_key",
+            )
         for choice in self.disks:
             if choice.format is not None:
                 raise InputError("The option format of a disk is for target=file", f"disk {choice.key}")

@@ -138,7 +138,7 @@ def check_transports(transports: Sequence[str]) -> None:
         )
     twice = sorted({name for name in transports if list(transports).count(name) > 1})
     if twice:
-        raise InputError("A transport is listed twice", subject=", ".join(twice))
+        raise InputError("A transport is listed twice", subject=", ".join(twice), remedy="Name each once")
 
 
 def _explain(candidates: Sequence[Candidate]) -> str:

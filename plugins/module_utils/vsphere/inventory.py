@@ -127,7 +127,9 @@ def find_vm(
     raise NotFoundError(
         "There is no such virtual machine",
         subject=" in ".join([wanted] + limits),
-        reason=f"there is one elsewhere: {elsewhere}" if elsewhere else None,
+        reason=f"there is one elsewhere: {elsewhere}"
+        if elsewhere
+        else "no virtual machine that this user may see fits",
         remedy="Correct folder or datacenter, or leave them out"
         if elsewhere
         else "Check the spelling, and that the user may see it (privilege System.View)",

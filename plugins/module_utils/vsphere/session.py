@@ -17,6 +17,7 @@ import hashlib
 import hmac
 import http.client
 import os
+import re
 import socket
 import ssl
 import threading
@@ -75,13 +76,39 @@ class Connection:
 
     @classmethod
     def from_params(cls, params: Dict[str, Any]) -> Connection:
-        """From ``module.params``."""
+        """From ``module.params``. :raises InputError: hostname or port can't be those of a server."""
+        _check_address(params["hostname"], params["port"])
         names = ("hostname", "username", "password", "port", "validate_certs", "ca_path", "thumbprint")
         return cls(**{name: params[name] for name in names})
 
     @property
     def address(self) -> str:
         return f"{self.hostname}:{self.port}"
+
+
+def _check_address(hostname: str, port: int) -> None:
+    """What the resolver would not answer for but with an exception of its own, or by asking for something else."""
+    reason = "it holds '/', '@' or white space" if re.search(r"[/@\s]", hostname) else ""
+    try:
+        hostname.encode("idna")
+    except UnicodeError as error:
+        reason = reason or str(error)
+    if reason or not hostname:
+        raise InputError(
+            "The option hostname names no server",
+            subject=repr(hostname),
+            reason=reason or "it is empty",
+            remedy="Give a name or an address alone, without https:// and without a path",
+        )
+    if not 1 <= port <= 65535:
+        raise InputError("The option port is out of range", subject=str(port), remedy="1 to 65535")
+
+
+def check_timeout(seconds: int) -> int:
+    """*seconds* itself, if a task can be waited for so long. InputError otherwise."""
+    if seconds < 1:
+        raise InputError("The option timeout is out of range", subject=str(seconds), remedy="Give at least 1 second")
+    return seconds
 
 
 def normal_thumbprint(text: str) -> str:
@@ -124,7 +151,10 @@ class Tls:
         self._certificate = b""
         if connection.ca_path and not os.path.isfile(connection.ca_path):
             raise InputError(
-                "The file of ca_path can't be read", subject=connection.ca_path, reason="there is no such file"
+                "The file of ca_path can't be read",
+                subject=connection.ca_path,
+                reason="there is no such file",
+                remedy="Give a file with the authorities' certificates, or leave ca_path out for the system's",
             )
         try:
             self.context = ssl.create_default_context(cafile=connection.ca_path)

@@ -11,7 +11,7 @@ from ..errors import NotFoundError
 from . import snapshots
 from .disks import disks_of
 from .inventory import VmRef
-from .session import Session
+from .session import Session, check_timeout
 from .snapshots import Snapshot
 
 
@@ -31,7 +31,7 @@ class Wanted:
 
     @classmethod
     def from_params(cls, params: Dict[str, Any]) -> Wanted:
-        """From ``module.params``."""
+        """From ``module.params``. :raises InputError: an option makes no sense."""
         return cls(
             present=params["state"] == "present",
             name=params["snapshot_name"],
@@ -41,7 +41,7 @@ class Wanted:
             memory=params["memory"],
             remove_children=params["remove_children"],
             consolidate=params["consolidate"],
-            timeout=params["timeout"],
+            timeout=check_timeout(params["timeout"]),
         )
 
 
