@@ -12,7 +12,7 @@ from typing import Any, Callable, Dict, List
 
 from administrator import Administrator
 from harness import MIB, Ansible, Simulator
-from modules import Modules, modes
+from modules import Modules, Process, modes
 
 SECTOR = 512
 CLUSTER = 65536
@@ -109,10 +109,10 @@ def test_edges_of_the_disk_and_data_that_must_not_shine_through(modules: Modules
         write(key, 0, size - SECTOR, seed=2)
     assert {disk["areas"] for disk in modules.point("ends", exclude_disks=["2000"]).values()} == {1, 2}
 
-    # Pages that end within a tracking block and hold nothing most of the time; areas across their borders.
+    # Pages that end within a tracking block, half of them empty; areas across their borders.
     page = MIB + 3 * SECTOR
     call("set_settings", page_bytes=page)
-    borders = range(page, sizes[2001] - SECTOR, 2 * page)
+    borders = range(page, sizes[2001] - SECTOR, 4 * page)
     write(2001, *[border - SECTOR for border in borders], length=2 * SECTOR, seed=3)
     write(2001, 7 * page - 3 * CLUSTER, length=6 * CLUSTER, seed=4)
     write(2001, sizes[2001] - sizes[2001] % CLUSTER - SECTOR, length=2 * SECTOR, seed=5)
@@ -126,17 +126,19 @@ def test_edges_of_the_disk_and_data_that_must_not_shine_through(modules: Modules
     # A source that can't tell where it holds data (VADP facts 5), for a part and for all of a disk.
     call("nfc", query_faults={"count": -1})
     write(2001, 3 * MIB, length=SECTOR, seed=6)
+    write(2002, 2 * MIB, length=MIB, seed=6)
     discard(2001, 12 * MIB, MIB)
     modules.point("unknown-zeros", exclude_disks=["2000"])
     modules.point("unknown-zeros-full", mode="full", exclude_disks=["2000"])
     call("nfc", clear_faults=True)
 
-    # A disk that a point left out goes on from the last one that holds it.
+    # A disk that a point left out goes on from the last one that holds it; zeros in a layer without compression.
     write(2001, MIB, seed=7)
     modules.point("without", disks=["2001"])
     write(2001, MIB, seed=8)
     write(2002, MIB, seed=8)
-    disks = modules.point("with", exclude_disks=["2000"])
+    discard(2002, 2 * MIB, MIB + SECTOR)
+    disks = modules.point("with", exclude_disks=["2000"], compression="none")
     assert {key: disk["parent"] for key, disk in disks.items()} == {
         2001: "without",
         2002: "unknown-zeros-full",
@@ -203,7 +205,7 @@ def test_two_disks_of_which_one_fails(modules: Modules) -> None:
     snapshot = modules.snapshot("two")
     options = modules.export_options(snapshot_moid=snapshot, point="two", parallel_disks=1, rate_limit="1M")
     process = modules.start("vadp_disk_export", options)
-    _wait_for(lambda: _finished(modules) == ["2000"])
+    _wait_for(process, lambda: _finished(modules) == ["2000"])
     process.kill()
     crashed = modules.layer_identity("two")
     assert list(crashed) == [2000] and modules.backups.points("app01") == ["full", "one"]
@@ -212,9 +214,10 @@ def test_two_disks_of_which_one_fails(modules: Modules) -> None:
     modules.remove_snapshot(snapshot)
     assert modes(modules.point("two")) == dict.fromkeys((2000, 2001), ("incremental", "one"))
     assert modules.layer_identity("two")[2000] != crashed[2000], "both disks are of the second snapshot"
+    # The crashed run's record names files that are the second one's now.
+    modules.done("vadp_recover", **modules.named, repository=str(modules.repository))
     modules.verify_bytes()
     modules.verify("two")
-    modules.done("vadp_recover", **modules.named, repository=str(modules.repository))
     modules.clean()
 
 
@@ -231,7 +234,7 @@ def test_a_guest_that_writes_during_the_backup(modules: Modules, tmp_path: Path)
         snapshot_moid=snapshot, point="during", rate_limit="4M", disks=["2000"], progress_file=str(progress)
     )
     process = modules.start("vadp_disk_export", options)
-    _wait_for(lambda: any(0 < line["done_bytes"] < line["total_bytes"] for line in _lines(progress)))
+    _wait_for(process, lambda: any(0 < line["done_bytes"] < line["total_bytes"] for line in _lines(progress)))
     # Over what was read and what was not yet, and where nothing was to be read.
     simulator.write("app01", 2000, *range(0, 60 * MIB, MIB), seed=2)
     simulator.control.call("guest_discard", vm="app01", disk=2000, offset=26 * MIB, length=MIB)
@@ -257,8 +260,10 @@ def _lines(path: Path) -> List[Dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def _wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+def _wait_for(process: Process, condition: Callable[[], bool], seconds: float = 60) -> None:
+    """Until something is true while a module runs."""
     deadline = time.monotonic() + seconds
     while not condition():
+        assert process.poll() is None, f"the module has ended: {process.out}"
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.05)

@@ -448,6 +448,9 @@ def test_areas_come_in_pages_of_2000_at_most(sim, app):
     found, pages = areas(app, two, change_id)
     assert found == [(block, 64 * KIB) for block in blocks]
     assert pages == 3
+    # A page that is just full: the next one is empty.
+    sim.control.call("set_settings", page_areas=len(blocks))
+    assert areas(app, two, change_id) == (found, 2)
     sim.control.call("set_settings", page_areas=2000, page_bytes=MIB)
     limited, pages = areas(app, two, change_id)
     assert sum(length for _unused, length in limited) == 64 * KIB * len(blocks)
