@@ -231,7 +231,7 @@ def test_a_guest_that_writes_during_the_backup(modules: Modules, tmp_path: Path)
     held = {key: simulator.disk("app01", key, snapshot) for key in (2000, 2001)}
     progress = tmp_path / "progress"
     options = modules.export_options(
-        snapshot_moid=snapshot, point="during", rate_limit="4M", disks=["2000"], progress_file=str(progress)
+        snapshot_moid=snapshot, point="during", rate_limit="2M", disks=["2000"], progress_file=str(progress)
     )
     process = modules.start("vadp_disk_export", options)
     _wait_for(process, lambda: any(0 < line["done_bytes"] < line["total_bytes"] for line in _lines(progress)))
