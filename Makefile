@@ -5,12 +5,13 @@ PYTHON := .venv/bin/python
 export PYTHONPATH := $(CURDIR)/build/tree
 export ANSIBLE_COLLECTIONS_PATH := $(CURDIR)/build/tree
 
-.PHONY: help setup demo test sanity lint unit e2e bench simulator build clean
+.PHONY: help setup demo test sanity lint unit e2e soak-short soak bench simulator build clean
 
 help:
 	@echo "make demo       set up, then back up, change and restore a VM on the simulator"
 	@echo "make test       set up, then sanity, lint, unit and end-to-end tests"
-	@echo "make sanity|lint|unit|e2e   one of them (after make setup)"
+	@echo "make sanity|lint|unit|e2e|soak-short   one of them (after make setup)"
+	@echo "make soak       the same sequences, kills and flipped bits as in make test, by the hundred: SOAK_MINUTES=60 SOAK_KILLS=1000"
 	@echo "make bench      the figures of docs/benchmarks.md, or some: make bench BENCH=name,name (build/bench.json)"
 	@echo "make simulator  a vCenter to play with, until Ctrl-C (state in build/simulator)"
 	@echo "make build      the collection as an archive for ansible-galaxy, in build/"
@@ -29,6 +30,7 @@ test:
 	@$(MAKE) --no-print-directory unit
 	@$(MAKE) --no-print-directory sanity
 	@$(MAKE) --no-print-directory e2e
+	@$(MAKE) --no-print-directory soak-short
 	@echo "make test: all passed"
 
 sanity:
@@ -42,6 +44,16 @@ unit:
 
 e2e:
 	$(PYTHON) -m pytest -q tests/e2e
+
+# Random sequences against a model, kills spread over the calls of a run, flipped bits: the same ones each time.
+soak-short:
+	$(PYTHON) -m pytest -q -n 2 --dist loadfile tests/soak
+
+# Many more of them, other ones each time; the seed that is printed repeats them. tests/soak/*.py say what each variable means.
+soak: setup
+	SOAK_MINUTES=$${SOAK_MINUTES:-15} SOAK_KILLS=$${SOAK_KILLS:-300} SOAK_CHILD_KILLS=$${SOAK_CHILD_KILLS:-60} \
+	    SOAK_PLAYBOOK_KILLS=$${SOAK_PLAYBOOK_KILLS:-10} SOAK_FLIPS=$${SOAK_FLIPS:-500} \
+	    SOAK_SEED=$${SOAK_SEED:-$$(date +%s)} $(PYTHON) -m pytest -q --timeout 0 tests/soak
 
 bench: setup
 	@tests/benchmarks/run $(BENCH)
