@@ -17,6 +17,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/types.h>
 #include <sys/uio.h>
@@ -126,6 +127,7 @@ ON_DATA(ssize_t, pwrite64, (int fd, const void *data, size_t size, off64_t at), 
 ON_DATA(ssize_t, writev, (int fd, const struct iovec *data, int pieces), (fd, data, pieces))
 ON_DATA(ssize_t, pwritev, (int fd, const struct iovec *data, int pieces, off_t at), (fd, data, pieces, at))
 ON_DATA(ssize_t, pwritev64, (int fd, const struct iovec *data, int pieces, off64_t at), (fd, data, pieces, at))
+ON_DATA(ssize_t, sendmsg, (int fd, const struct msghdr *message, int flags), (fd, message, flags))
 ON_DATA(int, fsync, (int fd), (fd))
 ON_DATA(int, fdatasync, (int fd), (fd))
 ON_DATA(int, ftruncate, (int fd, off_t size), (fd, size))

@@ -74,6 +74,11 @@ class CrashPoint:
     def killed(self) -> bool:
         return self._fields[5] != 0
 
+    @property
+    def program(self) -> str:
+        """Which program made the call that did not come about."""
+        return str(self._fields[7].rstrip(b"\0").decode())
+
     def __str__(self) -> str:
         calls, child_calls, kill_at, kill_child_at, unused_module, killed, before, program = self._fields
         names = [text.rstrip(b"\0").decode() for text in (before, program)]

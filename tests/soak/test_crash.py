@@ -17,6 +17,7 @@ import random
 import threading
 import time
 import traceback
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,8 +110,8 @@ class Lane:
         arguments = {"point": f"p{attempt.number}", "mode": mode}
         return self.server.start(machine.job, "back_up", machine.tmpdir, **where, **arguments)
 
-    def survive(self, attempt: Attempt) -> bool:
-        """One attempt; whether it came to a kill. :raises AssertionError: something is wrong afterwards."""
+    def survive(self, attempt: Attempt) -> Optional[str]:
+        """One attempt: which program was killed, if any. :raises AssertionError: something is wrong afterwards."""
         run = self.begin(attempt)
         machine = self.machine
         assert machine is not None
@@ -128,7 +129,9 @@ class Lane:
             assert not left, f"left behind: {left}"
         except AssertionError as error:
             raise AssertionError(f"{attempt}: {run.point}: {error}") from error
-        return run.point.killed
+        if not run.point.killed:
+            return None
+        return run.point.program if attempt.of_child else "module"
 
     def after_backup(self, attempt: Attempt, run: Run, result: Result) -> None:
         machine, point = self.machine, f"p{attempt.number}"
@@ -290,12 +293,13 @@ def count_calls(world: World, server: Server) -> Dict[str, Any]:
 def test_after_a_kill_a_rerun_mends_everything(world: World, server: Server, report: Callable[[str], None]) -> None:
     counts = count_calls(world, server)
     todo = attempts(counts)
-    kills, failures = 0, []
+    kills, failures, victims = 0, [], Counter()
     mutex = threading.Lock()
     waiting: Iterator[Attempt] = iter(todo)
 
     def work() -> None:
         nonlocal kills
+        victim: Optional[str]
         lane = Lane(world, server)
         try:
             while True:
@@ -304,23 +308,25 @@ def test_after_a_kill_a_rerun_mends_everything(world: World, server: Server, rep
                 if attempt is None:
                     return
                 try:
-                    killed = lane.survive(attempt)
+                    victim = lane.survive(attempt)
                 except Exception as error:  # noqa: BLE001  whatever it is, it is reported
                     # The machine is in a state of which nothing is known: the next attempt takes another.
-                    killed = True
+                    victim = "unknown"
                     lane.machine = None
                     with mutex:
                         failures.append(str(error) if isinstance(error, AssertionError) else traceback.format_exc())
                 with mutex:
-                    kills += killed
+                    kills += victim is not None
+                    victims[victim] += 1
         finally:
             lane.close()
 
     with ThreadPoolExecutor(LANES) as lanes:
         for future in [lanes.submit(work) for unused in range(LANES)]:
             future.result()
+    who = ", ".join(f"{times} of {victim}" for victim, times in victims.most_common() if victim)
     spots = ", ".join(f"{kind} {calls[0]}" for kind, calls in counts.items())
-    report(f"crash: {kills} kills, {kills - len(failures)} survived (seed {SEED}; calls of a run: {spots})")
+    report(f"crash: {kills} kills ({who}), {kills - len(failures)} survived (seed {SEED}; calls of a run: {spots})")
     assert not failures, "\n\n".join(failures)
     assert kills >= 0.9 * len(todo), f"only {kills} of {len(todo)} runs were killed"
 
