@@ -111,6 +111,10 @@ run:
       description: Id of the repository; empty in check mode if it does not exist yet.
       type: str
       sample: 7f6d1c52-3a8e-4a51-9b56-0c1d2e3f4a5b
+    vm_moid:
+      description: Managed object id of the virtual machine, by which the steps that follow find it at once.
+      type: str
+      sample: vm-101
     point:
       description: Name of the restore point.
       type: str

@@ -137,7 +137,7 @@ def begin_run(store: VmStore, vm: VmRef, point: Optional[str]) -> Dict[str, Any]
     """Begin a run of role vm_backup, unless the point exists. Under the VM's lock.
 
     :param point: its name; None for a new one, named by the time.
-    :returns: {id, repository_id, point, complete, snapshot_name, snapshot_description}.
+    :returns: {id, repository_id, vm_moid, point, complete, snapshot_name, snapshot_description}.
     """
     facts = _run_to_begin(store, vm, point)
     if not facts["complete"]:
@@ -146,7 +146,7 @@ def begin_run(store: VmStore, vm: VmRef, point: Optional[str]) -> Dict[str, Any]
     return facts
 
 
-def _run_to_begin(store: Optional[VmStore], vm: Optional[VmRef], point: Optional[str]) -> Dict[str, Any]:
+def _run_to_begin(store: Optional[VmStore], vm: VmRef, point: Optional[str]) -> Dict[str, Any]:
     run_id = new_run_id()
     repository_id = store.repository.id if store is not None else ""
     name = point or new_point_name(store.point_names() if store is not None else [], datetime.now(timezone.utc))
@@ -154,6 +154,7 @@ def _run_to_begin(store: Optional[VmStore], vm: Optional[VmRef], point: Optional
     return {
         "id": run_id,
         "repository_id": repository_id,
+        "vm_moid": vm.moid,
         "point": name,
         "complete": complete,
         "snapshot_name": f"openvadp {name}"[:_SNAPSHOT_NAME_LIMIT],
