@@ -563,6 +563,9 @@ class _Entry:
                 raise Refused(VIX_AUTHENTICATION_FAIL, "VixDiskLibVim: not logged in")
             return {"ok": True, **operation(request)}
         except Refused as refusal:
+            if self._user is not None and request["op"] == "open":
+                moid = str(request["vmx"]).partition("=")[2]
+                self._simulator.record_call(self._user.name, "VixDiskLib_Open", moid, fault=f"VIX {refusal.vix}")
             return {"ok": False, "vix": refusal.vix, "log": refusal.log}
 
     def _hello(self, request: dict[str, Any]) -> dict[str, Any]:
