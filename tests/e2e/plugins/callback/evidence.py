@@ -31,7 +31,7 @@ requirements: [enabled in the configuration]
 """
 
 # What ends with the module may take a moment to be gone.
-PATIENCE_SECONDS = 5
+PATIENCE_SECONDS = 2
 
 
 class CallbackModule(CallbackBase):
@@ -75,7 +75,7 @@ class CallbackModule(CallbackBase):
         state = self._control.call("state")
         return {
             "files": _files(),
-            "temporary": sorted(name for folder in _temporary() for name in os.listdir(folder)),
+            "temporary": _temporary(),
             "processes": _processes(),
             "vms": state["vms"],
             "sessions": len(state["sessions"]),
@@ -96,8 +96,10 @@ def _files():
 
 
 def _temporary():
-    """Where modules have their temporary files: TMPDIR is this play's own."""
-    return [os.environ["TMPDIR"]]
+    """What lies where modules have their temporary files and their sockets. TMPDIR is this play's own."""
+    sockets = f"/run/user/{os.geteuid()}"
+    others = [name for name in os.listdir(sockets) if name.startswith("openvadp-")] if os.path.isdir(sockets) else []
+    return sorted(os.listdir(os.environ["TMPDIR"]) + others)
 
 
 def _processes():
