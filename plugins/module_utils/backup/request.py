@@ -18,7 +18,7 @@ from ..vsphere.session import Connection
 
 COMPRESSIONS = ("zstd", "none")
 
-_RATE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[KMG]?)(?:i?B)?(?:/s)?", re.IGNORECASE)
+_RATE = re.compile(r"(?P<number>\d{1,18}(?:\.\d{1,9})?)\s*(?P<unit>[KMG]?)(?:i?B)?(?:/s)?", re.IGNORECASE)
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 

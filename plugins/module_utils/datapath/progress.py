@@ -14,18 +14,31 @@ import threading
 import time
 from typing import Any, Callable, Optional
 
+from ..errors import InputError
+
 INTERVAL_SECONDS = 0.5
 
 
 class Progress:
-    """The file of one run; with *path* None nothing is written. Disks may report from threads of their own."""
+    """The file of one run; with *path* None nothing is written. Disks may report from threads of their own.
+
+    :raises InputError: the file can't be written.
+    """
 
     def __init__(self, path: Optional[str], clock: Callable[[], float] = time.monotonic) -> None:
         self._lock = threading.Lock()
         self._clock = clock
         self._file: Optional[int] = None
         if path is not None:
-            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            try:
+                self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            except OSError as error:
+                raise InputError(
+                    "The progress file can't be written",
+                    subject=path,
+                    reason=error.strerror,
+                    remedy="Name a file in a folder that is there and can be written, or leave progress_file out",
+                ) from None
 
     def __enter__(self) -> Progress:
         return self

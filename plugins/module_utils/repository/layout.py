@@ -526,7 +526,8 @@ class VmStore:
                 os.mkdir(str(current), 0o700)
                 fsync_dir(str(current.parent))
             except FileExistsError:
-                continue
+                if not current.is_dir():
+                    raise _unusable(str(current), OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))) from None
             except OSError as error:
                 raise _unusable(str(current), error) from None
 

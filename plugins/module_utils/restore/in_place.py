@@ -32,7 +32,7 @@ from ..vsphere.disks import Disk, disks_of, is_multi_writer
 from ..vsphere.inventory import VmRef, find_vm
 from ..vsphere.session import Session
 from ..vsphere.snapshots import VmState, vm_state
-from .point import Point, PointDisk, open_point, progress_of, require_intact
+from .point import Point, PointDisk, open_point, require_intact
 from .readback import first_difference
 from .request import RestoreRequest
 
@@ -81,7 +81,7 @@ def restore_point(request: RestoreRequest, check_mode: bool) -> Dict[str, Any]:
         vddk, problem = look_for_library(request.vddk_libdir)
         proxy = ProxyFacts(vddk=vddk, vddk_problem=problem, is_vcenter=session.is_vcenter)
         targets = _look(session, vm, point, request, proxy)
-        with progress_of(None if check_mode else request.progress_file) as progress:
+        with Progress(None if check_mode else request.progress_file) as progress:
             require_intact(point, progress)
             if check_mode:
                 return _result(point, vm, [_entry(target, vm, "it would be written") for target in targets])

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List
 
 from ..datapath.progress import DiskProgress, Progress
 from ..errors import DamagedError, InputError
@@ -86,14 +86,6 @@ def open_point(request: RestoreRequest) -> Point:
         if not choices or disk["key"] in choices
     ]
     return Point(repository, store, manifest, disks)
-
-
-def progress_of(path: Optional[str]) -> Progress:
-    """The progress file of a request. :raises InputError: it can't be written."""
-    try:
-        return Progress(path)
-    except OSError as error:
-        raise InputError("The progress file can't be written", subject=path, reason=error.strerror) from None
 
 
 def require_intact(point: Point, progress: Progress) -> None:

@@ -26,7 +26,7 @@ from ..errors import DamagedError, DataPathError, InputError
 from ..repository.layout import REPOSITORY_FILE
 from ..repository.runs import new_run_id
 from ..repository.shapes import RUN_ID_PATTERN
-from .point import Point, PointDisk, open_point, progress_of, require_intact
+from .point import Point, PointDisk, open_point, require_intact
 from .request import RestoreRequest
 
 # A file's name may have 255 bytes: this leaves enough for the disk's part, twice ".part-<run id>" and the extension.
@@ -57,7 +57,7 @@ def restore_point(request: RestoreRequest, check_mode: bool) -> Dict[str, Any]:
     request.check()
     point = open_point(request)
     folder = _folder(request.dest)
-    with progress_of(None if check_mode else request.progress_file) as progress:
+    with Progress(None if check_mode else request.progress_file) as progress:
         require_intact(point, progress)
         files = [_look(disk, folder, point, request) for disk in point.disks]
         _require_consent(files, request)

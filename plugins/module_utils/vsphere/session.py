@@ -88,7 +88,9 @@ class Connection:
 
 def _check_address(hostname: str, port: int) -> None:
     """What the resolver would not answer for but with an exception of its own, or by asking for something else."""
-    reason = "it holds '/', '@' or white space" if re.search(r"[/@\s]", hostname) else ""
+    reason = ""
+    if re.search(r"[/@\s\x00-\x1f\x7f]", hostname):
+        reason = "it holds '/', '@', white space or a control character"
     try:
         hostname.encode("idna")
     except UnicodeError as error:
