@@ -41,9 +41,9 @@ MOST_POINTS = 6
 # About what the modules of one backup make.
 CALLS_OF_A_PLAYBOOK = 400
 
-FIRST, FULL, INCREMENTAL, FILES, IN_PLACE = "first", "full", "incremental", "files", "in_place"
+FIRST, FULL, INCREMENTAL, BY_HAND, FILES, IN_PLACE = "first", "full", "incremental", "by_hand", "files", "in_place"
 # Of twenty kills.
-SHARES = {FIRST: 4, FULL: 2, INCREMENTAL: 8, FILES: 3, IN_PLACE: 3}
+SHARES = {FIRST: 3, FULL: 2, INCREMENTAL: 6, BY_HAND: 3, FILES: 3, IN_PLACE: 3}
 
 
 @dataclass
@@ -106,8 +106,10 @@ class Lane:
             machine.power("poweredOff")
             arguments = {"point": sorted(machine.points)[0]}
             return self.server.start(machine.job, "restore_in_place", machine.tmpdir, **where, **arguments)
-        mode = FULL if attempt.kind == FULL else "auto"
-        arguments = {"point": f"p{attempt.number}", "mode": mode}
+        arguments = {"point": f"p{attempt.number}", "mode": FULL if attempt.kind == FULL else "auto"}
+        if attempt.kind == BY_HAND:
+            arguments.update(snapshot_moid=machine.freeze().moid, parallel_disks=1)
+            return self.server.start(machine.job, "export", machine.tmpdir, **where, **arguments)
         return self.server.start(machine.job, "back_up", machine.tmpdir, **where, **arguments)
 
     def survive(self, attempt: Attempt) -> Optional[str]:
@@ -122,6 +124,8 @@ class Lane:
                 self.after_files(attempt, run, result)
             elif attempt.kind == IN_PLACE:
                 self.after_in_place(run, result)
+            elif attempt.kind == BY_HAND:
+                self.after_export_by_hand(attempt, run)
             else:
                 self.after_backup(attempt, run, result)
             run.wait_until_alone()
@@ -188,6 +192,31 @@ class Lane:
         run.wait_until_alone()
         if point in machine.visible_points() and point not in machine.points:
             machine.points[point] = machine.content()
+
+    def after_export_by_hand(self, attempt: Attempt, run: Run) -> None:
+        """A snapshot of the user's own, and vadp_disk_export alone: again from the same snapshot, or from a new one."""
+        machine, point = self.machine, f"p{attempt.number}"
+        assert machine is not None
+        frozen = machine.foreign[0]
+        run.wait_until_alone()
+        machine.scribble(2000000 + attempt.number)
+        if attempt.number % 3 and point not in machine.visible_points():
+            # What was finished from the snapshot before must not get into the point.
+            machine.thaw(frozen)
+            frozen = machine.freeze()
+        again = self.server.start(
+            machine.job, "export", machine.tmpdir, point=point, snapshot_moid=frozen.moid, parallel_disks=1
+        )
+        repeated = again.result()
+        assert repeated.error is None, f"the rerun failed: {repeated.error}"
+        again.wait_until_alone()
+        machine.points[point] = frozen.disks
+        self.check_point(point)
+        machine.thaw(frozen)
+        # In a process with the same TMPDIR.
+        recovery = self.server.start(machine.job, "recover", machine.tmpdir)
+        assert recovery.result().error is None
+        recovery.wait_until_alone()
 
     def check_point(self, point: str) -> None:
         machine = self.machine
@@ -283,8 +312,10 @@ def count_calls(world: World, server: Server) -> Dict[str, Any]:
             run.wait_until_alone()
             counts[kind] = (run.point.calls, run.point.child_calls)
             assert lane.machine is not None
-            if kind in (FIRST, FULL, INCREMENTAL):
+            if kind in (FIRST, FULL, INCREMENTAL, BY_HAND):
                 lane.machine.points[f"p{1000 + number}"] = lane.machine.content()
+            for frozen in list(lane.machine.foreign):
+                lane.machine.thaw(frozen)
     finally:
         lane.close()
     return counts

@@ -252,7 +252,7 @@ def _export(work: Work) -> Dict[str, Any]:
     _mark_untrusted(store, source)
     run.set_snapshot(work.snapshot.moid, work.snapshot.created, source.change_ids)
     entries = _finished(store, run, plans)
-    _remove_strangers(store, point, entries)
+    _remove_strangers(store, run, point, entries)
     sealed: Optional[Dict[str, Any]] = None
     try:
         entries.update(_copy(work, run, point, [plan for plan in plans if plan.disk.key not in entries], vddk))
@@ -350,8 +350,11 @@ def _finished(store: VmStore, run: Run, plans: Sequence[DiskPlan]) -> Dict[int, 
     return entries
 
 
-def _remove_strangers(store: VmStore, point: str, entries: Dict[int, Dict[str, Any]]) -> None:
-    """Remove what an earlier attempt left under this point's name and this one does not use."""
+def _remove_strangers(store: VmStore, run: Run, point: str, entries: Dict[int, Dict[str, Any]]) -> None:
+    """Remove what an earlier attempt left under this point's or this run's name and this one does not use."""
+    RuntimeDir.leftovers(run.run_id, remove=True)
+    for path in store.part_files():  # who wrote them is dead: we hold the lock
+        path.unlink()
     used = {path for key in entries for path in (store.layer_path(key, point), store.hashes_path(key, point))}
     for path in store.uncommitted_files():
         if path.stem == point and path not in used:
