@@ -325,3 +325,22 @@ def test_a_record_that_cannot_be_written_changes_nothing(world: World) -> None:
         run.record("snapshot", name="x")
     (folder.parent / "away").rename(folder)
     assert run.intents() == [] and Run.load(run.path).intents() == []
+
+
+def test_what_fails_while_the_record_can_not_be_written_is_what_is_told(world: World) -> None:
+    """A full repository: the child's intent can't be crossed out at once, and is with the next write that works."""
+
+    class Child:
+        name, pid, start_time = "nbdkit", 4711, 12
+
+    with world.store.lock(new_run_id(), "test"):
+        run = world.store.create_run("p1")
+    file = run.record("temporary_file", files=["a"])
+    folder = run.path.parent
+    with pytest.raises(ZeroDivisionError), run.recorded(Child()):  # type: ignore[arg-type]
+        folder.rename(folder.parent / "away")
+        raise ZeroDivisionError
+    (folder.parent / "away").rename(folder)
+    assert [intent["what"] for intent in Run.load(run.path).intents()] == ["temporary_file", "process"]
+    run.done(file)
+    assert run.intents() == [] and Run.load(run.path).intents() == []

@@ -284,3 +284,28 @@ def test_thumbprints_and_ca_path_are_checked_as_input(tmp_path):
         normal_thumbprint("AB:CD")
     with pytest.raises(InputError, match="ca_path"):
         connect(1, ca_path=str(tmp_path / "absent.pem"))
+
+
+@pytest.mark.parametrize(
+    "hostname, port, words",
+    [
+        ("https://vcenter.example.com", 443, "without https://"),
+        ("vcenter.example.com/sdk", 443, "without a path"),
+        ("", 443, "empty"),
+        ("a\0b", 443, "control character"),
+        ("vcenter..example.com", 443, "names no server"),
+        ("a" * 300, 443, "names no server"),
+        ("vcenter.example.com", 0, "1 to 65535"),
+        ("vcenter.example.com", 70000, "1 to 65535"),
+    ],
+)
+def test_an_address_that_can_not_be_a_servers_is_refused(hostname, port, words):
+    given = dict(username="u", password="p", validate_certs=True, ca_path=None, thumbprint=None)
+    with pytest.raises(InputError, match=words):
+        Connection.from_params(dict(given, hostname=hostname, port=port))
+
+
+@pytest.mark.parametrize("hostname", ["vcenter", "10.0.0.1", "fe80::1%eth0", "::1", "bücher.example", "vc_1.local"])
+def test_an_address_that_can_be_a_servers_is_taken(hostname):
+    given = dict(username="u", password="p", port=443, validate_certs=True, ca_path=None, thumbprint=None)
+    assert Connection.from_params(dict(given, hostname=hostname)).hostname == hostname
