@@ -193,7 +193,7 @@ class Rig:
 
     @contextlib.contextmanager
     def _endpoint(self, snapshot: snapshots.Snapshot) -> Iterator[Tuple[Endpoint, RuntimeDir]]:
-        disk = next(disk for disk in snapshots.snapshot_disks(self.session, snapshot) if disk.key == DISK)
+        (disk,) = (disk for disk in snapshots.snapshot_disks(self.session, snapshot) if disk.key == DISK)
         with RuntimeDir("bench-peer") as run_dir, open_vddk(
             self.session,
             self.vm,
@@ -218,11 +218,11 @@ class Rig:
     def nbdcopy(self, snapshot: snapshots.Snapshot, dest: Path) -> None:
         """A qcow2, not compressed, of the snapshot's disk by nbdcopy, from an endpoint and to a server as ours are."""
         image.create_layer(str(dest), self.capacity_bytes)
-        with self._endpoint(snapshot) as (endpoint, run_dir), image.serve(
-            str(dest), run_dir=run_dir, writable=True, connections=4
-        ) as target:
-            command = ["nbdcopy", "--flush", "--destination-is-zero", endpoint.uri, target.uri]
-            subprocess.run(command, check=True)
+        with self._endpoint(snapshot) as served:
+            endpoint, run_dir = served
+            with image.serve(str(dest), run_dir=run_dir, writable=True, connections=4) as target:
+                command = ["nbdcopy", "--flush", "--destination-is-zero", endpoint.uri, target.uri]
+                subprocess.run(command, check=True)
         image.fsync_file(str(dest))
 
     @staticmethod

@@ -64,7 +64,7 @@ class Administrator:
         self._change(vim.vm.device.VirtualDeviceSpec(operation="add", device=device))
 
     def _folder(self) -> str:
-        return str(self._vm.config.files.vmPathName).split(" ")[0]
+        return str(self._vm.config.files.vmPathName).split(" ", maxsplit=1)[0]
 
     def _disk(self, key: int) -> Any:
         return next(device for device in self._vm.config.hardware.device if device.key == key)
