@@ -174,17 +174,17 @@ class BackupModel(RuleBasedStateMachine):
         self.tracking_begins(list(KEYS))
         self.count("off and on", 1)
 
-    @precondition(lambda self: self.changes >= 1 and len(self.machine.foreign) < 3)
+    @precondition(lambda self: self.last != "foreign snapshot" and len(self.machine.foreign) < 3)
     @rule()
     def freeze(self) -> None:
         self.machine.freeze()
-        self.count("foreign snapshot", 1)
+        self.count("foreign snapshot")
 
-    @precondition(lambda self: self.changes >= 1 and self.machine.foreign and not self.unseen)
+    @precondition(lambda self: self.machine.foreign and not self.unseen)
     @rule(data=st.data())
     def thaw(self, data: st.DataObject) -> None:
         self.machine.thaw(self.a_foreign_one(data))
-        self.count("foreign snapshot removed", 1)
+        self.count("foreign snapshot removed")
 
     @precondition(lambda self: self.changes >= 1 and self.machine.foreign and not self.unseen)
     @rule(data=st.data())
@@ -262,6 +262,7 @@ class BackupModel(RuleBasedStateMachine):
         for key in KEYS:
             self.since[key].clear()
             if self.unseen:
+                self.count("disk with tracking begun over a snapshot")
                 self.lying.add(key)
         self.unseen = False
 

@@ -160,6 +160,8 @@ class Machine:
         self.control.close()
         for folder in (self.folder, self.tmpdir):
             shutil.rmtree(folder)
+        for held in (self.disks, self.points, self.foreign):
+            held.clear()  # megabytes, and somebody may keep us
 
     # What the guest and the administrator do
 
