@@ -32,10 +32,15 @@ class Simulator:
 
     def __init__(self, state: Path, vms: str = "minimal") -> None:
         self.state = state
+        self.vms = vms
         self.log_path = state.with_suffix(".log")
+        self.start()
+
+    def start(self, port: int = 0) -> None:
+        """Start it, or start it again with the state that it left; *port* is vCenter's, 0 takes a free one."""
         self._log = self.log_path.open("ab")
         self._process = subprocess.Popen(
-            [str(SIMULATOR / "run"), "--state", str(state), "--vms", vms],
+            [str(SIMULATOR / "run"), "--state", str(self.state), "--vms", self.vms, "--port", str(port)],
             stdout=subprocess.PIPE,
             stderr=self._log,
             cwd=str(ROOT),

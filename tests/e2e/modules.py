@@ -66,6 +66,7 @@ class Server:
             text=True,
             env={**os.environ, "PYTHONPATH": str(ROOT / "build" / "tree")},
         )
+        self.pid = self._process.pid
         atexit.register(self.stop)
 
     def ask(self, **request: Any) -> Dict[str, Any]:
