@@ -16,6 +16,8 @@ import threading
 import time
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence
 
+from .datapath.processes import start_time
+
 LOOK_SECONDS = 0.5
 #: So long may the ordinary clean-up take. Then the process is killed: its children die with it (nbdkit within the
 #: seconds of its guard), and the next run recovers the rest. All of it together stays below 10 s.
@@ -28,13 +30,7 @@ class Ended(BaseException):
 
 def identity(pid: int) -> str:
     """A process of this machine as ``<pid>:<start time>``, which names it for good; ``<pid>:0`` if it is gone."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stat:
-            # Behind the name in parentheses, which may hold spaces: the state, and as field 22 the start time.
-            fields = stat.read().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return f"{pid}:0"
-    return f"{pid}:0" if fields[0] in ("Z", "X") else f"{pid}:{fields[19]}"
+    return f"{pid}:{start_time(pid) or 0}"
 
 
 class Lease:

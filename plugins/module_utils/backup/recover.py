@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 from ..datapath.image import fsync_dir
-from ..datapath.processes import RuntimeDir
+from ..datapath.processes import RuntimeDir, start_time
 from ..errors import InputError, NotFoundError, RepositoryError, VadpError
 from ..repository.layout import Repository, VmStore, check_point_name, is_empty_folder, new_point_name
 from ..repository.runs import Run, boot_id, new_run_id
@@ -208,23 +208,13 @@ def _processes(runs: List[Run], check_mode: bool) -> List[Recovered]:
             continue
         for intent in run.intents("process"):
             pid, started = int(intent["pid"]), int(intent["start_time"])
-            if _start_time(pid) == started:
+            if start_time(pid) == started:
                 if not check_mode:
                     _end(pid, started, str(intent.get("name")))
                 found.append(_item("process", str(pid), "ended", check_mode))
             if not check_mode:
                 run.done(intent["id"])
     return found
-
-
-def _start_time(pid: int) -> Optional[int]:
-    """The start time of a live process in clock ticks since boot; None if there is none (or only its shell)."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    fields = text.rpartition(")")[2].split()
-    return None if fields[0] in ("Z", "X") else int(fields[19])
 
 
 def _end(pid: int, started: int, name: str) -> None:
@@ -242,7 +232,7 @@ def _end(pid: int, started: int, name: str) -> None:
             ) from error
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            if _start_time(pid) != started:
+            if start_time(pid) != started:
                 return
             time.sleep(_POLL_SECONDS)
     raise VadpError(

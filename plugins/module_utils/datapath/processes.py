@@ -189,7 +189,7 @@ class Child:
         self.name = name
         self.log_path = log_path
         self.pid = process.pid
-        self.start_time = _start_time(process.pid)
+        self.start_time = start_time(process.pid) or 0
         #: The NBD URI that the child serves, once somebody has said so.
         self.uri = ""
 
@@ -287,14 +287,18 @@ class Child:
         return returncode
 
 
-def _start_time(pid: int) -> int:
-    """When a process started (clock ticks since boot; 0 if it is gone). With the pid it names one process for good."""
+def start_time(pid: int) -> Optional[int]:
+    """When a process started, in clock ticks since boot; with the pid that names one process of a boot for good.
+
+    None if there is no such process, or only the entry of one that has ended.
+    """
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stat:
-            # The name in parentheses may hold spaces: count from behind it. Start time is field 22.
-            return int(stat.read().rpartition(")")[2].split()[19])
-    except FileNotFoundError:
-        return 0
+            # Behind the name in parentheses, which may hold spaces: the state, and as field 22 the start time.
+            fields = stat.read().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in ("Z", "X") else int(fields[19])
 
 
 def _listening(path: str) -> bool:
