@@ -93,8 +93,13 @@ def restore_point(request: RestoreRequest, check_mode: bool) -> Dict[str, Any]:
                 # The check of the point may have taken long.
                 targets = _look(session, vm, point, request, proxy)
                 run = store.create_run(None, vm_moid=vm.moid, vm_name=vm.name, run_id=run_id)
-                with RuntimeDir(run_id) as run_dir:
-                    restored = _restore(session, vm, point, targets, store, run, vddk, request, run_dir, progress)
+                try:
+                    with RuntimeDir(run_id) as run_dir:
+                        restored = _restore(session, vm, point, targets, store, run, vddk, request, run_dir, progress)
+                finally:
+                    # As long as every disk is either what it was or wholly restored, there is nothing to remember.
+                    if not _half_written(run):
+                        run.remove()
     return _result(point, vm, restored)
 
 
@@ -224,17 +229,10 @@ def _restore(
         disks=keys,
         half_written=[],
     )
-    try:
-        job = _Job(session, vm, point, store, run, intent, vddk, request, run_dir, progress)
-        restored = [_restore_disk(target, job) for target in targets]
-    except BaseException:
-        # As long as every disk is either what it was or wholly restored, there is nothing to remember.
-        if not _half_written(run):
-            run.remove()
-        raise
+    job = _Job(session, vm, point, store, run, intent, vddk, request, run_dir, progress)
+    restored = [_restore_disk(target, job) for target in targets]
     run.done(intent)
     _forget_earlier(store, vm, run, keys)
-    run.remove()
     return restored
 
 
