@@ -4,12 +4,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
 import re
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Sequence
@@ -35,9 +35,13 @@ _OPEN_RETRIES = 4
 
 # nbdkit asks for SIGTERM at its parent's death, in place of the SIGKILL that Child asked for, and after a SIGTERM it
 # waits for requests that VDDK does not end. So a guard in its process group waits for the end of a pipe that only we
-# hold open, and kills the group some seconds later. $1 is the pipe's descriptor, $2 the seconds.
-_GUARDED = '(read -r line; sleep "$2"; kill -s KILL -- "-$$") <"/proc/self/fd/$1" >/dev/null 2>&1 & shift 2; exec "$@"'
-_GUARD_SECONDS = 4
+# hold open, and kills the group some seconds later; a line through the pipe says that it is not needed any more. It
+# outlives the SIGTERM to its group: we may die between that and nbdkit's end. $1 is the pipe, $2 the seconds.
+_GUARDED = (
+    '(trap "" TERM; read -r line || { sleep "$2"; kill -s KILL -- "-$$"; })'
+    ' <"/proc/self/fd/$1" >/dev/null 2>&1 & shift 2; exec "$@"'
+)
+_GUARD_SECONDS = 3
 
 _numbers = itertools.count(1)
 
@@ -83,7 +87,7 @@ class Endpoint:
         return better
 
 
-@contextmanager
+@contextlib.contextmanager
 def open_vddk(
     session: Session,
     vm: VmRef,
@@ -162,8 +166,12 @@ def open_vddk(
         uri = f"nbd+unix:///?socket={quote(str(socket))}"
         yield Endpoint(uri, str(mode), log, size, subject, child)
     finally:
-        os.close(our_end)
-        child.stop(_STOP_TIMEOUT)
+        try:
+            child.stop(_STOP_TIMEOUT)
+            with contextlib.suppress(BrokenPipeError):  # the guard was killed with its group
+                os.write(our_end, b"\n")
+        finally:
+            os.close(our_end)
         config.unlink()
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Set
 
 import pytest
 from ansible_collections.openvadp.backup.plugins.module_utils.datapath.processes import Child
@@ -96,8 +97,12 @@ def test_the_password_goes_through_a_pipe() -> None:
         endpoints._password_pipe("two\nlines")
 
 
-def test_the_guard_ends_a_server_that_ignores_sigterm(tmp_path: Path) -> None:
-    """What is left when we die: the guard's pipe ends, and a server that waits for its storage has to go."""
+@pytest.mark.parametrize("needed", [True, False])
+def test_the_guard_ends_a_server_that_ignores_sigterm(tmp_path: Path, needed: bool) -> None:
+    """What is left when we die, perhaps in the middle of stopping it: a server that waits for its storage has to go.
+
+    A guard that is not needed any more ends, and kills nobody.
+    """
     guard_fd, our_end = os.pipe()
     stubborn = ["sh", "-c", "trap '' TERM; echo ready; while :; do sleep 1; done"]
     guarded = ["sh", "-c", endpoints._GUARDED, "sh", str(guard_fd), "0", *stubborn]
@@ -105,7 +110,30 @@ def test_the_guard_ends_a_server_that_ignores_sigterm(tmp_path: Path) -> None:
     os.close(guard_fd)
     while not child.log_tail():
         assert child.alive
-    os.kill(child.pid, signal.SIGTERM)
-    assert child.alive
+    members = _group(child.pid)
+    assert len(members) >= 2
+    os.killpg(child.pid, signal.SIGTERM)
+    if not needed:
+        os.write(our_end, b"\n")
     os.close(our_end)
-    assert child._process.wait(20) == -signal.SIGKILL
+    if needed:
+        assert child._process.wait(20) == -signal.SIGKILL
+    else:
+        deadline = time.monotonic() + 20
+        while len(_group(child.pid) & members) > 1:
+            assert time.monotonic() < deadline
+        assert child.alive
+        os.killpg(child.pid, signal.SIGKILL)
+
+
+def _group(leader: int) -> Set[int]:
+    """The processes of a group, but for the sleeps that come and go."""
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, fields = stat.read_text().split("(", 1)[1].rsplit(") ", 1)
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(fields.split()[2]) == leader and name != "sleep":
+            found.add(int(stat.parent.name))
+    return found
