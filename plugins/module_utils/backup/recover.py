@@ -281,7 +281,7 @@ def _temporary_files(store: VmStore, runs: List[Run], check_mode: bool) -> List[
     found = []
     points = {run.data["point"] for run in runs}
     uncommitted = [path for path in store.uncommitted_files() if path.stem in points]
-    for path in store.part_files() + uncommitted:
+    for path in store.repository.part_files() + store.part_files() + uncommitted:
         if not check_mode:
             _unlink(path)
         found.append(_item("temporary_file", str(path), "removed", check_mode))

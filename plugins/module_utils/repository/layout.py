@@ -212,6 +212,10 @@ class Repository:
             )
         return repository
 
+    def part_files(self) -> List[Path]:
+        """Unfinished files of the repository itself. It is there, so they are leftovers; nobody needs a lock."""
+        return _unfinished(self.path)
+
     def inside(self, *parts: str) -> Path:
         """The path of a file of the repository.
 
@@ -751,13 +755,16 @@ def _create_repository(root: Path) -> None:
         # Each clears away what it takes for leftovers of a crash, so one may lose its unfinished file to the other:
         # again then.
         while not (root / REPOSITORY_FILE).exists():
-            for name in os.listdir(str(root)):
-                if name.startswith(REPOSITORY_FILE + PART):
-                    _unlink(root / name)
+            for path in _unfinished(root):
+                _unlink(path)
             _write_description(root)
         fsync_dir(str(root))
     except OSError as error:
         raise _unusable(str(root), error) from None
+
+
+def _unfinished(root: Path) -> List[Path]:
+    return [root / name for name in sorted(os.listdir(str(root))) if name.startswith(REPOSITORY_FILE + PART)]
 
 
 def _write_description(root: Path) -> None:

@@ -53,6 +53,10 @@ def test_open_makes_a_repository_of_an_empty_folder_once(tmp_path: Path) -> None
     assert sorted(os.listdir(str(tmp_path))) == ["lost+found", "repository.json"]
     assert json.loads((tmp_path / "repository.json").read_text()) == {"format": 1, "id": first.id}
     assert not layout.is_empty_folder(str(tmp_path))
+    # And one after the naming: for vadp_recover to remove.
+    assert first.part_files() == []
+    (tmp_path / "repository.json.part-1234").write_text("{}")
+    assert first.part_files() == [tmp_path / "repository.json.part-1234"]
 
 
 def test_two_who_create_a_repository_agree_on_its_id(tmp_path: Path) -> None:
