@@ -167,8 +167,10 @@ class BackupModel(RuleBasedStateMachine):
         self.count("reset", 1)
 
     @precondition(lambda self: self.changes >= 1 and not self.crashed)
-    @rule()
-    def tracking_off_and_on(self) -> None:
+    @rule(over_a_snapshot=st.booleans())
+    def tracking_off_and_on(self, over_a_snapshot: bool) -> None:
+        if over_a_snapshot and not self.machine.foreign:
+            self.machine.freeze()
         for enabled in (False, True):
             self.machine.set_tracking(enabled)
         self.tracking_begins(list(KEYS))
@@ -181,9 +183,10 @@ class BackupModel(RuleBasedStateMachine):
         self.count("foreign snapshot")
 
     @precondition(lambda self: self.machine.foreign and not self.unseen)
-    @rule(data=st.data())
-    def thaw(self, data: st.DataObject) -> None:
-        self.machine.thaw(self.a_foreign_one(data))
+    @rule(data=st.data(), every_one=st.booleans())
+    def thaw(self, data: st.DataObject, every_one: bool) -> None:
+        for frozen in list(self.machine.foreign) if every_one else [self.a_foreign_one(data)]:
+            self.machine.thaw(frozen)
         self.count("foreign snapshot removed")
 
     @precondition(lambda self: self.changes >= 1 and self.machine.foreign and not self.unseen)
