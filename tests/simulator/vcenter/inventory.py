@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import threading
 from collections.abc import Iterator
@@ -249,9 +250,11 @@ class Datastore(Entity):
     def used_bytes(self) -> int:
         folder = self.simulator.storage.local_path(f"[{self.name}]")
         total = 0
-        for path in folder.rglob("*"):
-            with contextlib.suppress(FileNotFoundError):
-                total += path.stat().st_blocks * 512
+        # Files and folders come and go meanwhile: os.walk passes over a folder that is gone, as Path.rglob does not.
+        for parent, _folders, names in os.walk(folder):
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    total += os.stat(os.path.join(parent, name)).st_blocks * 512
         return total
 
     def hosts(self) -> list[Host]:

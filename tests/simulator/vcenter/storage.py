@@ -420,14 +420,17 @@ class Storage:
         """(path, size in bytes) of the files directly in a folder, sorted."""
         folder = self.local_path(folder_path)
         name, relative = self.split_path(folder_path)
-        if not folder.is_dir():
-            raise NotFound(f"{folder_path}: no such folder")
+        try:
+            entries = sorted(os.scandir(folder), key=lambda item: item.name)
+        except (FileNotFoundError, NotADirectoryError):
+            raise NotFound(f"{folder_path}: no such folder") from None
         prefix = f"{relative.strip('/')}/" if relative.strip("/") else ""
-        return [
-            (f"[{name}] {prefix}{entry.name}", entry.stat().st_size)
-            for entry in sorted(os.scandir(folder), key=lambda item: item.name)
-            if entry.is_file() and not entry.name.startswith(".")
-        ]
+        found = []
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):  # merged or renamed meanwhile
+                if entry.is_file() and not entry.name.startswith("."):
+                    found.append((f"[{name}] {prefix}{entry.name}", entry.stat().st_size))
+        return found
 
     def extent_path(self, path: str) -> Path:
         """The file that holds a disk's own bytes (``-flat.vmdk`` or ``-delta.vmdk``)."""
