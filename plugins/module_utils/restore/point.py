@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""The restore point that is read: found, and proved to be what was written, before the first byte goes anywhere."""
+"""The restore point that is read: found, and proved to be what was written, before anybody gets to see a byte of it."""
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Dict, List
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 from ..datapath.progress import DiskProgress, Progress
-from ..errors import DamagedError, InputError
+from ..errors import DamagedError, InputError, VadpError
 from ..repository.layout import Repository, VmStore
 from ..repository.manifest import disk_of
 from ..repository.verify import STRUCTURE, verify_point
@@ -88,9 +91,36 @@ def open_point(request: RestoreRequest) -> Point:
     return Point(repository, store, manifest, disks)
 
 
-def require_intact(point: Point, progress: Progress) -> None:
+@contextlib.contextmanager
+def checked_beside(point: Point, progress: Progress) -> Iterator[Callable[[], None]]:
+    """:func:`require_intact` in a thread, beside work whose result nobody sees before the check has ended well.
+
+    Most of such work waits for the disk. What is yielded waits for the check and raises what it raises; call it before
+    the result becomes visible. A failure of the work comes after the check: damage is the better reason.
+
+    :raises DamagedError: on leaving, if the point is damaged.
+    """
+    waiting = threading.Event()
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="check") as pool:
+        check = pool.submit(require_intact, point, progress, waiting)
+
+        def proven() -> None:
+            waiting.set()
+            check.result()
+
+        try:
+            yield proven
+        except VadpError:
+            proven()
+            raise
+        else:
+            proven()
+
+
+def require_intact(point: Point, progress: Progress, shown: Optional[threading.Event] = None) -> None:
     """Check every file that the wanted disks stand on: present, of the size and with the hash that were recorded.
 
+    :param shown: progress is told once this is set; None: from the beginning.
     :raises DamagedError: with all that is wrong; a damaged point is not restored.
     """
     reports: Dict[int, DiskProgress] = {}
@@ -98,7 +128,7 @@ def require_intact(point: Point, progress: Progress) -> None:
 
     def report(key: int, done: int, total: int) -> None:
         if key not in reports:
-            if time.monotonic() - begun < _QUIET_SECONDS:
+            if time.monotonic() - begun < _QUIET_SECONDS or not (shown is None or shown.is_set()):
                 return
             label = next(disk.label for disk in point.disks if disk.key == key)
             reports[key] = progress.disk(key, f"{label}, check of the point", total)

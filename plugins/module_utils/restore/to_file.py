@@ -2,8 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 """A restore point into image files: one file a disk, each whole or not there.
 
-Look (nothing is touched) -> check the point -> compare with what is there -> write beside, compare, rename. No vCenter
-is needed, and no lock: points do not change.
+Look (nothing is touched) -> compare with what is there -> write beside, compare, rename. Every file of the point is
+checked meanwhile; no file is compared and none gets its name before that has ended well. No vCenter is needed, and no
+lock: points do not change.
 """
 
 from __future__ import annotations
@@ -17,21 +18,25 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 from ..datapath import image
 from ..datapath.processes import run_tool
 from ..datapath.progress import Progress
 from ..errors import DamagedError, DataPathError, InputError
+from ..repository.chain import chain_of
 from ..repository.layout import REPOSITORY_FILE
+from ..repository.manifest import entry_of
 from ..repository.runs import new_run_id
 from ..repository.shapes import RUN_ID_PATTERN
-from .point import Point, PointDisk, open_point, require_intact
+from .point import Point, PointDisk, checked_beside, open_point
 from .request import RestoreRequest
 
 # A file's name may have 255 bytes: this leaves enough for the disk's part, twice ".part-<run id>" and the extension.
 _VM_NAME_BYTES = 100
 _LABEL_CHARACTERS = 30
+# What an image file has besides data and tables, and more.
+_IMAGE_BYTES = 4 << 20
 _LOCK = re.compile(rf"\.openvadp-restore-({RUN_ID_PATTERN})\.lock")
 _PART = re.compile(rf".+-[0-9]+\.(?:{'|'.join(image.FORMATS)})\.part-({RUN_ID_PATTERN})(?:\.part-{RUN_ID_PATTERN})?")
 
@@ -57,20 +62,20 @@ def restore_point(request: RestoreRequest, check_mode: bool) -> Dict[str, Any]:
     request.check()
     point = open_point(request)
     folder = _folder(request.dest)
-    with Progress(None if check_mode else request.progress_file) as progress:
-        require_intact(point, progress)
-        files = [_look(disk, folder, point, request) for disk in point.disks]
+    with Progress(None if check_mode else request.progress_file) as progress, checked_beside(point, progress) as proven:
+        files = [_look(disk, folder, point, request, proven) for disk in point.disks]
         _require_consent(files, request)
         todo = [file for file in files if not file.same]
-        _require_room(folder, todo)
+        _require_room(folder, todo, point)
         restored: Dict[int, Dict[str, Any]] = {file.disk.key: _unchanged(file) for file in files if file.same}
         if check_mode:
+            proven()
             restored.update({file.disk.key: _planned(file) for file in todo})
         elif todo:
             _require_writable(folder)
             with _own_run(folder) as run_id:
                 for file in todo:
-                    restored[file.disk.key] = _write(file, run_id, request, progress)
+                    restored[file.disk.key] = _write(file, run_id, request, progress, proven)
         elif os.access(str(folder), os.W_OK):
             # The last act of a restore that crashed may have been to finish the files.
             _remove_leftovers(folder)
@@ -128,7 +133,9 @@ def _require_writable(folder: Path) -> None:
         )
 
 
-def _look(disk: PointDisk, folder: Path, point: Point, request: RestoreRequest) -> ImageFile:
+def _look(
+    disk: PointDisk, folder: Path, point: Point, request: RestoreRequest, proven: Callable[[], None]
+) -> ImageFile:
     """Where a disk goes, and whether its bytes are there already."""
     image_format = disk.choice.format or request.format
     path = folder / file_name(str(point.manifest["vm_name"]), disk.label, disk.key, image_format)
@@ -141,6 +148,7 @@ def _look(disk: PointDisk, folder: Path, point: Point, request: RestoreRequest) 
             reason="it is no ordinary file",
             remedy="Move it away, or choose another folder",
         )
+    proven()
     return ImageFile(disk, str(path), image_format, exists=True, same=_holds(str(path), image_format, disk))
 
 
@@ -169,11 +177,14 @@ def _require_consent(files: List[ImageFile], request: RestoreRequest) -> None:
         )
 
 
-def _require_room(folder: Path, files: List[ImageFile]) -> None:
+def _require_room(folder: Path, files: List[ImageFile], point: Point) -> None:
     """:raises DataPathError: the folder's file system has less free space than the disks' data take."""
-    needed = sum(_stored_bytes(file.disk) for file in files)
     status = os.statvfs(str(folder))
     free = status.f_bavail * status.f_frsize
+    points = point.store.points()
+    if sum(_stored_bytes_at_most(file.disk, point, points) for file in files) <= free:
+        return
+    needed = sum(_stored_bytes(file.disk) for file in files)
     if needed > free:
         raise DataPathError(
             "There is not enough free space for the image files",
@@ -182,6 +193,14 @@ def _require_room(folder: Path, files: List[ImageFile]) -> None:
             remedy="Free some space, choose another folder, or restore fewer disks at a time",
             details={"needed_bytes": needed, "free_bytes": free},
         )
+
+
+def _stored_bytes_at_most(disk: PointDisk, point: Point, points: List[Dict[str, Any]]) -> int:
+    """All that was ever read into the disk's chain, and an image's tables: told by the manifests alone."""
+    manifests = {manifest["point"]: manifest for manifest in points}
+    names = chain_of(points, point.name, disk.key)
+    data = sum(entry_of(manifests[name], disk.key)["bytes_read"] for name in names)
+    return int(data + (disk.capacity_bytes >> 10) + _IMAGE_BYTES)
 
 
 def _stored_bytes(disk: PointDisk) -> int:
@@ -270,8 +289,10 @@ def _is_locked(lock: Path) -> bool:
     return False
 
 
-def _write(file: ImageFile, run_id: str, request: RestoreRequest, progress: Progress) -> Dict[str, Any]:
-    """Write one image beside its place, compare it, put it there."""
+def _write(
+    file: ImageFile, run_id: str, request: RestoreRequest, progress: Progress, proven: Callable[[], None]
+) -> Dict[str, Any]:
+    """Write one image beside its place, compare it, put it there once the point is *proven* to be intact."""
     begun = time.monotonic()
     disk = file.disk
     part = f"{file.path}.part-{run_id}"
@@ -287,6 +308,7 @@ def _write(file: ImageFile, run_id: str, request: RestoreRequest, progress: Prog
                 reason="they differ when read back",
                 remedy="Check the file system and the memory of this machine, and restore again",
             )
+        proven()
         written = os.stat(part).st_blocks * 512
         os.rename(part, file.path)
         image.fsync_dir(os.path.dirname(file.path))

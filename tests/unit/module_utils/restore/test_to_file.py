@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Dict
@@ -15,6 +16,7 @@ from typing import Any, Dict
 import pytest
 from ansible_collections.openvadp.backup.plugins.module_utils.errors import DamagedError, DataPathError, InputError
 from ansible_collections.openvadp.backup.plugins.module_utils.repository.runs import new_run_id
+from ansible_collections.openvadp.backup.plugins.module_utils.restore import point as restored_point
 from ansible_collections.openvadp.backup.plugins.module_utils.restore import to_file
 from ansible_collections.openvadp.backup.plugins.module_utils.restore.request import DiskChoice, RestoreRequest
 from hypothesis import given
@@ -144,8 +146,9 @@ def test_a_qcow2_file_with_a_backing_file_is_not_taken_for_the_disk(world: Any, 
 
 
 @pytest.mark.parametrize("victim", ["p1.qcow2", "p2.qcow2", "p1 missing", "p1 longer"])
-def test_a_damaged_chain_is_refused_before_anything_is_written(
-    world: Any, dest: Path, disk: bytes, flip: Any, victim: str
+@pytest.mark.parametrize("there", [True, False])
+def test_no_image_of_a_damaged_chain_appears(
+    world: Any, dest: Path, disk: bytes, flip: Any, victim: str, there: bool
 ) -> None:
     layer = world.store.layer_path(2000, victim[:2])
     if victim.endswith("missing"):
@@ -156,11 +159,38 @@ def test_a_damaged_chain_is_refused_before_anything_is_written(
     else:
         flip(layer, layer.stat().st_size // 2)
     path = dest / "app01-hard-disk-1-2000.raw"
-    path.write_bytes(b"what was there")
+    if there:
+        path.write_bytes(b"what was there")
     with pytest.raises(DamagedError, match="nothing was written") as caught:
         restore(world, dest, overwrite=True)
     assert "p1" in str(caught.value) or "p2" in str(caught.value)
-    assert path.read_bytes() == b"what was there" and os.listdir(dest) == [path.name]
+    assert os.listdir(dest) == [path.name] * there and (not there or path.read_bytes() == b"what was there")
+    with pytest.raises(DamagedError):
+        restore(world, dest, overwrite=True, check_mode=True)
+
+
+def test_an_image_waits_for_the_check_of_its_point(
+    world: Any, dest: Path, disk: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A check that finds its damage last of all, when the image has been written and compared."""
+    converted = threading.Event()
+    real_compare = to_file.image.compare
+
+    def compare(*args: Any, **options: Any) -> bool:
+        assert (dest / "app01-hard-disk-1-2000.raw").exists() is False
+        result = real_compare(*args, **options)
+        converted.set()
+        return result
+
+    def verify_point(*_args: Any) -> Any:
+        assert converted.wait(60)
+        return [{"key": 2000, "ok": False, "problems": ["a bit flipped"]}]
+
+    monkeypatch.setattr(to_file.image, "compare", compare)
+    monkeypatch.setattr(restored_point, "verify_point", verify_point)
+    with pytest.raises(DamagedError, match="a bit flipped"):
+        restore(world, dest)
+    assert converted.is_set() and os.listdir(dest) == []
 
 
 def test_a_damaged_manifest_is_refused(world: Any, dest: Path, disk: bytes, flip: Any) -> None:
