@@ -154,7 +154,7 @@ class World:
             self.runs.add(record["run_id"])
             for intent in record["intents"]:
                 if intent["what"] == "process":
-                    found.append((str(intent["name"]).split(" ")[0], int(intent["pid"])))
+                    found.append((str(intent["name"]).split(" ", maxsplit=1)[0], int(intent["pid"])))
         return dict(found) if len(found) == 2 else {}
 
     def processes(self) -> List[str]:
@@ -451,7 +451,7 @@ def test_what_one_run_can_not_consolidate_the_next_one_does(world: World) -> Non
 def _reader(simulator: Simulator, snapshot: str) -> Iterator[None]:
     """Somebody else's backup, which has the snapshot's disk open, as the VDDK double's protocol opens it."""
     facts = simulator.facts
-    vm = next(moid for moid, one in simulator.control.call("state")["vms"].items() if one["name"] == VM)
+    (vm,) = (moid for moid, one in simulator.control.call("state")["vms"].items() if one["name"] == VM)
     path = simulator.control.call("read_disk", vm=VM, disk=2000, snapshot=snapshot, length=512)["path"]
     login = {"op": "login", "user": facts["backup_username"], "password": facts["backup_password"]}
     disk = {"vmx": f"moref={vm}", "snapshot": snapshot, "path": path, "read_only": True, "transports": "nbd"}
