@@ -19,7 +19,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from ..errors import DataPathError
 
@@ -306,11 +306,17 @@ def _listening(path: str) -> bool:
     if not os.path.exists(path):
         return False
     with open("/proc/net/unix", encoding="utf-8", errors="surrogateescape") as sockets:
-        for line in sockets:
-            # Num RefCount Protocol Flags Type St Inode Path; flag 0x10000 is "accepts connections"
-            fields = line.rstrip("\n").split(" ", 7)
-            if len(fields) == 8 and fields[7].lstrip() == path and fields[3] == "00010000":
-                return True
+        return listens(sockets, path)
+
+
+def listens(sockets: Iterable[str], path: str) -> bool:
+    """A line of *sockets*, the lines of ``/proc/net/unix``, says that somebody listens on *path* (absolute)."""
+    for line in sockets:
+        # Num RefCount Protocol Flags Type St Inode Path; flag 0x10000 is "accepts connections". The inode is padded
+        # with spaces to five digits: a machine that has just booted has smaller ones.
+        fields = line.rstrip("\n").split(None, 7)
+        if len(fields) == 8 and fields[7] == path and fields[3] == "00010000":
+            return True
     return False
 
 

@@ -15,6 +15,7 @@ import pytest
 from ansible_collections.openvadp.backup.plugins.module_utils.datapath.processes import (
     Child,
     RuntimeDir,
+    listens,
     run_tool,
     tool_result,
 )
@@ -34,6 +35,18 @@ def is_running(pid):
             return stat.read().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+@pytest.mark.parametrize("inode", ["  317", "12345", "4026531840"])
+def test_who_listens_is_told_whatever_the_inode(inode):
+    # The kernel pads it to five digits; a machine that has just booted has smaller ones.
+    header = "Num       RefCount Protocol Flags    Type St Inode Path\n"
+    line = "0000000000000000: 00000002 00000000 {} 0001 01 {} {}\n"
+    accepts, connected = "00010000", "00000000"
+    table = [header, line.format(connected, inode, "/x/a b"), line.format(accepts, inode, "/x/a  c ")]
+    assert listens(table, "/x/a  c ")
+    assert not listens(table, "/x/a b")
+    assert not listens(table, "/x/a  c")
 
 
 def start(run_dir, *argv, **options):

@@ -142,10 +142,8 @@ class Controller:
         self.folder = folder
         self.program = ansible_playbook or str(Path(sys.executable).parent / "ansible-playbook")
         plugins = folder / "ansible_collections" / "openvadp" / "backup" / "plugins"
-        for name in ("action", "plugin_utils"):
+        for name in ("action", "plugin_utils", "module_utils"):
             shutil.copytree(ROOT / "plugins" / name, plugins / name)
-        (plugins / "module_utils").mkdir()
-        shutil.copy(ROOT / "plugins" / "module_utils" / "lease.py", plugins / "module_utils")
         (plugins / "modules").mkdir()
         (plugins / "modules" / "vadp_disk_export.py").write_text(MODULE)
         (folder / "ansible.cfg").write_text(
