@@ -12,7 +12,7 @@ import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Mapping, Optional, Sequence
 from urllib.parse import quote
 
 from ..datapath.processes import Child, RuntimeDir
@@ -103,9 +103,8 @@ def open_vddk(
 ) -> Iterator[Endpoint]:
     """Serve one disk through VDDK; the disk is opened once before this returns, so that errors surface here.
 
-    The thread that opens an endpoint must live as long as it: nbdkit ends with the thread that started it
-    (VADP facts 45), and a few seconds after the death of this process at the latest. Open a disk only when its copy
-    begins (VADP facts 22).
+    The thread that opens an endpoint must live as long as it (see :func:`serve_nbdkit`). Open a disk only when its
+    copy begins (VADP facts 22).
 
     :param file: the datastore path, verbatim: with a snapshot that of the snapshot's own configuration, for writing
         that of the VM's current leaf (VADP facts 14, 40).
@@ -115,19 +114,13 @@ def open_vddk(
     :raises TransportError: the disk can't be opened (thumbprint, port 902, credentials, licence, ...), or VDDK uses
         a mode that is not in *transports* (VADP facts 42).
     """
-    subject = file
-    name = f"vddk-{next(_numbers)}"
     folder = Path(run_dir.path)
-    socket, config, log = folder / f"{name}.sock", folder / f"{name}.conf", folder / f"{name}.log"
+    config = folder / f"vddk-{next(_numbers)}.conf"
     write_config(config, vddk=vddk, io_timeout=io_timeout, tmp_folder=temporary_folder())
     connection = session.connection
-    password_fd = _password_pipe(connection.password)
-    guard_fd, our_end = os.pipe()
     try:
-        argv = nbdkit_argv(
-            socket=socket,
+        argv = vddk_argv(
             config=config,
-            password_fd=password_fd,
             server=connection.hostname,
             port=connection.port,
             user=connection.username,
@@ -141,30 +134,68 @@ def open_vddk(
             nfc_port=nfc_port,
             io_timeout=io_timeout,
         )
-        guarded = ["sh", "-c", _GUARDED, "sh", str(guard_fd), str(_GUARD_SECONDS), *argv]
-        child = Child.start(guarded, log_path=str(log), name=f"nbdkit of {file}", pass_fds=(password_fd, guard_fd))
-    except BaseException:
-        os.close(our_end)
-        raise
+        secrets = {"password": connection.password}
+        with serve_nbdkit(argv, subject=file, run_dir=run_dir, io_timeout=io_timeout, secrets=secrets) as endpoint:
+            mode = mode_used(_read(endpoint.log_path))
+            if mode not in transports:
+                raise TransportError(
+                    "VDDK does not use the transport that was asked for",
+                    subject=file,
+                    reason=f"it uses {mode or 'one that its log does not name'}, allowed is {', '.join(transports)}",
+                    remedy="Allow that transport, or make the other one work on this machine",
+                )
+            endpoint.transport = str(mode)
+            yield endpoint
     finally:
-        os.close(password_fd)
-        os.close(guard_fd)
+        config.unlink()
+
+
+@contextlib.contextmanager
+def serve_nbdkit(
+    arguments: Sequence[str],
+    *,
+    subject: str,
+    run_dir: RuntimeDir,
+    io_timeout: int,
+    transport: str = "",
+    secrets: Optional[Mapping[str, str]] = None,
+) -> Iterator[Endpoint]:
+    """Run one nbdkit on a private socket; its disk is opened once before this returns, so that errors surface here.
+
+    The thread that opens an endpoint must live as long as it: nbdkit ends with the thread that started it
+    (VADP facts 45), and a few seconds after the death of this process at the latest.
+
+    :param arguments: what follows the options that every nbdkit of ours gets: filters, the plugin, its parameters.
+    :param subject: the disk, for messages.
+    :param transport: of the endpoint, where it is known before.
+    :param secrets: parameters of the plugin that it takes as ``name=-FD``: they go through pipes, never into an
+        argument, an environment or a file (VADP facts 41).
+    :raises TransportError: it does not start, or the disk can't be opened; the reason is read from its log.
+    """
+    name = f"disk-{next(_numbers)}"
+    socket, log = Path(run_dir.path) / f"{name}.sock", Path(run_dir.path) / f"{name}.log"
+    with contextlib.ExitStack() as handed_over:
+        argv = ["nbdkit", "--foreground", "--unix", str(socket), "--verbose", *arguments]
+        guard_fd, our_end = os.pipe()
+        pass_fds = [guard_fd]
+        handed_over.callback(os.close, guard_fd)
+        try:
+            for parameter, secret in (secrets or {}).items():
+                pass_fds.append(_secret_pipe(parameter, secret))
+                handed_over.callback(os.close, pass_fds[-1])
+                argv.append(f"{parameter}=-{pass_fds[-1]}")
+            guarded = ["sh", "-c", _GUARDED, "sh", str(guard_fd), str(_GUARD_SECONDS), *argv]
+            child = Child.start(guarded, log_path=str(log), name=f"nbdkit of {subject}", pass_fds=pass_fds)
+        except BaseException:
+            os.close(our_end)
+            raise
     try:
         try:
             child.wait_for_socket(str(socket), _START_TIMEOUT)
         except DataPathError as error:
             raise _log_error("The server of the disk's data did not start", subject, log) from error
         size = _first_connection(child, socket, subject, log, io_timeout)
-        mode = mode_used(_read(log))
-        if mode not in transports:
-            raise TransportError(
-                "VDDK does not use the transport that was asked for",
-                subject=subject,
-                reason=f"it uses {mode or 'one that its log does not name'}, allowed is {', '.join(transports)}",
-                remedy="Allow that transport, or make the other one work on this machine",
-            )
-        uri = f"nbd+unix:///?socket={quote(str(socket))}"
-        yield Endpoint(uri, str(mode), log, size, subject, child)
+        yield Endpoint(f"nbd+unix:///?socket={quote(str(socket))}", transport, log, size, subject, child)
     finally:
         try:
             child.stop(_STOP_TIMEOUT)
@@ -172,14 +203,11 @@ def open_vddk(
                 os.write(our_end, b"\n")
         finally:
             os.close(our_end)
-        config.unlink()
 
 
-def nbdkit_argv(
+def vddk_argv(
     *,
-    socket: Path,
     config: Path,
-    password_fd: int,
     server: str,
     port: int,
     user: str,
@@ -193,18 +221,17 @@ def nbdkit_argv(
     nfc_port: int,
     io_timeout: int,
 ) -> List[str]:
-    """The command line of one nbdkit; it holds no secret: the password comes through a pipe (VADP facts 41).
+    """The arguments of an nbdkit for VDDK, but for the password.
 
     Filters, the client's side first: `retry` reopens the disk after an error (a handle whose connection was cut stays
     dead); `blocksize` keeps requests below what exhausts a host's memory, and on sectors (VADP facts 23).
     """
-    argv = ["nbdkit", "--foreground", "--unix", str(socket), "--verbose"]
     # A line for each request would fill the disk with log.
-    argv += ["-D", "nbdkit.backend.datapath=0", "-D", "vddk.datapath=0"]
+    argv = ["-D", "nbdkit.backend.datapath=0", "-D", "vddk.datapath=0"]
     if not writable:
         argv.append("--readonly")
     argv += ["--filter=retry", "--filter=blocksize", "vddk", f"libdir={vddk.libdir}", f"config={config}"]
-    argv += [f"server={server}", f"port={port}", f"user={user}", f"password=-{password_fd}", f"thumbprint={thumbprint}"]
+    argv += [f"server={server}", f"port={port}", f"user={user}", f"thumbprint={thumbprint}"]
     argv += [f"vm=moref={vm_moid}", f"file={file}", f"transports={':'.join(transports)}"]
     if snapshot_moid is not None:
         argv.append(f"snapshot={snapshot_moid}")
@@ -283,11 +310,11 @@ def _log_error(what: str, subject: str, log: Path, fallback: Optional[str] = Non
     )
 
 
-def _password_pipe(password: str) -> int:
-    """The read end of a pipe that holds the password: never in an argument, an environment or a file."""
-    data = password.encode("utf-8")
+def _secret_pipe(name: str, secret: str) -> int:
+    """The read end of a pipe that holds a secret."""
+    data = secret.encode("utf-8")
     if b"\n" in data or len(data) > 4096:
-        raise TransportError("The password can't be handed to VDDK", reason="it has several lines or is too long")
+        raise TransportError(f"The {name} can't be handed to nbdkit", reason="it has several lines or is too long")
     read_end, write_end = os.pipe()
     try:
         os.write(write_end, data)

@@ -9,22 +9,20 @@ from pathlib import Path
 from typing import Any, Dict, List, Set
 
 import pytest
-from ansible_collections.openvadp.backup.plugins.module_utils.datapath.processes import Child
+from ansible_collections.openvadp.backup.plugins.module_utils.datapath.processes import Child, RuntimeDir
 from ansible_collections.openvadp.backup.plugins.module_utils.errors import TransportError
 from ansible_collections.openvadp.backup.plugins.module_utils.transport import endpoints
 from ansible_collections.openvadp.backup.plugins.module_utils.transport.endpoints import (
     mode_used,
-    nbdkit_argv,
     retries_within,
+    vddk_argv,
 )
 from ansible_collections.openvadp.backup.plugins.module_utils.transport.vddk import Vddk
 
 
 def _argv(**changes: Any) -> List[str]:
     options: Dict[str, Any] = dict(
-        socket=Path("/run/x.sock"),
         config=Path("/run/x.conf"),
-        password_fd=7,
         server="vc.example.com",
         port=443,
         user="VSPHERE.LOCAL\\backup",
@@ -39,14 +37,13 @@ def _argv(**changes: Any) -> List[str]:
         io_timeout=180,
     )
     options.update(changes)
-    return nbdkit_argv(**options)
+    return vddk_argv(**options)
 
 
 def test_reading_names_the_snapshot_and_is_read_only() -> None:
     argv = _argv()
     assert "--readonly" in argv
     for word in (
-        "password=-7",
         "vm=moref=vm-16",
         "snapshot=snapshot-47",
         "file=[vmfs01] app 01/app=01-000002.vmdk",
@@ -89,12 +86,33 @@ def test_the_mode_is_the_one_that_the_log_names_last() -> None:
     assert mode_used("nbdkit: debug: nothing") is None
 
 
-def test_the_password_goes_through_a_pipe() -> None:
-    descriptor = endpoints._password_pipe('p\u00e4ss w"rd')
+def test_a_secret_goes_through_a_pipe(tmp_path: Path) -> None:
+    """nbdkit's data plugin takes no secret; its refusal quotes the argument that it got."""
+    secret = 'p\u00e4ss w"rd'
+    descriptor = endpoints._secret_pipe("password", secret)
     with os.fdopen(descriptor, "rb") as stream:
-        assert stream.read() == 'p\u00e4ss w"rd'.encode()
+        assert stream.read() == secret.encode()
     with pytest.raises(TransportError):
-        endpoints._password_pipe("two\nlines")
+        endpoints._secret_pipe("password", "two\nlines")
+    before = set(os.listdir("/proc/self/fd"))
+    with RuntimeDir("secret") as run_dir, pytest.raises(TransportError) as refusal, endpoints.serve_nbdkit(
+        ["memory", "1M"], subject="disk", run_dir=run_dir, io_timeout=10, secrets={"password": secret}
+    ):
+        pass
+    assert "password" in str(refusal.value) and secret not in str(refusal.value)
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_served_disk_is_open_and_gone_afterwards(tmp_path: Path) -> None:
+    with RuntimeDir("served") as run_dir:
+        with endpoints.serve_nbdkit(
+            ["memory", "1M"], subject="disk", run_dir=run_dir, io_timeout=10, transport="hotadd"
+        ) as endpoint:
+            assert (endpoint.size_bytes, endpoint.transport) == (1 << 20, "hotadd")
+            endpoint.check()
+            child = endpoint.child
+        assert not child.alive
+        assert not list(Path(run_dir.path).glob("*.sock"))
 
 
 @pytest.mark.parametrize("needed", [True, False])
