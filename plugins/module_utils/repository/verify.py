@@ -62,6 +62,16 @@ def verify_point(
     return [_DiskCheck(store, points, manifest["point"], disk, level, on_progress).run() for disk in manifest["disks"]]
 
 
+def missing_problems(store: VmStore, manifest: Dict[str, Any]) -> List[str]:
+    """What is wrong with the layers that a point's disks stand on, as far as manifests and sizes tell: no byte is read."""
+    points = [other for other in store.points() if other["point"] != manifest["point"]] + [manifest]
+    problems = []
+    for disk in manifest["disks"]:
+        found = _DiskCheck(store, points, manifest["point"], disk, STRUCTURE, None).missing()
+        problems += [f"disk {disk['key']}: {problem}" for problem in found]
+    return problems
+
+
 def point_problems(store: VmStore, manifest: Dict[str, Any]) -> List[str]:
     """What is wrong with the parts of a point that belong to no disk: configuration, NVRAM, the VM's facts."""
     problems = []
@@ -151,6 +161,15 @@ class _DiskCheck:
             "bytes_verified": self.verified,
             "seconds": round(time.monotonic() - begin, 3),
         }
+
+    def missing(self) -> List[str]:
+        """What the sizes of the files tell."""
+        for link in self._links():
+            for path, stored in ((link.layer, link.entry["layer"]), (link.hashes, link.entry["hashes"])):
+                problem = stored_problem(path, stored)
+                if problem is not None:
+                    self._add(link, f"{path.name}: {problem}")
+        return self.problems
 
     def _links(self) -> List[_Link]:
         """The layers, base first; where the chain is broken, those above the gap."""

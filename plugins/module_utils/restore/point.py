@@ -15,7 +15,7 @@ from ..datapath.progress import DiskProgress, Progress
 from ..errors import DamagedError, InputError, VadpError
 from ..repository.layout import Repository, VmStore
 from ..repository.manifest import disk_of
-from ..repository.verify import STRUCTURE, verify_point
+from ..repository.verify import STRUCTURE, missing_problems, verify_point
 from .request import DiskChoice, RestoreRequest
 
 # Only a check that lasts is worth a line of progress.
@@ -95,11 +95,12 @@ def open_point(request: RestoreRequest) -> Point:
 def checked_beside(point: Point, progress: Progress) -> Iterator[Callable[[], None]]:
     """:func:`require_intact` in a thread, beside work whose result nobody sees before the check has ended well.
 
-    Most of such work waits for the disk. What is yielded waits for the check and raises what it raises; call it before
+    Files that are missing or cut show before it begins. Most of such work waits for the disk. What is yielded waits for the check and raises what it raises; call it before
     the result becomes visible. A failure of the work comes after the check: damage is the better reason.
 
-    :raises DamagedError: on leaving, if the point is damaged.
+    :raises DamagedError: on entering or on leaving, if the point is damaged.
     """
+    _refuse(point, missing_problems(point.store, _wanted(point)))
     waiting = threading.Event()
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="check") as pool:
         check = pool.submit(require_intact, point, progress, waiting)
@@ -134,13 +135,21 @@ def require_intact(point: Point, progress: Progress, shown: Optional[threading.E
             reports[key] = progress.disk(key, f"{label}, check of the point", total)
         reports[key].update(done)
 
-    wanted = dict(point.manifest, disks=[disk.entry for disk in point.disks])
-    results = verify_point(point.store, wanted, STRUCTURE, report)
+    results = verify_point(point.store, _wanted(point), STRUCTURE, report)
     problems = []
     for result in results:
         if result["key"] in reports:
             reports[result["key"]].finish("done" if result["ok"] else "failed")
         problems += [f"disk {result['key']}: {problem}" for problem in result["problems"]]
+    _refuse(point, problems)
+
+
+def _wanted(point: Point) -> Dict[str, Any]:
+    """The manifest with the disks that are wanted alone."""
+    return dict(point.manifest, disks=[disk.entry for disk in point.disks])
+
+
+def _refuse(point: Point, problems: List[str]) -> None:
     if problems:
         raise DamagedError(
             "The restore point is damaged, and nothing was written",
