@@ -54,6 +54,7 @@ class Endpoint:
     :param transport: the mode that VDDK really uses.
     :param log_path: nbdkit's and VDDK's log, mode 0600, gone with the runtime folder.
     :param size_bytes: the size of the disk as it is served.
+    :param method: how the transport was done.
     """
 
     uri: str
@@ -62,6 +63,7 @@ class Endpoint:
     size_bytes: int
     subject: str
     child: Child = field(repr=False)
+    method: str = ""
 
     def check(self) -> None:
         """:raises TransportError: the server died; the reason is read from its log."""
