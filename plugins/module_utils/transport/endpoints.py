@@ -55,6 +55,7 @@ class Endpoint:
     :param method: how: vddk, proxy_hotadd, folder, export_lease.
     :param log_path: nbdkit's and VDDK's log, mode 0600, gone with the runtime folder.
     :param size_bytes: the size of the disk as it is served.
+    :param method: how the transport was done.
     """
 
     uri: str

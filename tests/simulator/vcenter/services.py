@@ -100,6 +100,7 @@ class Settings:
     session_idle: float = 1800.0
     page_areas: int = 2000
     page_bytes: int | None = None
+    device_delay: float = 0.0
 
     def set(self, values: dict[str, Any]) -> dict[str, Any]:
         known = {one.name for one in fields(self)}
