@@ -84,6 +84,7 @@ class Simulator:
         self.sessions = Sessions(self)
         self.tasks = Tasks(self)
         self.events = Events(self)
+        self.leases: dict[str, Any] = {}  # export leases that are held, by their ticket
         self.services: dict[str, Managed] = {}  # the objects of fixed moids, once somebody has asked
         self._last_time = self.start_time
         self._meta_path = self.state_dir / "vcenter.json"

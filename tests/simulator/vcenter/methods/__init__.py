@@ -25,6 +25,7 @@ MODULES = (
     "events",
     "folders",
     "hosts",
+    "leases",
     "machines",
     "reconfigure",
     "search",
