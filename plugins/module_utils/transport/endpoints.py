@@ -18,12 +18,17 @@ from urllib.parse import quote
 from ..datapath.processes import Child, RuntimeDir
 from ..errors import DataPathError, TransportError, VadpError
 from ..libraries import nbd
-from .vddk import Vddk, choose_thumbprint, temporary_folder, write_config
+from .vddk import Vddk, choose_thumbprint, numbers, temporary_folder, write_config
 from .vix_errors import decode_log, last_error_line
 
 if TYPE_CHECKING:
     from ..vsphere.inventory import VmRef
     from ..vsphere.session import Session
+
+#: VADP facts 24: what VDDK's modes over the LAN can compress with.
+WIRE_COMPRESSIONS = ("none", "zlib", "fastlz", "skipz")
+LAN_MODES = ("nbdssl", "nbd")
+_COMPRESSION_FROM_PLUGIN = (1, 24)
 
 _START_TIMEOUT = 60
 _STOP_TIMEOUT = 10
@@ -104,6 +109,7 @@ def open_vddk(
     run_dir: RuntimeDir,
     io_timeout: int,
     san_devices: Sequence[str] = (),
+    wire_compression: str = "none",
 ) -> Iterator[Endpoint]:
     """Serve one disk through VDDK; the disk is opened once before this returns, so that errors surface here.
 
@@ -116,6 +122,7 @@ def open_vddk(
     :param transports: the modes that are allowed, the preferred one first.
     :param io_timeout: seconds; bounds the open, a request and all its retries together.
     :param san_devices: the devices that mode san may open.
+    :param wire_compression: of what crosses the LAN, see :data:`WIRE_COMPRESSIONS`; other modes don't know it.
     :raises TransportError: the disk can't be opened (thumbprint, port 902, credentials, licence, ...), or VDDK uses
         a mode that is not in *transports* (VADP facts 42).
     """
@@ -138,6 +145,7 @@ def open_vddk(
             vddk=vddk,
             nfc_port=nfc_port,
             io_timeout=io_timeout,
+            wire_compression=wire_compression,
         )
         secrets = {"password": connection.password}
         with serve_nbdkit(argv, subject=file, run_dir=run_dir, io_timeout=io_timeout, secrets=secrets) as endpoint:
@@ -226,6 +234,7 @@ def vddk_argv(
     vddk: Vddk,
     nfc_port: int,
     io_timeout: int,
+    wire_compression: str = "none",
 ) -> List[str]:
     """The arguments of an nbdkit for VDDK, but for the password.
 
@@ -249,6 +258,14 @@ def vddk_argv(
             reason=f"nbdkit's VDDK plugin {vddk.plugin} has no parameter nfchostport",
             remedy="Leave nfc_port at 902, or install a newer plugin",
         )
+    if wire_compression != "none" and set(transports) <= set(LAN_MODES):
+        if numbers(vddk.plugin) < _COMPRESSION_FROM_PLUGIN:
+            raise TransportError(
+                "What crosses the LAN can't be compressed",
+                reason=f"nbdkit's VDDK plugin {vddk.plugin} has no parameter compression",
+                remedy="Leave wire_compression at none, or install nbdkit 1.24 or newer",
+            )
+        argv.append(f"compression={wire_compression}")
     return argv + ["minblock=512", "maxdata=2M", f"retries={retries_within(io_timeout)}", "retry-delay=1"]
 
 
@@ -261,6 +278,12 @@ def mode_used(log_text: str) -> Optional[str]:
     """The transport mode that the plugin's debug log names last (VADP facts 42)."""
     found = re.findall(r"debug: transport mode: (\S+)", log_text)
     return found[-1] if found else None
+
+
+def serving_host(log_text: str) -> Optional[str]:
+    """The ESXi host that VDDK's log names last as the disk's (VADP facts 19); a name or an address."""
+    found = re.findall(r"Opened '.*@([^@'\s]+):\d+'", log_text)
+    return found[-1].strip("[]") if found else None
 
 
 def _first_connection(child: Child, socket: Path, subject: str, log: Path, timeout: int) -> int:

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Callable, ContextManager, Iterator, Mapping, O
 from ..datapath.processes import RuntimeDir
 from ..errors import TransportError, VadpError
 from ..libraries import vim
-from .endpoints import Endpoint, open_vddk
+from . import budget
+from .endpoints import LAN_MODES, Endpoint, open_vddk
+from .hotadd import open_hotadd
 from .planner import BY_ATTACHING, BY_FOLDER, BY_LEASE, BY_VDDK, Candidate, DiskFacts, ProxyFacts
 from .san import allow_list
 from .vddk import Vddk
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
     from ..vsphere.inventory import VmRef
     from ..vsphere.session import Session
 
-LAN_MODES = ("nbdssl", "nbd")
 _HANDSHAKE = 14006
 
 
@@ -94,6 +95,9 @@ def _by_vddk(context: OpenContext, disk: Disk, facts: DiskFacts, transport: str,
         raise TransportError("VDDK is not there", subject=disk.file, reason=context.proxy.vddk_problem)
     extents = facts.datastore.extents if transport == "san" and facts.datastore is not None else ()
     with contextlib.ExitStack() as stack:
+        slot = None
+        if transport in LAN_MODES:
+            slot = stack.enter_context(_connection(context, context.vddk, facts))
         endpoint = stack.enter_context(
             open_vddk(
                 context.session,
@@ -107,14 +111,36 @@ def _by_vddk(context: OpenContext, disk: Disk, facts: DiskFacts, transport: str,
                 run_dir=context.run_dir,
                 io_timeout=context.io_timeout,
                 san_devices=allow_list(extents, context.proxy.luns),
+                wire_compression=context.wire_compression,
             )
         )
+        if slot is not None:
+            slot.opened(endpoint)
         yield endpoint
 
 
-def _by_attaching(context: OpenContext, disk: Disk, writable: bool) -> ContextManager[Endpoint]:
-    from .hotadd import open_hotadd
+def _connection(context: OpenContext, vddk: Vddk, facts: DiskFacts) -> ContextManager[budget.Slot]:
+    """The permission to open one more disk on the hosts that may serve this one (VADP facts 19, 20).
 
+    Of a snapshot any host of the datastore may, without one it is the VM's own.
+    """
+    hosts = facts.datastore.hosts if facts.datastore is not None else ()
+    own = facts.vm.host_moid if facts.vm is not None else None
+    if context.snapshot_moid is None and any(host.moid == own for host in hosts):
+        hosts = tuple(host for host in hosts if host.moid == own)
+    names = [host.name for host in hosts] or [context.session.connection.hostname]
+    return budget.for_disk(
+        context.session,
+        vddk,
+        hosts=names,
+        limit=context.nfc_host_limit,
+        subject=facts.label,
+        cancel=context.cancel,
+        on_wait=context.on_wait,
+    )
+
+
+def _by_attaching(context: OpenContext, disk: Disk, writable: bool) -> ContextManager[Endpoint]:
     if context.proxy_vm is None:
         raise TransportError(
             "The disk can't be hot-added",
@@ -131,6 +157,7 @@ def _by_attaching(context: OpenContext, disk: Disk, writable: bool) -> ContextMa
         device_dir=context.device_dir,
         sysfs_dir=context.sysfs_dir,
         io_timeout=context.io_timeout,
+        vm=context.vm,
     )
 
 

@@ -9,12 +9,11 @@ reason against it is taken. A new transport joins by its rule and by what the ru
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, FrozenSet, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from ..errors import InputError, TransportError
-from .vddk import Vddk
+from .vddk import Vddk, version_problem
 
 READ = "read"
 WRITE = "write"
@@ -24,11 +23,6 @@ BY_VDDK = "vddk"
 BY_ATTACHING = "proxy_hotadd"
 BY_FOLDER = "folder"
 BY_LEASE = "export_lease"
-
-# VADP facts 37: a VDDK works with its own release, the two before it and the one after it.
-_RELEASES = ((6, 0), (6, 5), (6, 7), (7, 0), (8, 0), (9, 0))
-_OLDER_SERVERS, _NEWER_SERVERS = 2, 1
-_VMFS6_NEEDS = (6, 5)
 
 _NFS = ("NFS", "NFS41")
 _FILES_ARE_WHOLE = ("VMFS", *_NFS)
@@ -222,38 +216,11 @@ def _vddk(disk: DiskFacts, proxy: ProxyFacts) -> List[str]:
     """What speaks against everything that goes through VDDK."""
     if proxy.vddk is None:
         return [proxy.vddk_problem or "VDDK was not looked for on this machine"]
-    reasons = _versions(proxy.vddk, proxy.server_version)
+    problem = version_problem(proxy.vddk.version, proxy.server_version or "")
+    reasons = [problem] if problem else []
     if disk.vm is not None and disk.vm.template:
         reasons.append(f"'{disk.vm.name}' is a template, and VDDK opens no template")
     return reasons + _privileges(proxy, BY_VDDK)
-
-
-def _release(version: str) -> Tuple[int, int]:
-    numbers = [int(number) for number in re.findall(r"\d+", version)[:2]] + [0, 0]
-    return numbers[0], numbers[1]
-
-
-def _place(version: str) -> int:
-    """Where a version stands among the releases; one that is newer than all of them stands behind them."""
-    release = _release(version)
-    if release[0] > _RELEASES[-1][0]:
-        return len(_RELEASES)
-    return max((number for number, known in enumerate(_RELEASES) if known <= release), default=-1)
-
-
-def _versions(vddk: Vddk, server: Optional[str]) -> List[str]:
-    """VADP facts 37. Of a library that names its major version only, every release of it counts."""
-    if server is None:
-        return []
-    lowest = _place(vddk.version)
-    highest = lowest
-    if "." not in vddk.version:
-        highest = max([lowest] + [number for number, known in enumerate(_RELEASES) if known[0] == vddk.major])
-    if _place(server) > highest + _NEWER_SERVERS:
-        return [f"VDDK {vddk.version} is too old for vSphere {server}: install a newer VDDK"]
-    if _place(server) < lowest - _OLDER_SERVERS:
-        return [f"VDDK {vddk.version} is too new for vSphere {server}: install an older VDDK"]
-    return []
 
 
 def _privileges(proxy: ProxyFacts, name: str) -> List[str]:
@@ -307,18 +274,11 @@ def _san(disk: DiskFacts, proxy: ProxyFacts, direction: str, first: bool) -> Lis
     reasons = _vddk(disk, proxy) + _lun(disk, proxy)
     if _is_encrypted(disk):
         reasons.append("the disk is encrypted, and its LUN holds ciphertext")
-    datastore = disk.datastore
-    if (
-        datastore is not None
-        and (datastore.vmfs_major or 0) >= 6
-        and proxy.vddk is not None
-        and _release(proxy.vddk.version) < _VMFS6_NEEDS
-        and "." in proxy.vddk.version
-    ):
-        reasons.append(
-            f"datastore '{datastore.name}' is VMFS-{datastore.vmfs_major}, which VDDK reads from 6.5 on, and this is"
-            f" {proxy.vddk.version}"
-        )
+    if proxy.vddk is not None and disk.datastore is not None:
+        version = proxy.vddk.version
+        problem = version_problem(version, proxy.server_version or version, disk.datastore.vmfs_major)
+        if problem and problem not in reasons:
+            reasons.append(problem)
     if direction == WRITE:
         if not first:
             reasons.append("a LUN is written only where san stands first in 'transports': restores go over the LAN")

@@ -11,12 +11,12 @@ import os
 from typing import Any
 
 from ..errors import InputError
+from .endpoints import WIRE_COMPRESSIONS
 from .planner import check_transports
 from .proxy import check_options
 
 DEVICE_DIR = "/dev/disk/by-id"
 SYSFS_DIR = "/sys"
-WIRE_COMPRESSIONS = ("none", "zlib", "fastlz", "skipz")
 
 
 def check_transport_options(request: Any) -> None:
