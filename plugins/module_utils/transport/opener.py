@@ -131,8 +131,8 @@ def _connection(context: OpenContext, vddk: Vddk, facts: DiskFacts) -> ContextMa
     names = [host.name for host in hosts] or [context.session.connection.hostname]
     return budget.for_disk(
         context.session,
+        names,
         vddk,
-        hosts=names,
         limit=context.nfc_host_limit,
         subject=facts.label,
         cancel=context.cancel,
