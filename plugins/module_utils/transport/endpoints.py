@@ -54,6 +54,8 @@ class Endpoint:
     :param transport: the mode that VDDK really uses.
     :param log_path: nbdkit's and VDDK's log, mode 0600, gone with the runtime folder.
     :param size_bytes: the size of the disk as it is served.
+    :param method: how the transport is done: ``vddk``, ``proxy_hotadd``, ``folder``, ``export_lease``.
+    :param copy_options: how the copier should ask this server: keywords of :func:`..datapath.copier.copy`.
     """
 
     uri: str
@@ -62,6 +64,8 @@ class Endpoint:
     size_bytes: int
     subject: str
     child: Child = field(repr=False)
+    method: str = ""
+    copy_options: Dict[str, int] = field(default_factory=dict)
 
     def check(self) -> None:
         """:raises TransportError: the server died; the reason is read from its log."""
