@@ -275,6 +275,7 @@ def _read_by(attempt: _Attempt, plan: DiskPlan, job: CopyJob, parts: _Parts, pro
                     # A full layer has no parent whose data could shine through; an overlay must say what is zero now.
                     zeros="drop" if plan.mode == FULL else "write",
                     cancel=job.cancel,
+                    **source.copy_options,
                 )
             except DataPathError as error:
                 raise _explained(error, source, target) from error

@@ -24,7 +24,7 @@ from ..repository import trust
 from ..repository.layout import Repository, VmStore, file_entry, is_empty_folder, new_point_name
 from ..repository.runs import Run, new_run_id
 from ..repository.shapes import format_time
-from ..transport.facts import disk_facts, proxy_facts, proxy_vm_ref
+from ..transport.facts import disk_facts, proxy_facts
 from ..transport.opener import OpenContext
 from ..transport.planner import DiskFacts, ProxyFacts
 from ..transport.vddk import Vddk
@@ -399,7 +399,7 @@ def _copy(
             snapshot_moid=work.snapshot.moid,
             vddk=proxy.vddk,
             proxy=proxy,
-            proxy_vm=proxy_vm_ref(work.session, proxy),
+            proxy_vm=proxy.vm.ref if proxy.vm else None,
             nfc_port=request.nfc_port,
             io_timeout=request.io_timeout,
             run_dir=run_dir,

@@ -26,7 +26,7 @@ from ..repository import trust
 from ..repository.layout import PART, VmStore
 from ..repository.runs import Run, new_run_id
 from ..transport.endpoints import Endpoint
-from ..transport.facts import disk_facts, proxy_facts, proxy_vm_ref
+from ..transport.facts import disk_facts, proxy_facts
 from ..transport.opener import OpenContext, all_failed, open_disk, same_way_failed
 from ..transport.planner import WRITE, Candidate, DiskFacts, Plan, ProxyFacts, plan
 from ..vsphere.disks import Disk, disks_of, is_multi_writer
@@ -110,7 +110,7 @@ def restore_point(request: RestoreRequest, check_mode: bool) -> Dict[str, Any]:
                             snapshot_moid=None,
                             vddk=proxy.vddk,
                             proxy=proxy,
-                            proxy_vm=proxy_vm_ref(session, proxy),
+                            proxy_vm=proxy.vm.ref if proxy.vm else None,
                             nfc_port=request.nfc_port,
                             io_timeout=request.io_timeout,
                             run_dir=run_dir,

@@ -57,10 +57,10 @@ class Endpoint:
 
     :param uri: for libnbd and qemu.
     :param transport: the mode that is really used.
-    :param method: how: vddk, proxy_hotadd, folder, export_lease.
     :param log_path: nbdkit's and VDDK's log, mode 0600, gone with the runtime folder.
     :param size_bytes: the size of the disk as it is served.
-    :param method: how the transport was done.
+    :param method: how the transport is done: ``vddk``, ``proxy_hotadd``, ``folder``, ``export_lease``.
+    :param copy_options: how the copier should ask this server: keywords of :func:`..datapath.copier.copy`.
     """
 
     uri: str
@@ -70,6 +70,7 @@ class Endpoint:
     subject: str
     child: Child = field(repr=False)
     method: str = ""
+    copy_options: Dict[str, int] = field(default_factory=dict)
 
     def check(self) -> None:
         """:raises TransportError: the server died; the reason is read from its log."""

@@ -196,22 +196,6 @@ def proxy_facts(
     )
 
 
-def proxy_vm_ref(session: Session, proxy: ProxyFacts) -> Optional[VmRef]:
-    """The proxy as what hot-adding is done to; None for a machine that is no VM of this vCenter."""
-    if proxy.vm is None:
-        return None
-    return VmRef(
-        obj=vim.VirtualMachine(proxy.vm.moid, session.stub),
-        moid=proxy.vm.moid,
-        name=proxy.vm.name,
-        path="",
-        datacenter="",
-        instance_uuid="",
-        bios_uuid="",
-        datacenter_moid=proxy.vm.datacenter_moid,
-    )
-
-
 def _lun_problems(disks: Iterable[DiskFacts], luns: Mapping[str, str], sysfs_dir: str) -> Dict[str, str]:
     """Why nobody should go near a LUN, of those that the disks lie on."""
     extents: Set[str] = set()
@@ -262,6 +246,7 @@ def _proxy_vm(session: Session, vm: VmRef) -> ProxyVm:
         enable_uuid=_shows_uuids(own),
         free_units=free_units(devices),
         can_add_controller=can_add_controller(devices),
+        ref=vm,
     )
 
 

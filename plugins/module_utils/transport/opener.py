@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Callable, ContextManager, Iterator, Mapping, Optional
 
 from ..datapath.processes import RuntimeDir
-from ..errors import TransportError, VadpError
-from ..libraries import vim
+from ..errors import DataPathError, TransportError, VadpError
 from . import budget
 from .endpoints import LAN_MODES, Endpoint, open_vddk
 from .hotadd import open_hotadd
+from .https import open_folder, open_lease
 from .planner import BY_ATTACHING, BY_FOLDER, BY_LEASE, BY_VDDK, Candidate, DiskFacts, ProxyFacts
 from .san import allow_list
 from .vddk import Vddk
@@ -162,25 +162,28 @@ def _by_attaching(context: OpenContext, disk: Disk, writable: bool) -> ContextMa
 
 
 def _by_folder(context: OpenContext, disk: Disk) -> ContextManager[Endpoint]:
-    from .https import open_folder
-
     return open_folder(context.session, context.vm, disk, run_dir=context.run_dir, io_timeout=context.io_timeout)
 
 
 def _by_lease(context: OpenContext, disk: Disk, stage: Path) -> ContextManager[Endpoint]:
-    from .https import open_lease
+    cancel = context.cancel
+
+    def on_progress(done: int, total: int) -> None:
+        if cancel is not None and cancel.is_set():
+            raise DataPathError("The disk was not downloaded", subject=disk.file, reason="another disk failed")
 
     if context.snapshot_moid is None:
         raise TransportError("Only a snapshot is exported", subject=disk.file, reason="there is none")
     return open_lease(
         context.session,
         context.vm,
-        vim.vm.Snapshot(context.snapshot_moid, context.session.stub),
+        context.snapshot_moid,
         disk,
         run=context.run,
         run_dir=context.run_dir,
         stage=stage,
         io_timeout=context.io_timeout,
+        on_progress=on_progress,
     )
 
 

@@ -10,10 +10,13 @@ reason against it is taken. A new transport joins by its rule and by what the ru
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, FrozenSet, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, FrozenSet, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from ..errors import InputError, TransportError
 from .vddk import Vddk, version_problem
+
+if TYPE_CHECKING:
+    from ..vsphere.inventory import VmRef
 
 READ = "read"
 WRITE = "write"
@@ -96,6 +99,7 @@ class ProxyVm:
     :param datastores: moids of those that its host sees.
     :param enable_uuid: ``disk.EnableUUID`` is set, so that a disk can be told by its UUID (VADP facts 31).
     :param free_units: free places on its SCSI controllers.
+    :param ref: what calls about it are made on; no rule looks at it.
     """
 
     moid: str
@@ -107,6 +111,7 @@ class ProxyVm:
     enable_uuid: bool = True
     free_units: int = 0
     can_add_controller: bool = False
+    ref: Optional[VmRef] = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,9 @@ _CONTROLLERS = {
     "VirtualNVMEController": "nvme",
 }
 
+#: Its type -> class of a controller.
+CONTROLLER_CLASSES = {kind: name for name, kind in _CONTROLLERS.items()}
+
 
 @dataclass
 class Disk:

@@ -172,6 +172,11 @@ class Tls:
             self.context.verify_mode = ssl.CERT_NONE
 
     @property
+    def certificate(self) -> bytes:
+        """The certificate (DER) that the last connection was verified with."""
+        return self._certificate
+
+    @property
     def thumbprints(self) -> Dict[str, str]:
         """``sha1`` and ``sha256`` of the certificate that the last connection was verified with."""
         return {

@@ -76,7 +76,9 @@ class Lease(Managed):
         local = self.simulator.storage.local_path(nvram)
         if local.exists():
             found.append(_Device(f"/{self.vm.moid}/nvram", nvram.rsplit("/", 1)[-1], None, local))
-        for number, disk in reversed(list(enumerate(one for one in disks_in(config.hardware.device) if not is_rdm(one)))):
+        for number, disk in reversed(
+            list(enumerate(one for one in disks_in(config.hardware.device) if not is_rdm(one)))
+        ):
             controller = controllers[disk.controllerKey]
             kind = type(controller).__name__.rsplit(".", 1)[-1]
             key = f"/{self.vm.moid}/{kind}{controller.busNumber}:{disk.unitNumber}"
@@ -164,7 +166,9 @@ class Lease(Managed):
         if self.state != "ready":
             return None
         capacity = sum(
-            self.simulator.storage.info(device.path).capacity_bytes for device in self.devices if device.path is not None
+            self.simulator.storage.info(device.path).capacity_bytes
+            for device in self.devices
+            if device.path is not None
         )
         return vim.HttpNfcLease.Info(
             lease=self.ref,
