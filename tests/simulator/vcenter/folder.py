@@ -146,7 +146,7 @@ def _get(handler: "Handler", path: str) -> None:
         )
         handler.answer(200, f"<html><ul>{names}</ul></html>\n".encode(), "text/html; charset=utf-8")
         return
-    if not local.is_file() or (kind == "vsan" and _is_extent(path)):
+    if not local.is_file() or (kind in ("vsan", "VVOL") and _is_extent(path)):
         raise _Refused(404, "404 Not Found\n")
     _refuse_running(handler, path)
     with open(local, "rb") as stream:
