@@ -55,6 +55,7 @@ DEVICE_TIMEOUT = 60
 _TASK_TIMEOUT = 600
 # Others attach disks to the same proxy at the same time: a unit that was free may be taken.
 _PLACE_TRIES = 10
+_REMOVE_TRIES = 3
 
 _locks: Dict[str, threading.Lock] = {}
 _locks_guard = threading.Lock()
@@ -273,12 +274,13 @@ def _add(session: Session, situation: Situation, plan: Plan, access: str) -> Lis
         except (AuthenticationError, NotFoundError):
             raise
         except VsphereError as error:
-            if isinstance(error, ConnectionLostError):
+            lost = isinstance(error, ConnectionLostError)
+            if lost:
                 _settle(session, proxy)
             devices = _devices(session, proxy)
-            if len(attachments_of(devices, files)) == len(files) and isinstance(error, ConnectionLostError):
+            if lost and len(attachments_of(devices, files)) == len(files):
                 break
-            if last or not _was_taken(devices, placement):
+            if last or not (lost or _was_taken(devices, placement)):
                 raise TransportError(
                     what,
                     subject=subject,
@@ -391,27 +393,28 @@ def _intent(proxy: VmRef, vm: VmRef, disk: Disk, access: str) -> Dict[str, Any]:
 
 def _remove(session: Session, proxy: VmRef, attachments: Sequence[Attachment]) -> None:
     """Remove the devices, if they are still what they were, without a file operation."""
-    wanted = {(item.device_key, item.file) for item in attachments}
-    going = [
-        device
-        for device in _devices(session, proxy)
-        if isinstance(device, vim.vm.device.VirtualDisk)
-        and (device.key, getattr(device.backing, "fileName", None)) in wanted
-    ]
-    if not going:
-        return
-    Change = vim.vm.device.VirtualDeviceSpec
-    spec = vim.vm.ConfigSpec(
-        deviceChange=[Change(operation=Change.Operation.remove, device=device) for device in going]
-    )
     what, subject = "The disk was not detached from the proxy", f"{named(attachments)}, proxy {proxy}"
-    try:
-        session.run_task(proxy.obj.ReconfigVM_Task, spec, what=what, subject=subject, timeout=_TASK_TIMEOUT)
-    except VsphereError as error:
-        if isinstance(error, ConnectionLostError):
+    wanted = {(item.device_key, item.file) for item in attachments}
+    Change = vim.vm.device.VirtualDeviceSpec
+    for last in [False] * (_REMOVE_TRIES - 1) + [True]:
+        going = [
+            device
+            for device in _devices(session, proxy)
+            if isinstance(device, vim.vm.device.VirtualDisk)
+            and (device.key, getattr(device.backing, "fileName", None)) in wanted
+        ]
+        if not going:
+            return
+        changes = [Change(operation=Change.Operation.remove, device=device) for device in going]
+        spec = vim.vm.ConfigSpec(deviceChange=changes)
+        try:
+            session.run_task(proxy.obj.ReconfigVM_Task, spec, what=what, subject=subject, timeout=_TASK_TIMEOUT)
+            return
+        except ConnectionLostError:
+            if last:
+                raise
             _settle(session, proxy)
-        left = [device.key for device in _devices(session, proxy) if (device.key, _file_of(device)) in wanted]
-        if left:
+        except VsphereError as error:
             error.remedy = error.remedy or "Detach it in the vSphere client, keeping its files, then run vadp_recover"
             raise
 
@@ -482,10 +485,6 @@ def _end(
 
 def _devices(session: Session, proxy: VmRef) -> List[Any]:
     return list(session.read(proxy.obj, "config.hardware.device")["config.hardware.device"] or [])
-
-
-def _file_of(device: Any) -> Optional[str]:
-    return getattr(getattr(device, "backing", None), "fileName", None)
 
 
 def _settle(session: Session, proxy: VmRef) -> None:
