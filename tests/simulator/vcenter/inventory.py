@@ -704,6 +704,8 @@ class VirtualMachine(Entity):
             names += ["PowerOnVM_Task", "CreateSnapshot_Task", "CreateSnapshotEx_Task", "RevertToCurrentSnapshot_Task"]
         if self.access:
             names.append("RelocateVM_Task")
+        if any(lease.vm is self for lease in list(self.simulator.leases.values())):
+            names += ["PowerOnVM_Task", "MigrateVM_Task", "RelocateVM_Task", "Destroy_Task", "UnregisterVM"]
         return soap.array(str, names)
 
     def p_resourceConfig(self) -> Any:

@@ -52,7 +52,7 @@ _ZEROS = bytes(GRAIN)
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-@dataclass
+@dataclass(eq=False)
 class Node:
     """A block device of a hot-added disk. ``key`` is that of the VM's device."""
 

@@ -83,6 +83,7 @@ class Simulator:
         self.sessions = Sessions(self)
         self.tasks = Tasks(self)
         self.events = Events(self)
+        self.leases: dict[str, Any] = {}  # export leases that are held, by their ticket
         self.services: dict[str, Managed] = {}  # the objects of fixed moids, once somebody has asked
         self.proxy = ProxyMachine(self)
         self.device_dir, self.sysfs_dir = self.proxy.device_dir, self.proxy.sysfs_dir

@@ -26,6 +26,7 @@ MODULES = (
     "events",
     "folders",
     "hosts",
+    "leases",
     "machines",
     "reconfigure",
     "search",
