@@ -10,6 +10,7 @@ disk is only ever detached by removing the device, without a file operation: tha
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence
 
@@ -43,12 +44,12 @@ from .hotadd_plan import (
     of_disk,
     plan_attach,
 )
+from .planner import BY_ATTACHING
 
 if TYPE_CHECKING:
     from ..repository.runs import Run
 
 TRANSPORT = "hotadd"
-METHOD = "proxy_hotadd"
 
 # Seconds that the kernel of the proxy may need to see a disk come or go.
 DEVICE_TIMEOUT = 60
@@ -207,9 +208,13 @@ def open_hotadd(
         arguments = ["-D", "nbdkit.backend.datapath=0"] + ([] if writable else ["--readonly"])
         arguments += ["file", f"file={attachments[0].device}"]
         with serve_nbdkit(
-            arguments, subject=disk.file, run_dir=run_dir, io_timeout=io_timeout, transport=TRANSPORT
+            arguments,
+            subject=disk.file,
+            run_dir=run_dir,
+            io_timeout=io_timeout,
+            transport=TRANSPORT,
+            method=BY_ATTACHING,
         ) as endpoint:
-            endpoint.method = METHOD
             yield endpoint
     except BaseException:
         with contextlib.suppress(VadpError):
@@ -218,15 +223,15 @@ def open_hotadd(
     _end(session, proxy, disk, attachments, run, intents, sysfs_dir, device_dir)
 
 
-def recover(
-    session: Session, run: Run, *, sysfs_dir: str, device_dir: Optional[str], check_mode: bool
-) -> List[Dict[str, Any]]:
+def recover(session: Session, run: Run, *, sysfs_dir: str, device_dir: str, check_mode: bool) -> List[Dict[str, Any]]:
     """Detach what a crashed run left attached, by its record: only what it was about to attach, the way it was.
 
-    :param device_dir: None if the run was on another machine.
+    The devices of a proxy that is another machine can't be deleted from here.
+
     :returns: [{what, id, action}].
     """
     found: List[Dict[str, Any]] = []
+    devices = device_dir if run.data["host"] == socket.gethostname() else None
     for intent in run.intents("attachment"):
         try:
             proxy = find_vm(session, moid=str(intent["proxy_moid"]))
@@ -239,7 +244,7 @@ def recover(
                 _settle(session, proxy)
             left = [item for item in attached(session, proxy, [intent["file"]]) if _is_intended(item, intent)]
             if not check_mode:
-                detach(session, proxy, left, sysfs_dir=sysfs_dir, device_dir=device_dir, timeout=DEVICE_TIMEOUT)
+                detach(session, proxy, left, sysfs_dir=sysfs_dir, device_dir=devices, timeout=DEVICE_TIMEOUT)
             action = "would be detached" if check_mode else "detached"
             found += [{"what": "attachment", "id": f"{item.file} at {proxy}", "action": action} for item in left]
         if not check_mode:
