@@ -33,6 +33,7 @@ from ..vsphere.snapshots import (
     marker_text,
     remove_snapshot,
 )
+from . import access
 
 _TERMINATE_SECONDS = 10
 _KILL_SECONDS = 10
@@ -40,7 +41,7 @@ _POLL_SECONDS = 0.05
 _SNAPSHOT_NAME_LIMIT = 80
 
 # What a run may still need: a restore that crashed goes on from its journal (VADP facts 12), and attached disks
-# or prepared access need more than this release does.
+# or prepared access may not be had rid of without VDDK.
 _KEPT_INTENTS = ("attachment", "access", "restore")
 
 Recovered = Dict[str, Any]
@@ -55,6 +56,8 @@ class RecoverRequest:
     repository: str
     begin: bool = False
     point: Optional[str] = None
+    access: bool = False
+    vddk_libdir: Optional[str] = None
 
     @classmethod
     def from_params(cls, params: Dict[str, Any]) -> RecoverRequest:
@@ -71,6 +74,8 @@ class RecoverRequest:
             repository=params["repository"],
             begin=params["begin"],
             point=params["point"],
+            access=params["access"],
+            vddk_libdir=params["vddk_libdir"],
         )
 
 
@@ -88,10 +93,14 @@ def recover_vm(request: RecoverRequest, check_mode: bool) -> Dict[str, Any]:
             return {"changed": False, "recovered": [], "run": None, "warnings": []}
         with store.lock(new_run_id(), "vadp_recover"):
             records = len(store.runs())
-            recovered = recover(session, store, vm)
+            recovered = recover(session, store, vm, vddk_libdir=request.vddk_libdir)
             ended = records - len(store.runs())
             run = begin_run(store, vm, request.point) if request.begin and vm is not None else None
             begun = run is not None and not run["complete"]
+            if request.access and begun and run is not None and vm is not None:
+                begun_run = store.run(run["id"])
+                if begun_run is not None:
+                    run["access"] = access.prepare(session, begun_run, vm, request.vddk_libdir)
             return {
                 "changed": bool(recovered) or ended > 0 or begun,
                 "recovered": recovered,
@@ -137,7 +146,7 @@ def begin_run(store: VmStore, vm: VmRef, point: Optional[str]) -> Dict[str, Any]
     """Begin a run of role vm_backup, unless the point exists. Under the VM's lock.
 
     :param point: its name; None for a new one, named by the time.
-    :returns: {id, repository_id, vm_moid, point, complete, snapshot_name, snapshot_description}.
+    :returns: {id, repository_id, vm_moid, point, complete, snapshot_name, snapshot_description, access}.
     """
     facts = _run_to_begin(store, vm, point)
     if not facts["complete"]:
@@ -159,10 +168,17 @@ def _run_to_begin(store: Optional[VmStore], vm: VmRef, point: Optional[str]) -> 
         "complete": complete,
         "snapshot_name": f"openvadp {name}"[:_SNAPSHOT_NAME_LIMIT],
         "snapshot_description": marker_text(repository_id, run_id, name),
+        "access": None,
     }
 
 
-def recover(session: Session, store: VmStore, vm: Optional[VmRef], check_mode: bool = False) -> List[Recovered]:
+def recover(
+    session: Session,
+    store: VmStore,
+    vm: Optional[VmRef],
+    check_mode: bool = False,
+    vddk_libdir: Optional[str] = None,
+) -> List[Recovered]:
     """Remove what runs of this repository left of a VM; idempotent. Under the VM's lock, unless in check mode.
 
     :param vm: None if the VM is gone: then only this machine and the repository are looked at.
@@ -172,8 +188,12 @@ def recover(session: Session, store: VmStore, vm: Optional[VmRef], check_mode: b
     """
     runs = store.runs()
     found = _processes(runs, check_mode)
+    for file, action in access.clean_up(session, runs, vddk_libdir, check_mode):
+        found.append(_item("attachment", file, action, check_mode))
     if vm is not None:
         found += _snapshots(session, store, vm, runs, check_mode)
+    for identity, action in access.end(session, vm, runs, vddk_libdir, check_mode):
+        found.append(_item("access", identity, action, check_mode))
     found += _temporary_files(store, runs, check_mode)
     if not check_mode:
         for run in runs:
@@ -193,6 +213,7 @@ def _warnings(store: VmStore) -> List[str]:
         if kinds:
             warnings.append(
                 f"Run {run.run_id} of {run.data['started']} was left as it is: it has not ended its {', '.join(kinds)}."
+                + "".join(f" {intent['problem']}." for intent in run.intents() if intent.get("problem"))
             )
     return warnings
 
