@@ -8,12 +8,14 @@ next recovery ends (VADP facts 30, 43). That a machine can't be prepared is no r
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from ..errors import TransportError, VadpError
 from ..repository.runs import Run
 from ..transport.access import IDENTITY, AccessResult, check_identity, run_access
+from ..transport.planner import BY_VDDK
 from ..transport.vddk import Vddk, find_library, look_for_library
 from ..vsphere.inventory import VmRef, find_vm, vm_selection
 from ..vsphere.session import Connection, Session
@@ -26,8 +28,6 @@ _OPERATIONS = {PREPARED: "prepare", ENDED: "end", CLEANED: "cleanup"}
 _METHOD = "RelocateVM_Task"
 
 _VM_NOT_FOUND = 4000
-#: An attachment that VDDK made by itself, which only VDDK's own clean-up knows.
-VDDK_METHOD = "vddk"
 
 
 @dataclass(frozen=True)
@@ -111,33 +111,16 @@ def _usable(session: Session, libdir: Optional[str]) -> Tuple[Optional[Vddk], Op
     return look_for_library(libdir)
 
 
-def clean_up(session: Session, runs: Sequence[Run], libdir: Optional[str], check_mode: bool) -> List[Tuple[str, str]]:
-    """Remove what HotAdd of VDDK left, as the records of crashed runs say. Before snapshots are removed.
+def clean_up(session: Session, runs: Sequence[Run], libdir: Optional[str]) -> None:
+    """Let VDDK remove what its HotAdd of crashed runs left, if their records speak of that (VADP facts 30).
 
-    :returns: (file, action) of each attachment.
-    :raises TransportError: it could not be removed.
+    What it can't is detached, and both is checked, by who detaches what is left of the same records afterwards.
     """
-    intents = [
-        (run, intent) for run in runs for intent in run.intents("attachment") if intent.get("method") == VDDK_METHOD
-    ]
-    if not intents:
-        return []
-    if not check_mode:
-        vddk, problem = look_for_library(libdir)
-        if vddk is None:
-            for run, intent in intents:
-                run.update(intent["id"], problem=problem)
-            return []
-        result = run_access("cleanup", session, None, vddk)
-        if result.remaining:
-            raise TransportError(
-                "Disks of a crashed run are still attached to this machine",
-                reason=f"VDDK's clean-up removed {result.cleaned} attachments and could not remove {result.remaining}",
-                remedy="Detach them by hand without deleting their files, and run again",
-            )
-        for run, intent in intents:
-            run.done(intent["id"])
-    return [(str(intent.get("file")), "detached") for _run, intent in intents]
+    if any(intent.get("method") == BY_VDDK for run in runs for intent in run.intents("attachment")):
+        vddk, _problem = look_for_library(libdir)
+        if vddk is not None:
+            with contextlib.suppress(TransportError):
+                run_access("cleanup", session, None, vddk)
 
 
 def end(

@@ -11,7 +11,7 @@ import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Mapping, Optional, Tuple
+from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 from ..datapath.processes import run_tool, tool_result
 from ..errors import DataPathError, TransportError
@@ -43,6 +43,9 @@ AIO_BUFFER_64K = 16
 AIO_BUFFER_COUNT = 4
 AIO_FROM_VERSION = (7, 0, 3)
 _DEFAULT_CONNECTION_BYTES = 4 * 65536
+
+# VADP facts 36: what the list of LUNs is called.
+ALLOW_LIST_FROM_VERSION = 8
 
 # VADP facts 22: milliseconds for the default io_timeout of 180 s; they scale with it.
 _TIMEOUTS_MS = {
@@ -164,11 +167,19 @@ def _release_name(place: int) -> str:
     return f"{major}.{minor}"
 
 
-def write_config(path: str | Path, *, vddk: Vddk, io_timeout: int, tmp_folder: str | Path) -> None:
-    """Write VDDK's configuration file (VADP facts 21, 22, 44).
+def write_config(
+    path: str | Path,
+    *,
+    vddk: Vddk,
+    io_timeout: int,
+    tmp_folder: str | Path,
+    san_devices: Sequence[str] = (),
+) -> None:
+    """Write VDDK's configuration file (VADP facts 21, 22, 36, 44).
 
     :param io_timeout: seconds; the time-outs of VDDK scale with it.
     :param tmp_folder: fixed for this machine and user, or a clean-up after a crash finds nothing.
+    :param san_devices: the only devices that mode san may open; of no meaning for the other modes.
     """
     scale = io_timeout / _DEFAULT_IO_TIMEOUT
     lines = [f'tmpDirectory="{tmp_folder}"']
@@ -177,6 +188,9 @@ def write_config(path: str | Path, *, vddk: Vddk, io_timeout: int, tmp_folder: s
     if _has_aio(vddk):
         lines.append(f"vixDiskLib.nfcAio.Session.BufSizeIn64KB={AIO_BUFFER_64K}")
         lines.append(f"vixDiskLib.nfcAio.Session.BufCount={AIO_BUFFER_COUNT}")
+    if san_devices:
+        option = "allowList" if vddk.major >= ALLOW_LIST_FROM_VERSION else "whitelist"
+        lines.append(f'vixDiskLib.transport.san.{option}="{",".join(san_devices)}"')
     Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import urllib.parse
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,13 @@ class Started:
 
     def http(self) -> http.client.HTTPSConnection:
         return http.client.HTTPSConnection(self.info["host"], self.info["port"], context=self.context(), timeout=20)
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Ask the simulator for nothing until the condition holds."""
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < deadline
+            self.control.call("attachments")
 
     def stop(self, number: int = signal.SIGTERM) -> None:
         self.control.close()
@@ -169,7 +177,7 @@ def test_every_property_of_every_object_can_be_read(sim):
                 getattr(obj, info.name)
                 read += 1
     assert read > 500
-    assert {vm.name for vm in view.view if isinstance(vm, vim.VirtualMachine)} == {"app01", "restore01"}
+    assert {vm.name for vm in view.view if isinstance(vm, vim.VirtualMachine)} == {"app01", "restore01", "proxy01"}
 
 
 def test_every_method_takes_what_its_description_says():

@@ -260,6 +260,11 @@ class Datastore(Entity):
     def hosts(self) -> list[Host]:
         return [host for host in self.simulator.inventory.all(Host) if self.name in host.datastores]
 
+    @property
+    def lun(self) -> str:
+        """The canonical name of a VMFS datastore's extent."""
+        return "mpx.vmhba0:C0:T0:L0" if self.local else f"naa.60003ff{self.uuid.replace('-', '')[7:]}"
+
     def _url(self) -> str:
         return f"ds:///vmfs/volumes/{self.uuid}/"
 
@@ -291,7 +296,7 @@ class Datastore(Entity):
                 type="NFS", name=self.name, capacity=self.capacity_bytes, remoteHost="nas", remotePath=f"/{self.name}"
             )
             return vim.host.NasDatastoreInfo(nas=nas, **common)
-        extent = vim.host.ScsiDisk.Partition(diskName=f"naa.{self.uuid.replace('-', '')}", partition=1)
+        extent = vim.host.ScsiDisk.Partition(diskName=self.lun, partition=1)
         vmfs = vim.host.VmfsVolume(
             type="VMFS",
             name=self.name,
@@ -699,6 +704,8 @@ class VirtualMachine(Entity):
             names += ["PowerOnVM_Task", "CreateSnapshot_Task", "CreateSnapshotEx_Task", "RevertToCurrentSnapshot_Task"]
         if self.access:
             names.append("RelocateVM_Task")
+        if any(lease.vm is self for lease in list(self.simulator.leases.values())):
+            names += ["PowerOnVM_Task", "MigrateVM_Task", "RelocateVM_Task", "Destroy_Task", "UnregisterVM"]
         return soap.array(str, names)
 
     def p_resourceConfig(self) -> Any:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyVmomi import vim
 
-from . import disks, images, vmspec
+from . import disks, images, proxy, vmspec
 from .inventory import Cluster, Datacenter, Datastore, Folder, Host, Network, ResourcePool, VirtualMachine
 
 if TYPE_CHECKING:
@@ -119,6 +119,7 @@ class Seeder:
         )
         config.template = template
         config.extraConfig.extend(vim.option.OptionValue(key=key, value=text) for key, text in (extra or {}).items())
+        config.flags.diskUuidEnabled = proxy.enable_uuid(config)
         devices = config.hardware.device
         devices.append(vmspec.scsi_controller(1000, 0, shared_bus))
         devices.append(vmspec.network_card(4000, self.inventory.get(network), stable_uuid(f"vm-{number} mac")))
@@ -168,6 +169,7 @@ def seed(simulator: "Simulator", vms: str) -> None:
     seeder.infrastructure()
     if vms == "minimal":
         _pair(seeder, 64 * MIB, "empty", 16 * MIB + 67 * 512)
+        _proxy(seeder, MIB)
     elif vms == "standard":
         _standard(seeder)
     else:
@@ -184,6 +186,11 @@ def _pair(seeder: Seeder, first: int, second_kind: str, second: int) -> None:
         running=True,
     )
     seeder.vm(102, "restore01", [{"kind": "empty", "bytes": first}, {"kind": "empty", "bytes": second}], host="host-11")
+
+
+def _proxy(seeder: Seeder, size: int) -> None:
+    """The machine that backups run on: a VM with a PVSCSI controller that sees its disks' UUIDs."""
+    seeder.vm(109, proxy.PROXY, [{"kind": "empty", "bytes": size}], running=True, extra={"disk.EnableUUID": "TRUE"})
 
 
 def _standard(seeder: Seeder) -> None:
@@ -211,7 +218,7 @@ def _standard(seeder: Seeder) -> None:
     double = stable_uuid("duplicate bios")
     seeder.vm(107, "copy01", [{"kind": "empty", "bytes": 16 * MIB}], bios_uuid=double)
     seeder.vm(108, "copy02", [{"kind": "empty", "bytes": 16 * MIB}], bios_uuid=double)
-    seeder.vm(109, "proxy01", [{"kind": "empty", "bytes": 16 * MIB}], running=True, extra={"disk.EnableUUID": "TRUE"})
+    _proxy(seeder, 16 * MIB)
     seeder.vm(110, "template01", [{"kind": "ext4", "bytes": 64 * MIB}], template=True, started=False)
     seeder.vm(111, "new01", [{"kind": "empty", "bytes": 16 * MIB}], started=False)
     seeder.vm(

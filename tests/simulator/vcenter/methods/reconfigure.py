@@ -10,7 +10,7 @@ from typing import Any
 
 from pyVmomi import vim, vmodl
 
-from .. import disks, storage, vmspec
+from .. import disks, proxy, storage, vmspec
 from ..inventory import VirtualMachine, datastore_of, folder_of, is_rdm
 from ..services import Task
 from . import Context, method
@@ -26,7 +26,6 @@ MODES = (
     "independent_nonpersistent",
     "append",
 )
-SCSI_UNITS = {False: 16, True: 64}  # an ordinary controller, a PVSCSI one on newer hardware
 
 
 def required_privileges(vm: VirtualMachine, spec: Any) -> list[str]:
@@ -133,6 +132,7 @@ def apply(vm: VirtualMachine, spec: Any) -> None:
         disks.stun_cycle(vm)
         with simulator.lock:
             vm.touch()
+    simulator.proxy.sync(vm)
 
 
 def check_tracking(vm: VirtualMachine, spec: Any) -> None:
@@ -280,8 +280,7 @@ class Devices:
         used = {one.unitNumber for one in self.devices if one.controllerKey == controller.key}
         if isinstance(controller, device.VirtualSCSIController):
             used.add(7)
-            pvscsi = isinstance(controller, device.ParaVirtualSCSIController) and self.vm.hardware_version >= 14
-            count = SCSI_UNITS[pvscsi]
+            count = proxy.scsi_units(self.vm, controller)
         elif isinstance(controller, device.VirtualIDEController):
             count = 2
         else:
@@ -324,6 +323,7 @@ class Devices:
         elif change.fileOperation:
             raise _invalid(index, "fileOperation")
         else:
+            self._check_attachable(path)
             info = self._existing(path)
         datastore = self.vm.simulator.inventory.datastore(datastore_of(info.path), self.vm).ref
         labels = {one.deviceInfo.label for one in self.devices if isinstance(one, device.VirtualDisk)}
@@ -381,6 +381,17 @@ class Devices:
             return self.store.info(path)
         except storage.NotFound:
             raise vim.fault.FileNotFound(file=path) from None
+
+    def _check_attachable(self, path: str) -> None:
+        """An existing disk, as far as its place goes; locks are taken when all changes are known."""
+        where = self.vm.simulator.inventory.datastore(datastore_of(path), self.vm)
+        host = self.vm.simulator.inventory.get(self.vm.host)
+        if where.name not in host.datastores:
+            raise vim.fault.InaccessibleDatastore(
+                datastore=where.ref, name=where.name, msg=f"The datastore {where.name} is not mounted on {host.name}."
+            )
+        if any(isinstance(one, device.VirtualDisk) and one.backing.fileName == path for one in self.devices):
+            raise vim.fault.FileLocked(file=path, msg=f"The VM has the disk {path} already.")
 
     # remove, edit
 
