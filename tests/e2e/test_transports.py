@@ -216,28 +216,24 @@ def test_the_report_of_a_backup_says_so(simulator: Simulator, ansible: Ansible, 
 
 def test_a_transport_that_breaks_in_the_middle(app01: Proxy, snapshot: str) -> None:
     """What it has read is kept; the next one reads the rest of the same snapshot."""
-    path = next(item["chain"][0] for item in app01.simulator.vm("app01")["disks"] if item["key"] == 2000)
-    faults = {"count": -1, "after": 6, "vix": 14011, "action": "fail", "path": path}
+    path = next(item["chain"][-1] for item in app01.simulator.vm("app01")["disks"] if item["key"] == 2000)
+    faults = {"count": -1, "after": 4, "vix": 14011, "action": "fail", "path": path}
     app01.control("nfc", read_faults=faults)
     result = app01.export(
-        snapshot, "one", transports=["nbdssl", "nbd", "https"], io_timeout=6, disks=["2000"], vddk_libdir=_vddk(app01)
+        snapshot, "one", transports=["nbdssl", "nbd", "hotadd"], io_timeout=6, disks=["2000"], mode="full"
     )
     assert not result["failed"], result
     disk = result["disks"][0]
-    assert (disk["transport"], disk["method"]) == ("https", "export_lease")
+    assert (disk["transport"], disk["method"]) == ("hotadd", "vddk")
     assert disk["transport_reasons"][0].startswith("nbdssl: it broke after ")
     assert "which were kept" in disk["transport_reasons"][0]
     assert app01.backups.disk("app01", 2000, "one") == app01.simulator.disk("app01", 2000, snapshot)
     app01.verify("one")
 
     # The required one is not left.
-    result = app01.export(snapshot, "two", transports=["nbdssl", "https"], require_transport=True, io_timeout=6)
+    result = app01.export(snapshot, "two", transports=["nbdssl", "hotadd"], require_transport=True, io_timeout=6)
     assert result["failed"] and "14011" in result["msg"]
     assert app01.backups.points("app01") == ["one"]
-
-
-def _vddk(modules: Proxy) -> str:
-    return str(modules.simulator.facts["vddk_libdir"])
 
 
 def test_a_mode_that_vddk_replaced_silently_is_not_taken_for_it(app01: Proxy, snapshot: str, tmp_path: Path) -> None:
@@ -251,7 +247,7 @@ def test_a_mode_that_vddk_replaced_silently_is_not_taken_for_it(app01: Proxy, sn
     lun.unlink()
     (tmp_path / "lun").write_bytes(bytes(MIB))
     lun.symlink_to(tmp_path / "lun")
-    options: Dict[str, Any] = {"device_dir": str(devices), "disks": ["2000"]}
+    options: Dict[str, Any] = {"device_dir": str(devices), "disks": ["2000"], "mode": "full"}
     result = app01.export(snapshot, "one", transports=["san", "nbd"], **options)
     assert not result["failed"], result
     assert result["disks"][0]["transport"] == "nbd"
