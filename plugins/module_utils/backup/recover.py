@@ -292,16 +292,10 @@ def _end(pid: int, started: int, name: str) -> None:
 def _attachments(
     session: Session, runs: List[Run], check_mode: bool, device_dir: str, sysfs_dir: str
 ) -> List[Recovered]:
-    """Disks that are still attached to a proxy: what a run recorded, the way that it recorded it.
-
-    The devices of a proxy that is another machine can't be deleted from here.
-    """
+    """Disks that are still attached to a proxy: what a run recorded, the way that it recorded it."""
     found: List[Recovered] = []
     for run in runs:
-        here = run.data["host"] == socket.gethostname()
-        found += hotadd.recover(
-            session, run, sysfs_dir=sysfs_dir, device_dir=device_dir if here else None, check_mode=check_mode
-        )
+        found += hotadd.recover(session, run, sysfs_dir=sysfs_dir, device_dir=device_dir, check_mode=check_mode)
     return found
 
 

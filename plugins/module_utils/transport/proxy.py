@@ -74,7 +74,14 @@ def _recognise(session: Session, sysfs: Path) -> Tuple[Optional[VmRef], str]:
         if machine is not None:
             return machine, f"its {what} is that of '{machine.name}'"
     if known:
-        return None, f"no virtual machine there has its {' or '.join(known)}"
+        return None, f"no virtual machine there has the {' or the '.join(known)}"
+    # The hardware of the whole inventory is read for the addresses: only where there is something to find.
+    vendor = _read(identity / "sys_vendor")
+    if "vmware" not in vendor.lower():
+        return (
+            None,
+            f"its hardware is {vendor or 'of nobody that says so'}, not VMware's, and only root may read its UUID",
+        )
     addresses = _addresses(sysfs)
     if not addresses:
         return None, f"neither its UUID nor its network cards can be read under {sysfs}"
@@ -132,9 +139,8 @@ def _addresses(sysfs: Path) -> Set[str]:
     except OSError:
         return set()
     found = {_read(folder / name / "address").lower() for name in names}
-    return {
-        address for address in found if re.fullmatch(r"(?:[0-9a-f]{2}:){5}[0-9a-f]{2}", address) and address.strip("0:")
-    }
+    pattern = re.compile(r"(?!00:00:00:00:00:00)(?:[0-9a-f]{2}:){5}[0-9a-f]{2}")
+    return {address for address in found if pattern.fullmatch(address)}
 
 
 def _by_address(session: Session, addresses: Set[str]) -> List[Any]:

@@ -183,7 +183,7 @@ class Server:
         return text.count("VixDiskLib_ConnectEx: Establish") - text.count("VixDiskLib_Disconnect: Disconnect.")
 
     def stop(self) -> None:
-        """nbdkit does not wait for ever, after SIGTERM, for a thread that still closes its disk: so that comes first."""
+        """After SIGTERM nbdkit does not wait for ever for a thread that still closes its disk: so that comes first."""
         try:
             deadline = time.monotonic() + 60
             while self.connections():

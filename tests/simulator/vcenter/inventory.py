@@ -296,6 +296,11 @@ class Datastore(Entity):
                 type="NFS", name=self.name, capacity=self.capacity_bytes, remoteHost="nas", remotePath=f"/{self.name}"
             )
             return vim.host.NasDatastoreInfo(nas=nas, **common)
+        if self.kind == "vsan":
+            return vim.host.VsanDatastoreInfo(membershipUuid=self.uuid, **common)
+        if self.kind == "VVOL":
+            container = vim.host.VvolVolume(type="VVOL", name=self.name, capacity=self.capacity_bytes, scId=self.uuid)
+            return vim.host.VvolDatastoreInfo(vvolDS=container, **common)
         extent = vim.host.ScsiDisk.Partition(diskName=self.lun, partition=1)
         vmfs = vim.host.VmfsVolume(
             type="VMFS",
@@ -372,6 +377,10 @@ def in_snapshots(device: Any) -> bool:
     if is_rdm(device) and device.backing.compatibilityMode == "physicalMode":
         return False
     return not (device.backing.diskMode or "persistent").startswith("independent")
+
+
+def is_encrypted(device: Any) -> bool:
+    return getattr(device.backing, "keyId", None) is not None
 
 
 class SnapshotRecord:
@@ -519,6 +528,7 @@ class VirtualMachine(Entity):
                     thinProvisioned=disk.backing.thinProvisioned,
                     uuid=disk.backing.uuid,
                     datastore=disk.backing.datastore,
+                    keyId=disk.backing.keyId,
                 )
                 backing = backing.parent
             if current:
@@ -858,6 +868,16 @@ class Inventory:
             if one.name == name:
                 return one
         raise vim.fault.InvalidDatastorePath(datastorePath=f"[{name}]", name=name)
+
+    def is_encrypted(self, path: str) -> bool:
+        """Whether a disk file belongs to an encrypted disk of any VM."""
+        with self.simulator.lock:
+            return any(
+                path in vm.chain(disk.backing.fileName)
+                for vm in self.all(VirtualMachine)
+                for disk in vm.disks
+                if is_encrypted(disk)
+            )
 
     def vm_of_snapshot(self, moid: str) -> VirtualMachine:
         for vm in self.all(VirtualMachine):
