@@ -88,6 +88,12 @@ def reconfigure(context: Context, vm: VirtualMachine, spec: Any) -> Any:
     if vm.is_template and (spec.deviceChange or spec.changeTrackingEnabled is not None):
         raise vmodl.fault.NotSupported(msg="The operation is not supported on a template.")
 
+    return start(context, vm, spec)
+
+
+def start(context: Any, vm: VirtualMachine, spec: Any) -> Any:
+    """The task of a reconfiguration that the caller may do."""
+
     def body(task: Task) -> None:
         with vm.lock:
             apply(vm, spec)
