@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import secrets
 import threading
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
@@ -380,8 +381,9 @@ def _ask(entries: List[Entry], entry: Entry) -> Optional[str]:
 def _that_count(entries: Sequence[Entry], now: float) -> List[Entry]:
     """Those whose process lives; and, for a while, those of a killed process whose server may live."""
     found = []
+    begun = {pid: start_time(pid) for pid in {entry.process[0] for entry in entries}}
     for entry in entries:
-        if start_time(entry.process[0]) == entry.process[1]:
+        if begun[entry.process[0]] == entry.process[1]:
             found.append(entry)
         elif entry.admitted and entry.ended is None:
             found.append(replace(entry, ended=now))
@@ -415,11 +417,12 @@ def _store(folder: Path, entries: List[Entry]) -> None:
             folder.rmdir()
         return
     # It need not outlive a crash of the machine: its processes don't.
-    data = {"boot_id": _boot_id(), "entries": [asdict(entry) for entry in entries]}
+    data = {"boot_id": _boot_id(), "entries": [vars(entry) for entry in entries]}
     fresh = folder / (_FILE + ".new")
     fresh.write_text(json.dumps(data), encoding="utf-8")
     os.replace(str(fresh), str(path))
 
 
+@functools.lru_cache(maxsize=None)
 def _boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
