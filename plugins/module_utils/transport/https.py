@@ -71,6 +71,7 @@ _PROGRESS_SECONDS = 60
 _MAGIC = 0x564D444B
 _COMPRESSED_WITH_MARKERS = 0x30000
 _FOOTER_MARKER = 3
+_AT_END = 0xFFFFFFFFFFFFFFFF
 
 _numbers = itertools.count(1)
 
@@ -798,6 +799,7 @@ def check_stream(path: Path, capacity_bytes: int) -> None:
             raise _CutError(f"{size} bytes came")
         fields = header.unpack(stream.read(header.size))
         magic, version, flags, capacity, _grain, offset, length = fields[:7]
+        directory = fields[9]
         stream.seek(offset * _SECTOR if offset * _SECTOR < size else 0)
         descriptor = stream.read(min(length * _SECTOR, _DESCRIPTOR_BYTES)).split(b"\0")[0].decode("utf-8", "replace")
         stream.seek(size - 3 * _SECTOR)
@@ -818,6 +820,8 @@ def check_stream(path: Path, capacity_bytes: int) -> None:
             reason=reason,
             remedy="Use another transport for this disk",
         )
+    if directory != _AT_END:
+        return  # the tables are in front; what they speak of is missed when it is read
     whole = struct.unpack_from("<QII", marker)[2] == _FOOTER_MARKER
     if not whole or struct.unpack_from("<I", footer)[0] != _MAGIC or any(end):
         raise _CutError(f"its end is missing; {size} bytes came")
