@@ -100,6 +100,7 @@ class Settings:
     session_idle: float = 1800.0
     page_areas: int = 2000
     page_bytes: int | None = None
+    device_delay: float = 0.0
     # export leases, and /folder (methods/leases.py, folder.py)
     lease_timeout: float = 300.0
     lease_thumbprint: str = "sha1"

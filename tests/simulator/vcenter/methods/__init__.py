@@ -22,6 +22,7 @@ MODULES = (
     "authorization",
     "changetracking",
     "collector",
+    "environment",
     "events",
     "folders",
     "hosts",
