@@ -402,13 +402,11 @@ def test_a_failed_disk_leaves_the_others_their_lease(proxy: Proxy) -> None:
 
 
 def test_a_held_lease_blocks_the_vm_and_is_recovered(proxy: Proxy) -> None:
-    """As a killed run leaves it: a record with a stage file and a lease that nobody keeps alive."""
+    """As a killed run leaves it: a record, and a lease that nobody keeps alive."""
     vm = proxy.vm("restore01")
     proxy.control.call("set_settings", lease_timeout=20.0)
     with proxy.snapshot(vm) as (taken, _disks):
         lease = proxy.session.call(taken.obj.ExportSnapshot, what="No lease")
-        while proxy.session.read(lease, "state")["state"] != "ready":
-            continue
         power_on = {"username": proxy.session.connection.username, "add": ["VirtualMachine.Interact.PowerOn"]}
         proxy.control.call("set_privileges", **power_on)
         try:
@@ -417,23 +415,18 @@ def test_a_held_lease_blocks_the_vm_and_is_recovered(proxy: Proxy) -> None:
         finally:
             proxy.control.call("set_privileges", username=power_on["username"], remove=power_on["add"])
         run = proxy.run()
-        stage = proxy.folder / "left.stage"
-        stage.write_bytes(b"half")
-        run.record("temporary_file", key=2000, stage=str(stage), lease=lease._moId)
-        expected = [
-            {"what": "lease", "id": lease._moId, "action": "would be aborted"},
-            {"what": "temporary_file", "id": str(stage), "action": "would be removed"},
-        ]
-        assert recover_leases(proxy.session, run, check_mode=True, remove=Path.unlink) == expected
-        assert stage.exists()
-        # It is another session's lease, so that can only wait for its end.
+        for _time in range(2):
+            run.record("temporary_file", key=2000, stage="a.vmdk.part-1", lease=lease._moId)
+        found = recover_leases(proxy.session, run, check_mode=True)
+        assert found == [{"what": "lease", "id": lease._moId, "action": "would be aborted"}] * 2
+        # To another session it does not exist, so that can only wait for its end.
         with Session.connect(proxy.session.connection) as other:
-            found = recover_leases(other, run, check_mode=False, remove=Path.unlink)
-        assert [one["action"] for one in found] == ["left to its time-out", "removed"]
-        assert not stage.exists()
-        assert recover_leases(proxy.session, run, check_mode=False, remove=Path.unlink) == [
-            {"what": "lease", "id": lease._moId, "action": "aborted"}
-        ]
+            found = recover_leases(other, run, check_mode=False)
+        assert found == [{"what": "lease", "id": lease._moId, "action": "left to its time-out"}] * 2
+        assert recover_leases(proxy.session, run, check_mode=False) == []
+        run.record("temporary_file", key=2001, stage="b.vmdk.part-1", lease=lease._moId)
+        found = recover_leases(proxy.session, run, check_mode=False)
+        assert found == [{"what": "lease", "id": lease._moId, "action": "aborted"}]
         run.remove()
 
 
