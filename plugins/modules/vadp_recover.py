@@ -102,7 +102,7 @@ recovered:
   elements: dict
   contains:
     what:
-      description: V(process), V(attachment), V(snapshot), V(access) or V(temporary_file).
+      description: V(process), V(attachment), V(lease), V(snapshot), V(access) or V(temporary_file).
       type: str
       sample: snapshot
     id:

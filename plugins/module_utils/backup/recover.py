@@ -23,7 +23,7 @@ from ..datapath.processes import RuntimeDir, start_time
 from ..errors import InputError, NotFoundError, RepositoryError, VadpError
 from ..repository.layout import Repository, VmStore, check_point_name, is_empty_folder, new_point_name
 from ..repository.runs import Run, boot_id, new_run_id
-from ..transport import hotadd
+from ..transport import hotadd, https
 from ..vsphere.inventory import VmRef, find_vm, vm_selection
 from ..vsphere.session import Connection, Session
 from ..vsphere.snapshots import (
@@ -212,6 +212,8 @@ def recover(
     if not check_mode:
         access.clean_up(session, runs, vddk_libdir)
     found += _attachments(session, runs, check_mode, device_dir, sysfs_dir)
+    for run in runs:
+        found += https.recover_leases(session, run, check_mode=check_mode)
     if vm is not None:
         found += _snapshots(session, store, vm, runs, check_mode)
     for identity, action in access.end(session, vm, runs, vddk_libdir, check_mode):
