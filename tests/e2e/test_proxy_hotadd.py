@@ -6,14 +6,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import pytest
 from administrator import Administrator
 from harness import ROOT, Ansible, Simulator, file_sha256
-from modules import Modules
+from modules import Modules, Process
 
 RUN = "20261122T084203.000000Z-00000001"
 
@@ -211,19 +213,25 @@ def test_a_machine_that_is_no_vm_there_is_no_proxy(app01: Proxy) -> None:
     assert refused["failed"] and "proxy_moid" in refused["msg"], refused["msg"]
 
 
-def test_a_disk_of_another_datacenter(simulator: Simulator, ansible: Ansible) -> None:
-    options = {**simulator.connection, "moid": "vm-114", "proxy_name": "proxy01"}
-    refused = ansible.module("proxy_hotadd", {**options, "device_dir": simulator.facts["device_dir"]}, check=True)
+@pytest.mark.parametrize(
+    "options, reasons",
+    [
+        ({"moid": "vm-114", "proxy_name": "proxy01"}, ["the proxy is in datacenter 'DC0', the disk in 'DC1'"]),
+        (
+            {"name": "shared01", "proxy_name": "db01"},
+            ["the proxy's host 127.0.1.2 does not see datastore 'local01'", "disk.EnableUUID"],
+        ),
+        ({"name": "ide01"}, ["it is an IDE disk"]),
+        ({"name": "crypt01"}, ["it is encrypted, and the proxy is not"]),
+    ],
+)
+def test_what_a_proxy_can_not_have(
+    simulator: Simulator, ansible: Ansible, options: Dict[str, Any], reasons: List[str]
+) -> None:
+    folders = {name: simulator.facts[name] for name in ("device_dir", "sysfs_dir")}
+    refused = ansible.module("proxy_hotadd", {**simulator.connection, **folders, **options}, check=True)
     assert refused["failed"]
-    assert "the proxy is in datacenter 'DC0', the disk in 'DC1'" in refused["msg"], refused["msg"]
-
-
-def test_a_datastore_that_the_proxys_host_does_not_see(simulator: Simulator, ansible: Ansible) -> None:
-    options = {**simulator.connection, "name": "shared01", "proxy_name": "db01"}
-    refused = ansible.module("proxy_hotadd", {**options, "device_dir": simulator.facts["device_dir"]}, check=True)
-    assert refused["failed"]
-    assert "the proxy's host 127.0.1.2 does not see datastore 'local01'" in refused["msg"], refused["msg"]
-    assert "disk.EnableUUID" in refused["msg"]
+    assert all(reason in refused["msg"] for reason in reasons), refused["msg"]
 
 
 def test_two_disks_of_one_uuid_are_not_told_apart(app01: Proxy, modules: Modules) -> None:
@@ -506,3 +514,65 @@ def test_a_leftover_blocks_the_removal_of_the_snapshot_until_it_is_detached(
     assert kinds[:2] == [("attachment", "detached"), ("snapshot", "consolidated")]
     assert app01.simulator.vm("app01")["consolidation_needed"] is False
     assert app01.simulator.disk("app01", 2000) == now
+
+
+# The modules that move data
+
+
+def _export(modules: Modules, proxy: Proxy, **options: Any) -> Dict[str, Any]:
+    """Options of an export by HotAdd, without VDDK."""
+    return modules.export_options(transports=["hotadd"], vddk_libdir="/nonexistent", **proxy.folders, **options)
+
+
+def _when_attached(proxy: Proxy, process: Process, mode: str) -> None:
+    deadline = time.monotonic() + 60
+    while not any(item["mode"] == mode for item in proxy.attachments()):
+        assert process.poll() is None and time.monotonic() < deadline, process.out
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_an_export_that_is_ended_with_its_disks_attached(
+    app01: Proxy, modules: Modules, number: signal.Signals
+) -> None:
+    begun = app01.recover(begin=True, point="one")["run"]
+    snapshot = modules.snapshot(begun["snapshot_name"], begun["snapshot_description"])
+    app01.simulator.write("app01", 2000, 0)
+    now = app01.simulator.disk("app01", 2000)
+    process = modules.start("vadp_disk_export", _export(modules, app01, snapshot_moid=snapshot, rate_limit="1M"))
+    _when_attached(app01, process, "independent_nonpersistent")
+    os.kill(process.pid, number)
+    process.wait()
+    assert (app01.left() == []) == (number == signal.SIGTERM)
+    found = app01.recover()
+    assert not found["failed"], found
+    assert [item["what"] for item in found["recovered"]].count("attachment") == (1 if number == signal.SIGKILL else 0)
+    assert app01.left() == [] and app01.simulator.snapshots("app01") == []
+    assert app01.simulator.vm("app01")["consolidation_needed"] is False
+    assert app01.simulator.disk("app01", 2000) == now
+
+
+def test_a_restore_that_was_killed_is_made_again(app01: Proxy, restore01: Proxy, modules: Modules) -> None:
+    snapshot = modules.snapshot("one")
+    assert not modules.run("vadp_disk_export", **_export(modules, app01, snapshot_moid=snapshot, point="one"))["failed"]
+    options = {
+        **restore01.options(),
+        "repository": str(modules.repository),
+        "vm_name": "app01",
+        "point": "one",
+        "target": "in_place",
+        "overwrite": True,
+        "disks": [{"key": 2000, "target_key": 2000}],
+        "transports": ["hotadd"],
+        "vddk_libdir": "/nonexistent",
+    }
+    process = modules.start("vadp_disk_restore", dict(options, rate_limit="1M"))
+    _when_attached(restore01, process, "persistent")
+    process.kill()
+    assert len(restore01.attachments()) == 1
+    done = modules.done("vadp_disk_restore", **options)
+    assert [(disk["transport"], disk["method"], disk["verified"]) for disk in done["restored"]] == [
+        ("hotadd", "proxy_hotadd", True)
+    ]
+    assert restore01.left() == []
+    assert restore01.simulator.disk("restore01", 2000) == app01.simulator.disk("app01", 2000, snapshot)

@@ -296,6 +296,7 @@ def _restore_disk(target: DiskTarget, job: _Job) -> Dict[str, Any]:
     begun = time.monotonic()
     source, request = target.source, job.request
     report = job.progress.disk(source.key, source.label, source.capacity_bytes)
+    job.context.on_wait = report.wait
     state = "failed"
     try:
         with image.serve(source.layer, run_dir=job.run_dir) as reader, job.run.recorded(reader):
@@ -417,6 +418,7 @@ def _write(reader_uri: str, disk: Endpoint, target: DiskTarget, job: _Job, on_pr
 def _verify(reader_uri: str, target: DiskTarget, job: _Job, candidate: Candidate) -> None:
     """Read the disk back through a second, read-only endpoint (VADP facts 29), so that no cache answers."""
     report = job.progress.disk(target.source.key, f"{target.source.label}, read back", target.source.capacity_bytes)
+    job.context.on_wait = report.wait
     state = "failed"
     try:
         with _open(target, job, candidate, writable=False) as disk:

@@ -39,6 +39,7 @@ from .hotadd_plan import (
     Plan,
     Situation,
     attachments_of,
+    file_of,
     look,
     named,
     of_disk,
@@ -402,12 +403,7 @@ def _remove(session: Session, proxy: VmRef, attachments: Sequence[Attachment]) -
     wanted = {(item.device_key, item.file) for item in attachments}
     Change = vim.vm.device.VirtualDeviceSpec
     for last in [False] * (_REMOVE_TRIES - 1) + [True]:
-        going = [
-            device
-            for device in _devices(session, proxy)
-            if isinstance(device, vim.vm.device.VirtualDisk)
-            and (device.key, getattr(device.backing, "fileName", None)) in wanted
-        ]
+        going = [device for device in _devices(session, proxy) if (device.key, file_of(device)) in wanted]
         if not going:
             return
         changes = [Change(operation=Change.Operation.remove, device=device) for device in going]
@@ -433,7 +429,7 @@ def _check_unused(attachments: Sequence[Attachment], proxy: VmRef, device_dir: s
                 "The disk is in use on this machine, so it is not detached",
                 subject=f"{named([item])}, {link}, proxy {proxy}",
                 reason="; ".join(users),
-                remedy="End that use (umount, swapoff, vgchange -an), then run again",
+                remedy="End that use (umount, swapoff, vgchange -an, multipath -f), then run again",
             )
 
 

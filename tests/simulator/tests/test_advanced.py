@@ -10,6 +10,7 @@ import random
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -275,8 +276,9 @@ def test_what_a_killed_process_left_is_cleaned_up(lab: Lab, tmp_path: Path, rese
             running.process.wait()
         if reset:
             lab.control.call("crash_proxy")
+        deadline = time.monotonic() + 60
         while lab.control.call("nfc")["local"]["hotadd"]["connections"]:
-            pass
+            assert time.monotonic() < deadline
         assert [one["path"] for one in lab.control.call("attachments")] == [paths[2001]]
         with pytest.raises(vim.fault.FileLocked):
             WaitForTask(vm.snapshot.currentSnapshot.RemoveSnapshot_Task(removeChildren=False, consolidate=True))

@@ -7,6 +7,7 @@ When a mode can't be had there is a reason, and the open goes on to the next mod
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +35,7 @@ class AdvancedModes:
 
     def __init__(self, simulator: "Simulator") -> None:
         self.simulator = simulator
+        self._choosing = threading.Lock()  # a place is free until it is taken
         self._live: set[tuple[str, int]] = set()  # (path, device key) of what a living process has attached
 
     # san
@@ -114,19 +116,20 @@ class AdvancedModes:
         :raises CannotAttach: it was refused; the message has the fault.
         """
         machine = self.simulator.proxy.machine()
-        place = None if machine is None else self._free_place(machine)
-        if machine is None or place is None:
-            raise CannotAttach("there is no free SCSI unit")
-        device = vim.vm.device
-        disk = device.VirtualDisk(
-            key=-1,
-            controllerKey=place[0],
-            unitNumber=place[1],
-            backing=device.VirtualDisk.FlatVer2BackingInfo(
-                fileName=path, diskMode="persistent" if write else "independent_nonpersistent"
-            ),
-        )
-        self._reconfigure(user, machine, device.VirtualDeviceSpec(operation="add", device=disk))
+        with self._choosing:
+            place = None if machine is None else self._free_place(machine)
+            if machine is None or place is None:
+                raise CannotAttach("there is no free SCSI unit")
+            device = vim.vm.device
+            disk = device.VirtualDisk(
+                key=-1,
+                controllerKey=place[0],
+                unitNumber=place[1],
+                backing=device.VirtualDisk.FlatVer2BackingInfo(
+                    fileName=path, diskMode="persistent" if write else "independent_nonpersistent"
+                ),
+            )
+            self._reconfigure(user, machine, device.VirtualDeviceSpec(operation="add", device=disk))
         key = next(one.key for one in machine.disks if one.backing.fileName == path)
         self._live.add((path, key))
         node = self.simulator.proxy.wait_for(key, BUSY_SECONDS)

@@ -333,6 +333,8 @@ class Devices:
         else:
             self._check_attachable(index, path)
             info = self._existing(path)
+            if "nonpersistent" in mode:
+                self.store.check_space(path)  # the redo log lies beside the disk
         datastore = self.vm.simulator.inventory.datastore(datastore_of(info.path), self.vm).ref
         labels = {one.deviceInfo.label for one in self.devices if isinstance(one, device.VirtualDisk)}
         number = next(number for number in range(1, 1000) if f"Hard disk {number}" not in labels)

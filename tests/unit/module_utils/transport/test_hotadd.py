@@ -17,6 +17,7 @@ from ansible_collections.openvadp.backup.plugins.module_utils.transport.hotadd_p
     READ,
     WRITE,
     Situation,
+    attachments_of,
     obstacles,
     plan_attach,
 )
@@ -142,6 +143,12 @@ def test_what_speaks_against_it(
 def test_an_encrypted_disk_goes_to_an_encrypted_proxy_and_a_vsan_one_to_one_on_vsan() -> None:
     known = situation(encrypted=True, vsan=True, source_datastores={"vmfs01": ("datastore-12", "vsan")})
     assert obstacles(known, replace(DISK, encrypted=True), READ) == []
+
+
+def test_a_redo_log_stands_for_the_disk_that_it_is_over() -> None:
+    redo = virtual_disk(2001, f"{DISK.file}-REDO_a03725", 1)
+    assert [item.file for item in attachments_of([pvscsi(), redo], [DISK.file])] == [DISK.file]
+    assert attachments_of([pvscsi(), redo], [LEAF]) == []
 
 
 def test_the_error_names_disks_proxy_reasons_and_remedies(tmp_path: Path) -> None:
