@@ -149,6 +149,26 @@ def full_raw(rig: Rig, _wanted: Set[str]) -> Figures:
     return {"full_raw_vs_nbdcopy": compared(*times)}
 
 
+def https(rig: Rig, _wanted: Set[str]) -> Figures:
+    """Not compressed, from the datastore's HTTPS access, with the VM off: the whole disk crosses the wire both ways."""
+    repository, dest = rig.repository("https"), rig.folder / "peer.raw"
+    with rig.powered_off(), rig.snapshot() as snapshot:
+
+        def ours(number: int) -> None:
+            options = {"transports": ["https"], "mode": "full", "compression": "none"}
+            result = rig.export(repository, snapshot, point=f"https-{number}", **options)
+            assert result["disks"][0]["method"] == "folder", result
+
+        def peer(_number: int) -> None:
+            dest.unlink(missing_ok=True)
+            rig.curl(snapshot, dest)
+
+        times = _interleaved("https", ours, peer)
+    shutil.rmtree(repository)
+    dest.unlink()
+    return {"https_vs_curl": compared(*times)}
+
+
 # Restore
 
 
@@ -353,6 +373,7 @@ GROUPS: List[Tuple[Callable[[Rig, Set[str]], Figures], List[str]]] = [
     ),
     (budget, ["nbd_budget_overhead"]),
     (full_raw, ["full_raw_vs_nbdcopy"]),
+    (https, ["https_vs_curl"]),
     (restore, ["restore_vs_qemu_img_convert", "restore_verify_read_seconds"]),
     (memory, ["export_rss_mib"]),
 ]

@@ -28,8 +28,10 @@ from ansible_collections.openvadp.backup.plugins.module_utils.repository.layout 
 from ansible_collections.openvadp.backup.plugins.module_utils.restore.request import DiskChoice, RestoreRequest
 from ansible_collections.openvadp.backup.plugins.module_utils.restore.to_file import restore_point
 from ansible_collections.openvadp.backup.plugins.module_utils.transport.endpoints import Endpoint, open_vddk
+from ansible_collections.openvadp.backup.plugins.module_utils.transport.https import flat_file
 from ansible_collections.openvadp.backup.plugins.module_utils.transport.vddk import find_library
 from ansible_collections.openvadp.backup.plugins.module_utils.vsphere import change_tracking, snapshots
+from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.datastore_files import folder_url
 from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.inventory import VmRef, find_vm
 from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.session import Connection, Session
 from harness import Simulator
@@ -237,6 +239,27 @@ class Rig:
                 command = ["nbdcopy", "--flush", "--destination-is-zero", endpoint.uri, target.uri]
                 subprocess.run(command, check=True)
         image.fsync_file(str(dest))
+
+    def curl(self, snapshot: snapshots.Snapshot, dest: Path) -> None:
+        """The base file of the snapshot's disk, downloaded as a whole by curl."""
+        (disk,) = (disk for disk in snapshots.snapshot_disks(self.session, snapshot) if disk.key == DISK)
+        connection = self.connection
+        url = f"https://{connection.address}{folder_url(flat_file(disk.file), self.vm.datacenter_path)}"
+        # The cookie is no argument here either.
+        cookie = self.session.cookie.replace('"', '\\"')
+        options = f'url = "{url}"\ncookie = "{cookie}"\ncacert = "{connection.ca_path}"\noutput = "{dest}"\n'
+        command = ["curl", "--silent", "--show-error", "--fail", "--noproxy", "*", "--config", "-"]
+        subprocess.run(command, input=options, text=True, check=True)
+        image.fsync_file(str(dest))
+
+    @contextlib.contextmanager
+    def powered_off(self) -> Iterator[None]:
+        """Meanwhile the VM is off, so that the server gives the files of its disks."""
+        self.simulator.control.call("power", vm=VM, state="poweredOff")
+        try:
+            yield
+        finally:
+            self.simulator.control.call("power", vm=VM, state="poweredOn")
 
     @staticmethod
     def convert_to_raw(layer: str, dest: Path) -> None:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import http.client
 import inspect
 import json
@@ -860,3 +861,118 @@ def test_the_standard_inventory_is_as_strict_as_it_says(tmp_path):
         assert (status, data) == (206, b"\x55\xaa")
     finally:
         sim.stop()
+
+
+# --- export leases --------------------------------------------------------------------------------------------------
+
+
+def ready(lease):
+    deadline = time.monotonic() + 20
+    while lease.state == "initializing" and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert lease.state == "ready"
+    return lease.info
+
+
+def download(sim, url):
+    connection = sim.http()
+    connection.request("GET", url.replace("https://*", ""), headers={"Range": "bytes=0-511"})
+    response = connection.getresponse()
+    try:
+        return response.status, response.read(), response.headers
+    finally:
+        connection.close()
+
+
+def test_a_snapshots_lease_gives_what_it_froze(sim, app, tmp_path):
+    snap = snapshot(app)
+    sim.control.call("guest_write", vm="app01", disk=2000, offset=0, data=b"later" * 100)
+    lease = snap.ExportSnapshot()
+    info = ready(lease)
+    assert [one.disk for one in info.deviceUrl] == [False, True, True]
+    assert [one.key.split("/")[-1] for one in info.deviceUrl[1:]] == [
+        "ParaVirtualSCSIController0:1",
+        "ParaVirtualSCSIController0:0",
+    ]
+    for key, url in ((2001, info.deviceUrl[1]), (2000, info.deviceUrl[2])):
+        status, data, headers = download(sim, url.url)
+        assert status == 200 and "Content-Length" not in headers and "Accept-Ranges" not in headers
+        vmdk, raw = tmp_path / "a.vmdk", tmp_path / "a.raw"
+        vmdk.write_bytes(data)
+        assert subprocess.run(["qemu-img", "check", str(vmdk)], capture_output=True, check=False).returncode == 0
+        subprocess.run(["qemu-img", "convert", "-f", "vmdk", "-O", "raw", str(vmdk), str(raw)], check=True)
+        frozen = sim.control.call("read_disk", vm="app01", disk=key, snapshot=snap._moId)
+        assert hashlib.sha256(raw.read_bytes()).hexdigest() == frozen["sha256"]
+        raw.unlink()
+    manifest = {one.key: one for one in lease.HttpNfcLeaseGetManifest()}
+    assert manifest[url.key].sha1 == hashlib.sha1(data).hexdigest()
+    assert manifest[url.key].size == len(data)
+    lease.HttpNfcLeaseComplete()
+    assert lease.state == "done"
+    assert download(sim, url.url)[0] == 404
+    with pytest.raises(vim.fault.InvalidState):
+        lease.HttpNfcLeaseComplete()
+    remove(snap)
+
+
+def test_a_held_lease_keeps_the_vm_where_it_is(sim):
+    vm = sim.vm("restore01")
+    lease = vm.ExportVm()
+    ready(lease)
+    for work in (
+        vm.PowerOnVM_Task,
+        vm.Destroy_Task,
+        vm.UnregisterVM,
+        lambda: vm.RelocateVM_Task(vim.vm.RelocateSpec()),
+    ):
+        with pytest.raises(vim.fault.MethodDisabled):
+            work()
+    assert {"PowerOnVM_Task", "MigrateVM_Task"} <= set(vm.disabledMethod)
+    with pytest.raises(vim.fault.InvalidState):
+        vm.ExportVm()
+    lease.HttpNfcLeaseAbort(None)
+    assert "MigrateVM_Task" not in vm.disabledMethod
+    done(vm.PowerOn())
+    try:
+        with pytest.raises(vim.fault.InvalidPowerState):
+            vm.ExportVm()
+    finally:
+        done(vm.PowerOff())
+
+
+def test_a_lease_without_a_sign_of_life_ends(sim):
+    vm = sim.vm("restore01")
+    snap = snapshot(vm)
+    sim.control.call("set_settings", lease_timeout=0.5)
+    try:
+        lease = snap.ExportSnapshot()
+        url = ready(lease).deviceUrl[-1].url
+        lease.HttpNfcLeaseProgress(10)
+        deadline = time.monotonic() + 20
+        while lease.state == "ready" and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert isinstance(lease.error, vim.fault.Timedout)
+        with pytest.raises(vim.fault.Timedout):
+            lease.HttpNfcLeaseProgress(20)
+        assert download(sim, url)[0] == 404
+    finally:
+        sim.control.call("set_settings", lease_timeout=300.0)
+        remove(snap)
+
+
+def test_a_lease_belongs_to_its_session_and_needs_its_privilege(sim):
+    snap = snapshot(sim.vm("restore01"))
+    lease = snap.ExportSnapshot()
+    ready(lease)
+    other = sim.backup_user()
+    with pytest.raises(vmodl.fault.ManagedObjectNotFound):
+        vim.HttpNfcLease(lease._moId, other._stub).HttpNfcLeaseAbort(None)
+    lease.HttpNfcLeaseAbort(None)
+    sim.control.call("set_privileges", username=sim.info["backup_username"], remove=["VApp.Export"])
+    try:
+        with pytest.raises(vim.fault.NoPermission):
+            vim.vm.Snapshot(snap._moId, other._stub).ExportSnapshot()
+    finally:
+        sim.control.call("set_privileges", username=sim.info["backup_username"], add=["VApp.Export"])
+        Disconnect(other)
+        remove(snap)

@@ -52,7 +52,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         if not self.refused():
             data = self.server.files.get(self.key())
-            self.answer(200, data) if data is not None else self.answer(404)
+            wanted = self.headers.get("Range") if self.server.ranges else None
+            if data is None:
+                self.answer(404)
+            elif wanted is None:
+                self.answer(200, data)
+            else:
+                first, last = (int(text) for text in wanted[len("bytes=") :].split("-"))
+                part = data[first : last + 1]
+                self.send_response(206 if part else 416)
+                self.send_header("Content-Length", str(len(part)))
+                self.send_header("Content-Range", f"bytes {first}-{first + len(part) - 1}/{len(data)}")
+                self.end_headers()
+                self.wfile.write(part)
 
     do_HEAD = do_GET
 
@@ -72,7 +84,7 @@ def server(certificates):
     context.load_cert_chain(certificates / "good.pem", certificates / "good.key")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.socket = context.wrap_socket(server.socket, server_side=True)
-    server.files, server.statuses = {}, []
+    server.files, server.statuses, server.ranges = {}, [], True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield server
@@ -136,3 +148,12 @@ def test_the_certificate_is_verified_here_too(server, stub, clock):
     session = Session(connection, stub, Tls(connection), clock, clock.sleep)
     with pytest.raises(AuthenticationError, match="not trusted"):
         datastore_files.http_get(session, PATH, "DC")
+
+
+def test_a_part_of_a_file(server, files):
+    server.files["DC0", "vmfs01", "app01/app01.vmx"] = b"0123456789"
+    assert datastore_files.http_range(files, "[vmfs01] app01/app01.vmx", "DC0", 8, 2) == (b"89", 10)
+    with pytest.raises(VsphereError, match="HTTP 416"):
+        datastore_files.http_range(files, "[vmfs01] app01/app01.vmx", "DC0", 10, 2)
+    server.ranges = False
+    assert datastore_files.http_range(files, "[vmfs01] app01/app01.vmx", "DC0", 8, 2) is None
