@@ -204,7 +204,7 @@ def _lun_problems(disks: Iterable[DiskFacts], luns: Mapping[str, str], sysfs_dir
             extents.update(disk.datastore.extents)
     found = {}
     for extent in sorted(extents & set(luns)):
-        reasons = device_problems(luns[extent], sysfs_dir=sysfs_dir)
+        reasons = device_problems(luns[extent], lun=True, sysfs_dir=sysfs_dir)
         if reasons:
             found[extent] = "; ".join(reasons)
     return found
