@@ -174,3 +174,40 @@ def test_what_cannot_be_ended_now_is_ended_later(modules: Modules, own_simulator
     assert not again["changed"]
     without = modules.done("vadp_recover", **options, begin=True, point="two", vddk_libdir=libdir)
     assert without["run"]["access"] is None and prepared(own_simulator) == []
+
+
+def test_what_vddk_attached_is_detached_before_the_snapshot_goes(
+    modules: Modules, own_simulator: Simulator, repository: Path
+) -> None:
+    """The module and its server are killed at once, so nobody closes the disk."""
+    facts = own_simulator.facts
+    devices = {"device_dir": facts["device_dir"], "sysfs_dir": facts["sysfs_dir"]}
+    libdir = facts["vddk_libdir"]
+    named = dict(modules.named, repository=str(repository))
+    run = modules.done("vadp_recover", **named, begin=True, point="one", access=True, vddk_libdir=libdir)["run"]
+    moid = modules.snapshot(run["snapshot_name"], run["snapshot_description"])
+    own_simulator.write(VM, 2001, 0, length=8 * MIB)
+    options = modules.export_options(snapshot_moid=moid, point="one", mode="full", disks=["2001"], **devices)
+    process = modules.start("vadp_disk_export", {**options, "transports": ["hotadd"], "rate_limit": "1M"})
+    deadline = time.monotonic() + LONG
+    while not (own_simulator.control.call("attachments") and nbdkit_of(process.pid)):
+        assert process.poll() is None, process.out
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.05)
+    kill_all(process.pid)
+    process.wait()
+    assert len(own_simulator.control.call("attachments")) == 1
+    found = modules.done("vadp_recover", **named, vddk_libdir=libdir, **devices)
+    assert not found.get("warnings"), found
+    assert own_simulator.control.call("attachments") == []
+    assert own_simulator.snapshots(VM) == [] and prepared(own_simulator) == []
+    assert not list(repository.glob("vms/*/runs/*.json"))
+    assert not modules.done("vadp_recover", **named, vddk_libdir=libdir, **devices)["changed"]
+
+
+def nbdkit_of(pid: int) -> List[int]:
+    """The servers that a process has started."""
+    children = [
+        int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()
+    ]
+    return [child for child in children if b"nbdkit" in Path(f"/proc/{child}/cmdline").read_bytes()]

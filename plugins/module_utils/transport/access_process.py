@@ -66,22 +66,22 @@ def call(request: Dict[str, Any]) -> Dict[str, Any]:
     log = _LOG(_logger())
     cleaned, remaining = ctypes.c_uint32(0), ctypes.c_uint32(0)
     libdir, config = request["libdir"].encode(), request["config"].encode()
-    error = functions["InitEx"](_MAJOR, _MINOR, log, log, log, libdir, config)
-    if not error:
+    code = functions["InitEx"](_MAJOR, _MINOR, log, log, log, libdir, config)
+    if not code:
         params = library.VixDiskLib_AllocateConnectParams()
         _fill(params.contents, request)
         if request["operation"] == "cleanup":
-            error = functions["Cleanup"](params, ctypes.byref(cleaned), ctypes.byref(remaining))
+            code = functions["Cleanup"](params, ctypes.byref(cleaned), ctypes.byref(remaining))
         else:
             name = "PrepareForAccess" if request["operation"] == "prepare" else "EndAccess"
-            error = functions[name](params, request["identity"].encode())
+            code = functions[name](params, request["identity"].encode())
     text = b""
-    if error:
+    if code:
         library.VixDiskLib_GetErrorText.argtypes = [ctypes.c_uint64, ctypes.c_char_p]
-        text = library.VixDiskLib_GetErrorText(error, None) or b""
+        text = library.VixDiskLib_GetErrorText(code, None) or b""
     return {
         # Failure is what is not 0; the number is in the lowest bits (VADP facts 47).
-        "code": ((error & 0xFFFF) or 1) if error else 0,
+        "code": ((code & 0xFFFF) or 1) if code else 0,
         "text": text.decode("utf-8", "replace"),
         "cleaned": cleaned.value,
         "remaining": remaining.value,
