@@ -21,6 +21,7 @@ from ..errors import InputError
 from .vix_errors import CAUSES, CERTAIN, LIKELY, POSSIBLE, UNKNOWN, UNKNOWN_CAUSE, Cause, is_trouble, signs_of
 
 _CHUNK_BYTES = 256 * 1024
+_SAMPLE_BYTES = 4096
 # A line that goes on for longer is cut into pieces: a file without line ends must not fill the memory.
 _LINE_CHARS = 4 * 1024
 _LOOKED_AT_CHARS = 2000
@@ -130,10 +131,10 @@ _SECRETS = [
     (re.compile(r"(config key=\s*(?:password|cookie|thumbprint_secret)\s*,\s*value=).*", re.I), r"\1***"),
     (re.compile(r"((?:set-)?cookie\s*:\s*|authorization\s*:\s*).*", re.I), r"\1***"),
     (re.compile(r"(vmware_soap_session\s*=\s*)(\"[^\"]*\"?|[^\s;,]+)", re.I), r"\1***"),
-    (re.compile(rf"(<(\w*{_SECRET_WORD}\w*)\b[^>]*>)[^<]*", re.I), r"\1***"),
+    (re.compile(rf"(<[\w:.-]*{_SECRET_WORD}[^>]*>)[^<]*", re.I), r"\1***"),
     (
         re.compile(
-            rf"([\w.-]*{_SECRET_WORD}[\w.-]*[\"']?\s*(?:=|:|=>)\s*)(\"(?:[^\"\\]|\\.)*\"?|'(?:[^'\\]|\\.)*'?|[^\s,;&\"']+)",
+            rf"({_SECRET_WORD}[\w.-]*[\"']?\s*(?:=|:|=>)\s*)(\"(?:[^\"\\]|\\.)*\"?|'(?:[^'\\]|\\.)*'?|[^\s,;&\"']+)",
             re.I,
         ),
         r"\1***",
@@ -166,7 +167,12 @@ def clean(line: str) -> str:
 def read_lines(stream: BinaryIO) -> Iterator[str]:
     """The lines of a log, of bounded length each, in UTF-8 or UTF-16 with or without a mark; what is neither does no
     harm."""
-    first = stream.read(_CHUNK_BYTES)
+    first = b""
+    while len(first) < _SAMPLE_BYTES:
+        data = stream.read(_CHUNK_BYTES)
+        if not data:
+            break
+        first += data
     encoding, skip = _encoding(first)
     decoder = codecs.getincrementaldecoder(encoding)(errors="replace")
     data = first[skip:]
@@ -199,7 +205,7 @@ def _encoding(head: bytes) -> Tuple[str, int]:
     for bom, name in _BOMS:
         if head.startswith(bom):
             return name, len(bom)
-    sample = head[:4096]
+    sample = head[:_SAMPLE_BYTES]
     if len(sample) >= 4:
         half = len(sample) // 2
         if sample[1::2].count(0) > half * 0.7 and sample[0::2].count(0) < half * 0.1:
@@ -219,10 +225,10 @@ def open_log(path: str) -> BinaryIO:
         raise InputError(
             what, subject=path, reason=error.strerror, remedy="Name a log file that this user may read"
         ) from error
-    stream = os.fdopen(descriptor, "rb")
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        stream.close()
+        os.close(descriptor)
         raise InputError(what, subject=path, reason="it is not a file", remedy="Name the log file itself")
+    stream = os.fdopen(descriptor, "rb")
     head = stream.read(8)
     stream.seek(0)
     for magic, name in _COMPRESSED:
