@@ -235,7 +235,7 @@ _CAUSES = (
         "vddk_load",
         "VDDK, or a part of it, can't be loaded",
         _VDDK,
-        "nbdkit vddk --dump-plugin libdir=<vddk_libdir>, or vadp_preflight, check tools",
+        "nbdkit vddk --dump-plugin libdir=<vddk_libdir>, or vadp_preflight, check vddk",
     ),
     Cause(
         "connection_cut",
