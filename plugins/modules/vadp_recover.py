@@ -9,7 +9,8 @@ short_description: Remove what crashed backups left of a virtual machine
 version_added: 0.1.0
 description:
   - Removes what earlier runs of this repository left of a virtual machine. These are, in this order, processes on this
-    machine, snapshots that carry this repository's id (with what their removal may have left), and temporary files.
+    machine, disks that are still attached to a proxy, snapshots that carry this repository's id (with what their
+    removal may have left), and temporary files.
   - What others made is never touched. The virtual machine is locked meanwhile, so a run that is still at work is not
     disturbed, and the module fails.
   - With O(begin=true) it then begins a run, and returns name and description for its snapshot.
@@ -48,9 +49,14 @@ options:
   device_dir:
     description:
       - Folder in which the disks that are attached to this machine have links by their ids.
-      - This release attaches none, so it is not used.
+      - Disks of a run that ran on another machine are detached from that one, but the devices there stay until they are
+        deleted or that machine is restarted.
     type: path
     default: /dev/disk/by-id
+  sysfs_dir:
+    description: Where sysfs is mounted. Through it the devices of detached disks are deleted, which only root may do.
+    type: path
+    default: /sys
 notes:
   - A virtual machine that is no longer in vCenter is looked for in the repository alone, if it is named by O(uuid) with
     O(use_instance_uuid=true).
@@ -87,11 +93,11 @@ recovered:
   elements: dict
   contains:
     what:
-      description: V(process), V(snapshot) or V(temporary_file).
+      description: V(process), V(attachment), V(snapshot) or V(temporary_file).
       type: str
       sample: snapshot
     id:
-      description: Process id, managed object id or path.
+      description: Process id, file and proxy of an attachment, managed object id or path.
       type: str
       sample: snapshot-47
     action:
@@ -146,6 +152,7 @@ OPTIONS = Options(
         point=dict(type="str"),
         vddk_libdir=dict(type="path"),
         device_dir=dict(type="path", default="/dev/disk/by-id"),
+        sysfs_dir=dict(type="path", default="/sys"),
     )
 )
 

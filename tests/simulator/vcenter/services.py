@@ -100,6 +100,15 @@ class Settings:
     session_idle: float = 1800.0
     page_areas: int = 2000
     page_bytes: int | None = None
+    device_delay: float = 0.0
+    # export leases, and /folder (methods/leases.py, folder.py)
+    lease_timeout: float = 300.0
+    lease_thumbprint: str = "sha1"
+    lease_host: str = "*"
+    lease_bytes_per_second: float | None = None
+    lease_cuts: int = 0
+    folder_ranges: bool = True
+    folder_cuts: int = 0
 
     def set(self, values: dict[str, Any]) -> dict[str, Any]:
         known = {one.name for one in fields(self)}
@@ -108,6 +117,13 @@ class Settings:
                 raise SimulatorError(f"no such setting: {name} (there are {', '.join(sorted(known))})")
             setattr(self, name, value)
         return {name: getattr(self, name) for name in sorted(known)}
+
+    def take(self, name: str) -> bool:
+        """One of what a setting counts, as long as there is any."""
+        if not getattr(self, name):
+            return False
+        setattr(self, name, getattr(self, name) - 1)
+        return True
 
 
 # --- calls ----------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from pyVmomi import vim
 from . import certificates, disks, seed
 from .inventory import Datastore, Host, Inventory, VirtualMachine, disks_in, is_rdm
 from .model import Kept, Managed, SimulatorError, now, write_atomically
+from .proxy import ProxyMachine
 from .services import (
     BACKUP_PRIVILEGES,
     AuthenticationFailed,
@@ -67,8 +68,6 @@ class Simulator:
     def __init__(self, state_dir: Path, vms: str = "minimal", passwords: dict[str, str] | None = None) -> None:
         self.state_dir = Path(state_dir).resolve()
         self.state_dir.mkdir(parents=True, exist_ok=True)
-        self.device_dir = self.state_dir / "devices"
-        self.device_dir.mkdir(exist_ok=True)
         self.start_time = now()
         self.lock = threading.RLock()  # inventory, sessions' objects, tasks' infos
         self.change = threading.Condition()  # something that a filter may watch has changed
@@ -84,7 +83,10 @@ class Simulator:
         self.sessions = Sessions(self)
         self.tasks = Tasks(self)
         self.events = Events(self)
+        self.leases: dict[str, Any] = {}  # export leases that are held, by their ticket
         self.services: dict[str, Managed] = {}  # the objects of fixed moids, once somebody has asked
+        self.proxy = ProxyMachine(self)
+        self.device_dir, self.sysfs_dir = self.proxy.device_dir, self.proxy.sysfs_dir
         self._last_time = self.start_time
         self._meta_path = self.state_dir / "vcenter.json"
 
@@ -117,6 +119,7 @@ class Simulator:
             self._load_meta(passwords or {})
             self.inventory.load()
             self.storage_check()
+        self.proxy.start()
 
     # what is kept besides the inventory
 

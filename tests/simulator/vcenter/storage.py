@@ -780,6 +780,12 @@ class Storage:
                     member.openers.append(opener)
             return opener
 
+    def writers(self, path: str) -> list[str]:
+        """Who of the VMs has this disk open for writing."""
+        disk = self._disk(path)
+        with self._locks:
+            return [opener.owner for opener in disk.openers if opener.write and opener.owner.startswith("vm:")]
+
     def _close_opener(self, opener: Opener) -> None:
         with self._locks:
             for disk in opener._chain:
