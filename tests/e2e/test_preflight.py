@@ -277,6 +277,50 @@ def test_a_certificate_that_expires_soon(own: World) -> None:
     assert "in 9 days" in check["evidence"] or "in 10 days" in check["evidence"]
 
 
+def by_transport(result: Dict[str, Any]) -> Dict[str, Dict[str, Any]]:
+    """The candidates of the first disk."""
+    return {candidate["transport"]: candidate for candidate in result["vms"][0]["disks"][0]["candidates"]}
+
+
+def test_each_transport_with_its_reasons(own: World) -> None:
+    """On the proxy VM that also sees the LUN: the same plan as a backup's."""
+    facts = own.simulator.facts
+    here = {"device_dir": facts["device_dir"], "sysfs_dir": facts["sysfs_dir"]}
+    result = own.look(name="app01", **here)
+    assert result["ready"] and "proxy01" in [check for check in result["checks"] if check["code"] == "proxy"][0]["evidence"]
+    candidates = by_transport(result)
+    assert [name for name, one in candidates.items() if one["usable"]] == ["san", "hotadd", "nbdssl", "nbd", "https"]
+    assert result["vms"][0]["disks"][0]["transport"] == "san"
+    assert candidates["https"]["method"] == "export_lease" and candidates["https"]["notes"]
+
+    own.simulator.control.call("set_lun", datastore="vmfs01", visible=False)
+    user = facts["backup_username"]
+    attach = "VirtualMachine.Config.AddExistingDisk"
+    own.simulator.control.call("set_privileges", username=user, remove=[attach])
+    result = own.look(name="app01", **here, vddk_libdir="/nowhere")
+    candidates = by_transport(result)
+    assert "does not see LUN" in " ".join(candidates["san"]["reasons"])
+    assert "/nowhere" in " ".join(candidates["nbdssl"]["reasons"])
+    check = found(result["vms"][0]["checks"], "privileges", "warning")
+    assert f"{attach} on the proxy VM" in check["evidence"]
+    assert result["vms"][0]["disks"][0]["transport"] == "https"
+    ports = [check for check in result["vms"][0]["checks"] if check["code"] == "host_api_port"]
+    assert {check["severity"] for check in ports} == {"warning"}  # it is the simulator's vCenter that serves leases
+
+
+def test_a_proxy_that_two_machines_could_be(own: World) -> None:
+    facts = own.simulator.facts
+    own.simulator.control.call("proxy", identity="ambiguous")
+    result = own.look(name="app01", device_dir=facts["device_dir"], sysfs_dir=facts["sysfs_dir"])
+    check = found(result["vms"][0]["checks"], "proxy", "error")
+    assert "proxy_moid" in check["remedy"] and not result["ready"]
+    result = own.look(name="app01", proxy_physical=True, sysfs_dir=facts["sysfs_dir"])
+    assert result["ready"]
+    own.simulator.control.call("proxy", identity="normal")
+    check = found(own.look(name="app01", proxy_name="nobody01")["vms"][0]["checks"], "proxy", "error")
+    assert "nobody01" in check["evidence"]
+
+
 def test_options_that_make_no_sense(world: World) -> None:
     def refused(**options: Any) -> str:
         result = world.modules.run("vadp_preflight", **world.options(**options))

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Sequence
 
 from ..errors import TransportError
+from ..transport.facts import disk_facts, proxy_facts
 from ..transport.planner import READ, DiskFacts, ProxyFacts, plan
-from ..transport.vddk import Vddk, look_for_library
+from ..transport.vddk import Vddk
 from ..vsphere.disks import Disk
 from ..vsphere.inventory import VmRef
 from ..vsphere.session import Session
@@ -68,10 +69,19 @@ def plan_disks(session: Session, vm: VmRef, disks: Sequence[Disk], request: Pref
 
     :raises VadpError: the facts can't be had.
     """
-    vddk, problem = look_for_library(request.vddk_libdir)
-    proxy = ProxyFacts(vddk=vddk, vddk_problem=problem, is_vcenter=session.is_vcenter)
-    outcomes = [_outcome(disk, DiskFacts(disk.label, disk.file), proxy, request) for disk in disks]
-    return Planned(outcomes, vddk, problem)
+    known = disk_facts(session, vm, disks)
+    proxy = proxy_facts(session, request, vm, known)
+    outcomes = [_outcome(disk, known[disk.key], proxy, request) for disk in disks]
+    return Planned(outcomes, proxy.vddk, proxy.vddk_problem, proxy.vm.moid if proxy.vm else None, _identity(proxy))
+
+
+def _identity(proxy: ProxyFacts) -> str:
+    """Empty where nobody asked."""
+    if not proxy.identity:
+        return ""
+    if proxy.vm is None:
+        return f"no virtual machine of this vCenter: {proxy.identity}"
+    return f"VM '{proxy.vm.name}' ({proxy.vm.moid}): {proxy.identity}"
 
 
 def _outcome(disk: Disk, facts: DiskFacts, proxy: ProxyFacts, request: PreflightRequest) -> DiskOutcome:
@@ -81,4 +91,4 @@ def _outcome(disk: Disk, facts: DiskFacts, proxy: ProxyFacts, request: Preflight
         made = plan(facts, proxy, request.transports, READ, request.require_transport)
     except TransportError as error:
         return DiskOutcome(disk, candidates=error.details.get("candidates", []), problem=error)
-    return DiskOutcome(disk, made.chosen, getattr(made, "method", ""), [one.to_result() for one in made.candidates])
+    return DiskOutcome(disk, made.chosen, made.method, [one.to_result() for one in made.candidates])

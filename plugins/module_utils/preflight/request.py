@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Dict, List, Mapping, Optional
 
 from ..errors import InputError
-from ..transport.planner import check_transports
+from ..transport.request import DEVICE_DIR, SYSFS_DIR, check_transport_options
 from ..vsphere.inventory import vm_selection
 from ..vsphere.session import Connection
 
@@ -29,7 +29,15 @@ class PreflightRequest:
     transports: List[str] = field(default_factory=lambda: ["san", "hotadd", "nbdssl", "nbd", "https"])
     require_transport: bool = False
     vddk_libdir: Optional[str] = None
+    device_dir: str = DEVICE_DIR
+    sysfs_dir: str = SYSFS_DIR
+    proxy_name: Optional[str] = None
+    proxy_uuid: Optional[str] = None
+    proxy_moid: Optional[str] = None
+    proxy_physical: bool = False
     nfc_port: int = 902
+    nfc_host_limit: Optional[int] = None
+    wire_compression: str = "none"
     io_timeout: int = 180
 
     @classmethod
@@ -49,10 +57,7 @@ class PreflightRequest:
         """:raises InputError: an option makes no sense."""
         if self.vm is None and not self.vms:
             raise InputError("No virtual machine is asked for", reason="the list 'vms' is empty")
-        check_transports(self.transports)
-        for name, number, low, high in (("io_timeout", self.io_timeout, 1, 86400), ("nfc_port", self.nfc_port, 1, 65535)):
-            if not low <= number <= high:
-                raise InputError(f"The option {name} is out of range", subject=str(number), remedy=f"{low} to {high}")
+        check_transport_options(self)
         if self.repository is not None and not os.path.isabs(self.repository):
             raise InputError(
                 "The repository's path is not absolute",

@@ -11,7 +11,7 @@ import datetime
 from dataclasses import dataclass, field
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
-from ..errors import VadpError, VsphereError
+from ..errors import AmbiguousError, NotFoundError, VadpError, VsphereError
 from ..libraries import vim
 from ..vsphere.inventory import VmRef, find_vm, readable
 from ..vsphere.session import Session, filter_spec
@@ -120,6 +120,10 @@ def _look(session: Session, name: str, found: Union[VmRef, VadpError], request: 
         return subject
     try:
         subject.planned = plan_disks(session, found, subject.machine.disks, request)
+    except (AmbiguousError, NotFoundError) as error:
+        # Which virtual machine this machine is can't be told, or the one that was named is not there.
+        subject.planned = Planned([])
+        subject.checks.append(_from_error("proxy", "this machine", error))
     except VadpError as error:
         subject.planned = Planned([])
         subject.checks.append(_from_error("transport", str(found), error))
@@ -127,7 +131,8 @@ def _look(session: Session, name: str, found: Union[VmRef, VadpError], request: 
 
 
 def _from_error(code: str, subject: str, error: VadpError) -> Check:
-    words = error.what if error.reason is None else f"{error.what}: {error.reason}"
+    named = error.subject if error.subject and error.subject not in subject else None
+    words = ": ".join(part for part in (error.what, named, error.reason) if part)
     return Check(code, ERROR, subject, words, error.remedy)
 
 

@@ -148,11 +148,10 @@ class Granted:
 
 def _ask(session: Session, entities: Sequence[Any], names: Sequence[str]) -> Dict[str, Set[str]]:
     manager = session.content.authorizationManager
-    current = session.read(session.content.sessionManager, "currentSession")["currentSession"]
     answer = session.call(
         manager.HasPrivilegeOnEntities,
         list(entities),
-        current.key,
+        session.key,
         list(names),
         what="The user's privileges were not read",
         idempotent=True,
