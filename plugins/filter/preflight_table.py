@@ -16,8 +16,8 @@ short_description: What module vadp_preflight found as tables for people
 version_added: 0.1.0
 author: openvadp maintainers (@openvadp)
 description:
-  - Renders results of M(openvadp.backup.vadp_preflight). One line a disk says how it would be read; why not otherwise stands
-    below. Then comes each check that is not as it should be, with its remedy, the errors first.
+  - Renders results of M(openvadp.backup.vadp_preflight). One line a disk says how it would be read; why not otherwise
+    stands below. Then comes each check that is not as it should be, with its remedy, the errors first.
   - What several machines have in common, such as a host's closed port, is said once.
   - Print the lines with M(openvadp.backup.show_lines).
 options:

@@ -8,11 +8,11 @@ module: vadp_preflight
 short_description: Say whether virtual machines can be backed up from here, how, and why not
 version_added: 0.1.0
 description:
-  - Looks at all that a backup depends on, and changes nothing. For each disk it says by which transport it would be read and
-    why not by each of the others. Each check says what was seen and what to do about it.
-  - It looks at the server's certificate and clock, the user's privileges, the names and ports of every ESXi host that could
-    serve a disk, snapshots, change tracking, VMware Tools, free space, what crashed backups left, and the programs on the
-    machine that runs the module (the backup proxy).
+  - Looks at all that a backup depends on, and changes nothing. For each disk it says by which transport it would be
+    read and why not by each of the others. Each check says what was seen and what to do about it.
+  - It looks at the server's certificate and clock, the user's privileges, the names and ports of every ESXi host that
+    could serve a disk, snapshots, change tracking, VMware Tools, free space, what crashed backups left, and the
+    programs on the machine that runs the module (the backup proxy).
   - Name one machine as in the other modules, or many by O(vms).
 author:
   - openvadp maintainers (@openvadp)

@@ -8,13 +8,13 @@ module: vddk_log_diagnosis
 short_description: Say what a log of VDDK, nbdkit or a backup product means
 version_added: 0.1.0
 description:
-  - Reads a log and answers with what may be wrong, the most certain first. Each finding carries the lines it was read from,
-    what to do, and which check would confirm it.
+  - Reads a log and answers with what may be wrong, the most certain first. Each finding carries the lines it was read
+    from, what to do, and which check would confirm it.
   - It knows the messages of VDDK and of NFC, the protocol of transports nbd and nbdssl, with whatever timestamps and
     prefixes a product puts before them.
   - What it does not know it calls V(unknown). A log without errors has no findings.
-  - It needs no vCenter. The log can be of any size, in UTF-8 or UTF-16, and damaged. Passwords, cookies and session ids in
-    it are not repeated.
+  - It needs no vCenter. The log can be of any size, in UTF-8 or UTF-16, and damaged. Passwords, cookies and session ids
+    in it are not repeated.
 author:
   - openvadp maintainers (@openvadp)
 extends_documentation_fragment:
@@ -41,7 +41,8 @@ options:
   esxi_nics:
     description:
       - VMkernel NICs of the ESXi hosts, as far as they are known.
-      - Two NICs of one host in one subnet are only likely by the log alone. With this list they are certain, or ruled out.
+      - Two NICs of one host in one subnet are only likely by the log alone. With this list they are certain, or ruled
+        out.
     type: list
     elements: dict
     default: []

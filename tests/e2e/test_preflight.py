@@ -76,7 +76,13 @@ def test_a_machine_that_is_as_it_should_be(world: World) -> None:
     disks = result["vms"][0]["disks"]
     assert [(disk["key"], disk["included"]) for disk in disks] == [(2000, True), (2001, True)]
     for disk in disks:
-        assert [candidate["transport"] for candidate in disk["candidates"]] == ["san", "hotadd", "nbdssl", "nbd", "https"]
+        assert [candidate["transport"] for candidate in disk["candidates"]] == [
+            "san",
+            "hotadd",
+            "nbdssl",
+            "nbd",
+            "https",
+        ]
         for candidate in disk["candidates"]:
             assert candidate["usable"] or candidate["reasons"]
         assert disk["transport"] in [candidate["transport"] for candidate in disk["candidates"] if candidate["usable"]]
@@ -186,9 +192,7 @@ def test_snapshots_and_what_they_leave(own: World) -> None:
     checks = own.of("app01")
     assert "'mine'" in found(checks, "snapshots", "warning")["evidence"]
     assert "off, and can't be switched on" in found(checks, "change_tracking", "warning")["evidence"]
-    own.modules.done(
-        "vm_snapshot", **own.modules.named, snapshot_moid=moid, state="absent", consolidate=False
-    )
+    own.modules.done("vm_snapshot", **own.modules.named, snapshot_moid=moid, state="absent", consolidate=False)
     checks = own.of("app01")
     found(checks, "consolidation", "warning")
     assert [check for check in checks if check["code"] == "snapshots"] == []
@@ -287,7 +291,10 @@ def test_each_transport_with_its_reasons(own: World) -> None:
     facts = own.simulator.facts
     here = {"device_dir": facts["device_dir"], "sysfs_dir": facts["sysfs_dir"]}
     result = own.look(name="app01", **here)
-    assert result["ready"] and "proxy01" in [check for check in result["checks"] if check["code"] == "proxy"][0]["evidence"]
+    assert (
+        result["ready"]
+        and "proxy01" in [check for check in result["checks"] if check["code"] == "proxy"][0]["evidence"]
+    )
     candidates = by_transport(result)
     assert [name for name, one in candidates.items() if one["usable"]] == ["san", "hotadd", "nbdssl", "nbd", "https"]
     assert result["vms"][0]["disks"][0]["transport"] == "san"
@@ -340,7 +347,11 @@ def test_the_playbook(simulator: Simulator, ansible: Ansible, tmp_path: Path) ->
         variables = simulator.role_variables("vm_backup_")
         variables["vm_backup_repository"] = str(tmp_path)
         return ansible.run(
-            "openvadp.backup.preflight", hosts=hosts, variables=variables, host_variables=more, arguments=arguments or ()
+            "openvadp.backup.preflight",
+            hosts=hosts,
+            variables=variables,
+            host_variables=more,
+            arguments=arguments or (),
         )
 
     (tmp_path / "ansible").mkdir(exist_ok=True)
@@ -355,5 +366,3 @@ def test_the_playbook(simulator: Simulator, ansible: Ansible, tmp_path: Path) ->
     assert "proxy.invalid" in table
     failures = {host: stats["failures"] for host, stats in outcome.stats.items()}
     assert failures["nobody01"] == failures["copy02"] == 1
-
-

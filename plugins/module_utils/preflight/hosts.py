@@ -144,10 +144,7 @@ def _subnets(host: Host) -> Check:
     pairs = overlaps(host.nics)
     if not pairs:
         return Check(code, OK, host.name, "no two VMkernel NICs lie in one subnet")
-    listed = "; ".join(
-        f"{one.device} {one.address}/{one.network.prefixlen} and {other.device} {other.address}/{other.network.prefixlen}"
-        for one, other in pairs
-    )
+    listed = "; ".join(f"{_with_address(one)} and {_with_address(other)}" for one, other in pairs)
     return Check(
         code,
         WARNING,
@@ -155,6 +152,10 @@ def _subnets(host: Host) -> Check:
         f"VMkernel NICs share a subnet: {listed}. The host may answer by the wrong one, and connections break",
         "Give backup traffic a VMkernel NIC in a subnet of its own",
     )
+
+
+def _with_address(nic: Nic) -> str:
+    return f"{nic.device} {nic.address}/{nic.network.prefixlen}"
 
 
 def _name(host: Host, seen: Reached, severity: str) -> Check:
@@ -178,7 +179,7 @@ def _nfc(host: Host, seen: Reached, port: int, severity: str) -> Check:
         severity,
         subject,
         _unneeded(severity, f"not usable from here: {seen.nfc_problem}"),
-        f"Open TCP port {port} from this machine to each ESXi host that sees the datastores: vCenter chooses any of them",
+        f"Open TCP port {port} from this machine to each ESXi host that sees the datastores: vCenter takes any of them",
     )
 
 

@@ -101,7 +101,9 @@ def _machine(machine: Machine) -> Iterator[Check]:
         yield Check("vm", ERROR, subject, obstacle, "Change that, or back it up by an agent in the guest")
     if not machine.included:
         wrong = True
-        yield Check("vm", ERROR, subject, "it has no disk that a snapshot holds", "There is nothing to back up this way")
+        yield Check(
+            "vm", ERROR, subject, "it has no disk that a snapshot holds", "There is nothing to back up this way"
+        )
     if not wrong:
         yield Check("vm", OK, subject, f"{state.power_state}, {len(machine.included)} disks can be backed up")
 
@@ -311,10 +313,10 @@ def leftovers(machine: Machine, others: Optional[Mapping[str, Mapping[str, Any]]
                 code,
                 ERROR if running else WARNING,
                 subject,
-                f"its disks are attached to VM '{readable(str(values.get('name')))}' ({moid}) as {', '.join(labels)}: the"
-                " snapshot can't be removed while that is so",
-                "If no backup runs there, detach them without deleting their files: proxy_hotadd with state=detached, or"
-                " vadp_recover",
+                f"its disks are attached to VM '{readable(str(values.get('name')))}' ({moid}) as {', '.join(labels)}:"
+                " the snapshot can't be removed while that is so",
+                "If no backup runs there, detach them without deleting their files: proxy_hotadd with state=detached,"
+                " or vadp_recover",
             )
     if not found:
         note = f"; {unread} machines could not be read" if unread else ""

@@ -77,7 +77,9 @@ def _greeting(name: str, port: int, timeout: float) -> Tuple[Optional[str], str]
         return error.strerror or str(error), ""
     text = "".join(char for char in said.decode("utf-8", errors="replace") if char.isprintable()).strip()
     if not text.startswith(_GREETING):
-        return f"what answers there is no ESXi host: {text[:80]!r}" if text else "it closes the connection at once", ""
+        if not said:
+            return "it closes the connection at once", ""
+        return f"what answers there is no ESXi host: {text[:80] or 'binary data'!r}", ""
     return None, text
 
 

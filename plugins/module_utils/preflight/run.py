@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime
 from dataclasses import dataclass, field
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Set, Tuple
 
 from ..errors import AmbiguousError, NotFoundError, VadpError, VsphereError
 from ..libraries import vim
@@ -47,7 +47,7 @@ class Surroundings:
     reached: Dict[str, Reached] = field(default_factory=dict)
     others: Optional[Dict[str, Mapping[str, Any]]] = None
     unread: int = 0
-    granted: Union[server_side.Granted, VsphereError, None] = None
+    granted: server_side.Granted | VsphereError | None = None
 
 
 def preflight(request: PreflightRequest) -> Dict[str, Any]:
@@ -88,7 +88,7 @@ def _vm_result(subject: Subject) -> Dict[str, Any]:
 # Looking
 
 
-def _machines(session: Session, request: PreflightRequest) -> Iterator[Tuple[str, Union[VmRef, VadpError]]]:
+def _machines(session: Session, request: PreflightRequest) -> Iterator[Tuple[str, VmRef | VadpError]]:
     """Each machine that is asked for, or why it is not found. The one that is named by its own options has to be there.
 
     :raises VadpError: that one is not.
@@ -109,7 +109,7 @@ def _machines(session: Session, request: PreflightRequest) -> Iterator[Tuple[str
             yield name, error
 
 
-def _look(session: Session, name: str, found: Union[VmRef, VadpError], request: PreflightRequest) -> Subject:
+def _look(session: Session, name: str, found: VmRef | VadpError, request: PreflightRequest) -> Subject:
     if isinstance(found, VadpError):
         return Subject(name, checks=[_from_error("vm", f"VM '{name}'", found)])
     subject = Subject(found.name)
@@ -188,7 +188,10 @@ def _stores(session: Session, machines: Sequence[Machine]) -> Dict[str, Store]:
 
 def _hosts(session: Session, moids: Set[str]) -> Dict[str, Host]:
     objs = [vim.HostSystem(moid, session.stub) for moid in sorted(moids)]
-    return {obj._moId: Host.of(obj._moId, values) for obj, values in _read_tolerantly(session, objs, vim.HostSystem, HOST_PATHS)}
+    return {
+        obj._moId: Host.of(obj._moId, values)
+        for obj, values in _read_tolerantly(session, objs, vim.HostSystem, HOST_PATHS)
+    }
 
 
 def _others(session: Session, machines: Sequence[Machine]) -> Tuple[Optional[Dict[str, Mapping[str, Any]]], int]:
@@ -202,7 +205,9 @@ def _others(session: Session, machines: Sequence[Machine]) -> Tuple[Optional[Dic
     return known, len(objs) - len(known)
 
 
-def _read_tolerantly(session: Session, objs: Sequence[Any], kind: Any, paths: Sequence[str]) -> List[Tuple[Any, Dict[str, Any]]]:
+def _read_tolerantly(
+    session: Session, objs: Sequence[Any], kind: Any, paths: Sequence[str]
+) -> List[Tuple[Any, Dict[str, Any]]]:
     """Properties of many objects in one call; what this user may not read is absent."""
     if not objs:
         return []

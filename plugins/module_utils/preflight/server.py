@@ -91,7 +91,9 @@ def program_checks() -> Iterator[Check]:
         try:
             version = run_tool([name, "--version"], what=f"Asking {name}", timeout=_VERSION_TIMEOUT).splitlines()[0]
         except (DataPathError, IndexError) as error:
-            yield Check("programs", ERROR, name, f"does not say its version: {error}", f"Reinstall the package {package}")
+            yield Check(
+                "programs", ERROR, name, f"does not say its version: {error}", f"Reinstall the package {package}"
+            )
             continue
         yield Check("programs", OK, name, version)
     for name in _LIBRARIES:
@@ -112,7 +114,7 @@ def vddk_check(planned: Planned, transports: Sequence[str]) -> Optional[Check]:
             WARNING,
             "VDDK",
             (planned.vddk_problem or "it was not found").rstrip("."),
-            "Unpack VDDK and name its folder in vddk_libdir; without it only https and hotadd of a proxy VM are possible",
+            "Unpack VDDK and name its folder in vddk_libdir; without it only https and the hotadd of a proxy VM work",
         )
     vddk = planned.vddk
     return Check("vddk", OK, "VDDK", f"{vddk.version} in {vddk.libdir}, nbdkit's plugin {vddk.plugin}")

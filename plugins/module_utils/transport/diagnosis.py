@@ -402,7 +402,7 @@ class Diagnosis:
         return found
 
     def _judge_subnet(self, suspicions: Dict[str, _Suspicion], extra: List[str], remedies: Dict[str, str]) -> None:
-        """Two NICs in one subnet: a cut at the open makes them likely, the host's list of NICs certain (VADP facts 26)."""
+        """Two NICs in one subnet (VADP facts 26): a cut at the open makes them likely, the list of NICs certain."""
         pairs = overlaps(self.nics)
         concerned = [pair for pair in pairs if self._is_named(pair[0])]
         cut_at_open = "shared_subnet" in suspicions

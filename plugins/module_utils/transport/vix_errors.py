@@ -222,7 +222,7 @@ _CAUSES = (
     Cause(
         "mode_replaced",
         "VDDK could not have the transport that was asked for and silently took another",
-        "Make the first one work on this machine, or ask for the one that was used; require_transport makes it an error",
+        "Make the first one work on this machine, or ask for the one that was used; require_transport makes it fail",
         "vadp_preflight, the reasons against the transport that was asked for first",
     ),
     Cause(
@@ -326,15 +326,11 @@ _CODES: Dict[int, _Meaning] = {
         True,
         "port_902",
     ),
-    3014: _Meaning(
-        "the user lacks a privilege on the host (3014)", _PRIVILEGES, cause="privileges", certainty=CERTAIN
-    ),
+    3014: _Meaning("the user lacks a privilege on the host (3014)", _PRIVILEGES, cause="privileges", certainty=CERTAIN),
     4000: _Meaning("the VM was not found (4000)", cause="vm_missing", certainty=CERTAIN),
     4003: _Meaning("the VM is a template (4003)"),
     13000: _Meaning("a snapshot operation failed (13000)"),
-    13006: _Meaning(
-        "the user lacks a snapshot privilege (13006)", _PRIVILEGES, cause="privileges", certainty=CERTAIN
-    ),
+    13006: _Meaning("the user lacks a snapshot privilege (13006)", _PRIVILEGES, cause="privileges", certainty=CERTAIN),
     13010: _Meaning("the snapshot is locked (13010)", None, True, "disk_locked"),
     13014: _Meaning("the snapshot's disk is locked (13014)", None, True, "disk_locked"),
     13016: _Meaning("an independent disk is not in the snapshot (13016)"),
@@ -492,9 +488,7 @@ _TEXTS: List[Tuple[Pattern[str], Optional[int], _Meaning]] = [
     (
         re.compile(r"((\bis|\benter\w*|going|now) (in(to)? )?maintenance mode|HostInMaintenance)", re.I),
         14015,
-        _Meaning(
-            "the host is in maintenance mode or enters it", _MAINTENANCE, True, "maintenance_mode", CERTAIN
-        ),
+        _Meaning("the host is in maintenance mode or enters it", _MAINTENANCE, True, "maintenance_mode", CERTAIN),
     ),
     (
         re.compile(
@@ -517,8 +511,8 @@ _TEXTS: List[Tuple[Pattern[str], Optional[int], _Meaning]] = [
     ),
     (
         re.compile(
-            r"(Cannot use mode san|\bNo (matching )?LUNs?\b|\bLUN\b.*(not (found|visible|accessible)|cannot be (found|opened))"
-            r"|(Cannot|Failed to|Unable to) (open|find|access|read)\b.*\b(LUN|naa\.[0-9a-f]|san://))",
+            r"(Cannot use mode san|\bNo (matching )?LUNs?\b|\bLUN\b.*(not (found|visible|accessible)"
+            r"|cannot be (found|opened))|(Cannot|Failed to|Unable to) (open|find|access|read)\b.*\b(LUN|naa\.[0-9a-f]|san://))",
             re.I,
         ),
         None,
@@ -540,16 +534,14 @@ _TEXTS: List[Tuple[Pattern[str], Optional[int], _Meaning]] = [
             re.I,
         ),
         2338,
-        _Meaning(
-            "no connection to the ESXi host that serves the disk", _OPEN_902, True, "port_902", CERTAIN
-        ),
+        _Meaning("no connection to the ESXi host that serves the disk", _OPEN_902, True, "port_902", CERTAIN),
     ),
     (
         re.compile(r"NfcFssrvrClientOpen: failed to send open message", re.I),
         2338,
         _Meaning(
-            "the ESXi host took the connection, which was cut before the disk was opened (NFC_NETWORK_ERROR); two VMkernel"
-            " NICs in one subnet do that",
+            "the ESXi host took the connection, which was cut before the disk was opened (NFC_NETWORK_ERROR); two"
+            " VMkernel NICs in one subnet do that",
             _OWN_SUBNET,
             True,
             "shared_subnet",

@@ -184,11 +184,6 @@ class Tls:
             "sha256": colons(hashlib.sha256(self._certificate).hexdigest()),
         }
 
-    @property
-    def certificate(self) -> bytes:
-        """The certificate itself (DER) that the last connection was verified with."""
-        return self._certificate
-
     def new(self, **_unused: Any) -> _VerifiedConnection:
         """A connection that is not open yet. Takes, and ignores, what pyVmomi hands to a connection class."""
         return _VerifiedConnection(self, self._connection)

@@ -58,9 +58,7 @@ def test_what_is_to_confirm_a_cause_are_checks_that_exist() -> None:
 
 def test_every_privilege_stands_in_the_page() -> None:
     page = "ports-and-privileges.md"
-    expected = [
-        [f"`{one.name}`", one.on, ", ".join(one.tasks), one.purpose] for one in privileges.PRIVILEGES
-    ]
+    expected = [[f"`{one.name}`", one.on, ", ".join(one.tasks), one.purpose] for one in privileges.PRIVILEGES]
     assert rows(page, "privilege", "on", "tasks", "to") == expected
     assert rows(page, "task", "is") == [[name, words] for name, words in privileges.TASKS.items()]
 
