@@ -201,7 +201,9 @@ def _others(session: Session, machines: Sequence[Machine]) -> Tuple[Optional[Dic
         found = _read_tolerantly(session, list(objs.values()), vim.VirtualMachine, OTHER_PATHS)
     except VsphereError:
         return None, len(objs)
-    known = {obj._moId: values for obj, values in found if values.get("config.hardware.device") is not None}
+    known: Dict[str, Mapping[str, Any]] = {
+        obj._moId: values for obj, values in found if values.get("config.hardware.device") is not None
+    }
     return known, len(objs) - len(known)
 
 
