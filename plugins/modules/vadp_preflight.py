@@ -156,16 +156,21 @@ vms:
           type: str
           sample: vddk
         candidates:
-          description: Each transport of O(transports), usable or with the reasons why it is not.
+          description:
+            - Each transport of O(transports), usable or with the reasons why it is not. C(notes) say what it costs.
           type: list
           elements: dict
           sample:
             - transport: san
               usable: false
-              reasons: ['this machine does not see the LUN naa.600a098038303053 of datastore vmfs01']
+              reasons: ["this machine does not see LUN naa.600a098038303053 of datastore 'vmfs01'"]
+              method: ''
+              notes: []
             - transport: nbdssl
               usable: true
               reasons: []
+              method: vddk
+              notes: []
     checks:
       description: The checks of this machine and of the hosts that could serve its disks.
       type: list
