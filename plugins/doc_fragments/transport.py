@@ -28,8 +28,8 @@ options:
     type: path
   device_dir:
     description:
-      - Folder in which this machine's disks are found by their ids. LUNs are recognised there for V(san), attached disks
-        for V(hotadd).
+      - Folder in which this machine's disks are found by their ids. LUNs are recognised there for V(san), attached
+        disks for V(hotadd).
     type: path
     default: /dev/disk/by-id
   sysfs_dir:

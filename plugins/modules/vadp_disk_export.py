@@ -105,8 +105,8 @@ notes:
   - Required privileges are C(VirtualMachine.Provisioning.DiskRandomRead) and C(VirtualMachine.Provisioning.GetVmFiles)
     on the virtual machine, C(Datastore.Browse) and C(Datastore.FileManagement) on its datastores, and
     C(Global.DisableMethods) and C(Global.EnableMethods) on the vCenter server.
-  - For V(hotadd) also C(VirtualMachine.Config.AddExistingDisk) and C(VirtualMachine.Config.RemoveDisk) on the proxy, for
-    V(https) of running virtual machines C(VApp.Export).
+  - For V(hotadd) also C(VirtualMachine.Config.AddExistingDisk) and C(VirtualMachine.Config.RemoveDisk) on the proxy,
+    for V(https) of running virtual machines C(VApp.Export).
   - For V(nbdssl) and V(nbd) the NFC port (902) must be open from the proxy to every ESXi host that sees the datastores.
 seealso:
   - module: openvadp.backup.vm_snapshot

@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -248,7 +248,8 @@ def _read_disk(plan: DiskPlan, job: CopyJob, parts: _Parts, progress: DiskProgre
 
 def _read_by(attempt: _Attempt, plan: DiskPlan, job: CopyJob, parts: _Parts, progress: DiskProgress) -> CopyResult:
     request = job.request
-    opening = open_disk(job.context, plan.disk, plan.facts, attempt.candidate, writable=False, stage=parts.stage)
+    context = replace(job.context, on_wait=progress.wait)
+    opening = open_disk(context, plan.disk, plan.facts, attempt.candidate, writable=False, stage=parts.stage)
 
     whole = plan.disk.capacity_bytes if plan.areas is None else plan.areas.total_bytes
     before = 0 if attempt.areas is None else whole - attempt.areas.total_bytes

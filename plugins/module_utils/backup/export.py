@@ -295,7 +295,8 @@ def _export(work: Work) -> Dict[str, Any]:
             _abandon(run, shared)
     for intent in run.intents("temporary_file"):
         run.done(intent["id"])
-    if not shared:
+    # What could not be detached stays in the record for vadp_recover.
+    if not shared and not run.intents("attachment"):
         run.remove()
     return {
         "changed": True,

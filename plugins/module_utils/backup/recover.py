@@ -23,7 +23,7 @@ from ..datapath.processes import RuntimeDir, start_time
 from ..errors import InputError, NotFoundError, RepositoryError, VadpError
 from ..repository.layout import Repository, VmStore, check_point_name, is_empty_folder, new_point_name
 from ..repository.runs import Run, boot_id, new_run_id
-from ..transport import hotadd
+from ..transport import hotadd, https
 from ..vsphere.inventory import VmRef, find_vm, vm_selection
 from ..vsphere.session import Connection, Session
 from ..vsphere.snapshots import (
@@ -34,14 +34,15 @@ from ..vsphere.snapshots import (
     marker_text,
     remove_snapshot,
 )
+from . import access
 
 _TERMINATE_SECONDS = 10
 _KILL_SECONDS = 10
 _POLL_SECONDS = 0.05
 _SNAPSHOT_NAME_LIMIT = 80
 
-# What a run may still need: a restore that crashed goes on from its journal (VADP facts 12), and prepared access needs
-# more than this release does.
+# What a run may still need: a restore that crashed goes on from its journal (VADP facts 12), and prepared access can't
+# be ended without VDDK.
 _KEPT_INTENTS = ("access", "restore")
 
 DEVICE_DIR = "/dev/disk/by-id"
@@ -59,6 +60,8 @@ class RecoverRequest:
     repository: str
     begin: bool = False
     point: Optional[str] = None
+    access: bool = False
+    vddk_libdir: Optional[str] = None
     device_dir: str = DEVICE_DIR
     sysfs_dir: str = SYSFS_DIR
 
@@ -77,6 +80,8 @@ class RecoverRequest:
             repository=params["repository"],
             begin=params["begin"],
             point=params["point"],
+            access=params["access"],
+            vddk_libdir=params["vddk_libdir"],
             device_dir=params["device_dir"],
             sysfs_dir=params["sysfs_dir"],
         )
@@ -96,10 +101,21 @@ def recover_vm(request: RecoverRequest, check_mode: bool) -> Dict[str, Any]:
             return {"changed": False, "recovered": [], "run": None, "warnings": []}
         with store.lock(new_run_id(), "vadp_recover"):
             records = len(store.runs())
-            recovered = recover(session, store, vm, device_dir=request.device_dir, sysfs_dir=request.sysfs_dir)
+            recovered = recover(
+                session,
+                store,
+                vm,
+                device_dir=request.device_dir,
+                sysfs_dir=request.sysfs_dir,
+                vddk_libdir=request.vddk_libdir,
+            )
             ended = records - len(store.runs())
             run = begin_run(store, vm, request.point) if request.begin and vm is not None else None
             begun = run is not None and not run["complete"]
+            if request.access and begun and run is not None and vm is not None:
+                begun_run = store.run(run["id"])
+                if begun_run is not None:
+                    run["access"] = access.prepare(session, begun_run, vm, request.vddk_libdir)
             return {
                 "changed": bool(recovered) or ended > 0 or begun,
                 "recovered": recovered,
@@ -147,7 +163,7 @@ def begin_run(store: VmStore, vm: VmRef, point: Optional[str]) -> Dict[str, Any]
     """Begin a run of role vm_backup, unless the point exists. Under the VM's lock.
 
     :param point: its name; None for a new one, named by the time.
-    :returns: {id, repository_id, vm_moid, point, complete, snapshot_name, snapshot_description}.
+    :returns: {id, repository_id, vm_moid, point, complete, snapshot_name, snapshot_description, access}.
     """
     facts = _run_to_begin(store, vm, point)
     if not facts["complete"]:
@@ -169,6 +185,7 @@ def _run_to_begin(store: Optional[VmStore], vm: VmRef, point: Optional[str]) -> 
         "complete": complete,
         "snapshot_name": f"openvadp {name}"[:_SNAPSHOT_NAME_LIMIT],
         "snapshot_description": marker_text(repository_id, run_id, name),
+        "access": None,
     }
 
 
@@ -180,6 +197,7 @@ def recover(
     *,
     device_dir: str = DEVICE_DIR,
     sysfs_dir: str = SYSFS_DIR,
+    vddk_libdir: Optional[str] = None,
 ) -> List[Recovered]:
     """Remove what runs of this repository left of a VM; idempotent. Under the VM's lock, unless in check mode.
 
@@ -191,9 +209,15 @@ def recover(
     """
     runs = store.runs()
     found = _processes(runs, check_mode)
+    if not check_mode:
+        access.clean_up(session, runs, vddk_libdir)
     found += _attachments(session, runs, check_mode, device_dir, sysfs_dir)
+    for run in runs:
+        found += https.recover_leases(session, run, check_mode=check_mode)
     if vm is not None:
         found += _snapshots(session, store, vm, runs, check_mode)
+    for identity, action in access.end(session, vm, runs, vddk_libdir, check_mode):
+        found.append(_item("access", identity, action, check_mode))
     found += _temporary_files(store, runs, check_mode)
     if not check_mode:
         for run in runs:
@@ -213,6 +237,7 @@ def _warnings(store: VmStore) -> List[str]:
         if kinds:
             warnings.append(
                 f"Run {run.run_id} of {run.data['started']} was left as it is: it has not ended its {', '.join(kinds)}."
+                + "".join(f" {intent['problem']}." for intent in run.intents() if intent.get("problem"))
             )
     return warnings
 
@@ -269,16 +294,10 @@ def _end(pid: int, started: int, name: str) -> None:
 def _attachments(
     session: Session, runs: List[Run], check_mode: bool, device_dir: str, sysfs_dir: str
 ) -> List[Recovered]:
-    """Disks that are still attached to a proxy: what a run recorded, the way that it recorded it.
-
-    The devices of a proxy that is another machine can't be deleted from here.
-    """
+    """Disks that are still attached to a proxy: what a run recorded, the way that it recorded it."""
     found: List[Recovered] = []
     for run in runs:
-        here = run.data["host"] == socket.gethostname()
-        found += hotadd.recover(
-            session, run, sysfs_dir=sysfs_dir, device_dir=device_dir if here else None, check_mode=check_mode
-        )
+        found += hotadd.recover(session, run, sysfs_dir=sysfs_dir, device_dir=device_dir, check_mode=check_mode)
     return found
 
 

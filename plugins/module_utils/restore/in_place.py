@@ -27,6 +27,7 @@ from ..repository.layout import PART, VmStore
 from ..repository.runs import Run, new_run_id
 from ..transport.endpoints import Endpoint
 from ..transport.facts import disk_facts, proxy_facts
+from ..transport.hotadd import recover
 from ..transport.opener import OpenContext, all_failed, open_disk, same_way_failed
 from ..transport.planner import WRITE, Candidate, DiskFacts, Plan, ProxyFacts, plan
 from ..vsphere.disks import Disk, disks_of, is_multi_writer
@@ -99,6 +100,15 @@ def restore_point(request: RestoreRequest, check_mode: bool) -> Dict[str, Any]:
             store = _journal_store(point, vm, targets)
             run_id = new_run_id()
             with store.lock(run_id, "vadp_disk_restore"):
+                # What a restore that crashed left attached is in the way.
+                for earlier in store.runs():
+                    recover(
+                        session,
+                        earlier,
+                        sysfs_dir=request.sysfs_dir,
+                        device_dir=request.device_dir,
+                        check_mode=False,
+                    )
                 # The check of the point may have taken long.
                 targets, proxy = _look(session, vm, point, request)
                 run = store.create_run(None, vm_moid=vm.moid, vm_name=vm.name, run_id=run_id)
@@ -123,8 +133,9 @@ def restore_point(request: RestoreRequest, check_mode: bool) -> Dict[str, Any]:
                         )
                         restored = _restore(point, targets, store, context, request, progress)
                 finally:
-                    # As long as every disk is either what it was or wholly restored, there is nothing to remember.
-                    if not _half_written(run):
+                    # As long as every disk is either what it was or wholly restored, and nothing is attached, there is
+                    # nothing to remember.
+                    if not _half_written(run) and not run.intents("attachment"):
                         run.remove()
     return _result(point, vm, restored)
 
@@ -285,6 +296,7 @@ def _restore_disk(target: DiskTarget, job: _Job) -> Dict[str, Any]:
     begun = time.monotonic()
     source, request = target.source, job.request
     report = job.progress.disk(source.key, source.label, source.capacity_bytes)
+    job.context.on_wait = report.wait
     state = "failed"
     try:
         with image.serve(source.layer, run_dir=job.run_dir) as reader, job.run.recorded(reader):
@@ -406,6 +418,7 @@ def _write(reader_uri: str, disk: Endpoint, target: DiskTarget, job: _Job, on_pr
 def _verify(reader_uri: str, target: DiskTarget, job: _Job, candidate: Candidate) -> None:
     """Read the disk back through a second, read-only endpoint (VADP facts 29), so that no cache answers."""
     report = job.progress.disk(target.source.key, f"{target.source.label}, read back", target.source.capacity_bytes)
+    job.context.on_wait = report.wait
     state = "failed"
     try:
         with _open(target, job, candidate, writable=False) as disk:

@@ -7,27 +7,28 @@ a disk shows only when it is open, so until then the disk counts for every host 
 served first: nobody overtakes somebody who waits for a host that both may need, so nobody waits for ever.
 
 The state is one file in a private folder, under the folder's lock. Whoever waits looks again and again whether its turn
-has come: nobody has to wake it up, so nothing hangs if somebody dies. An entry counts as long as one of its processes
-lives, and file and folder go with the last entry.
+has come: nobody has to wake it up, so nothing hangs if somebody dies. An entry counts as long as its process lives, and
+then as long as the server that this process started may outlive it. File and folder go with the last entry.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import secrets
 import threading
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 from ..datapath.processes import start_time
 from ..errors import DataPathError, InputError, TransportError
-from .endpoints import Endpoint, serving_host
+from .endpoints import GUARD_SECONDS, Endpoint, serving_host
 from .vddk import Vddk, connection_bytes, private_folder
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ WAIT_SECONDS = 86400.0
 
 _LOOK_SECONDS = 0.25
 _FOLLOW_SECONDS = 1.0
+_OUTLIVES_SECONDS = GUARD_SECONDS + 1.0
 _FILE = "budget.json"
 
 OnWait = Callable[[str], None]
@@ -55,7 +57,8 @@ class Entry:
     :param hosts: those that may serve the disk.
     :param memory_bytes: what the disk takes of its host's memory.
     :param limit: disks on one host that whoever opens this one wants at most.
-    :param processes: (pid, start time); the entry is void when none of them lives any more.
+    :param process: (pid, start time) of who has or awaits it.
+    :param ended: when that process was seen to have ended, on the clock of this boot.
     """
 
     id: str
@@ -64,7 +67,8 @@ class Entry:
     memory_bytes: int
     limit: Optional[int] = None
     admitted: bool = False
-    processes: Tuple[Tuple[int, int], ...] = ()
+    process: Tuple[int, int] = (0, 0)
+    ended: Optional[float] = None
 
 
 class Slot:
@@ -87,15 +91,14 @@ class Slot:
         """
         known = [name for name in self.hosts if name.lower() == host.lower()]
         if known:
-            self._ledger.change(self._id, hosts=tuple(known))
+            self._ledger.narrow(self._id, tuple(known))
 
     def opened(self, endpoint: Endpoint) -> None:
         """The disk is served by *endpoint*, from whose log the serving host is learnt while it is read.
 
-        Its server may outlive us by some seconds, so its process holds the slot too. VDDK opens the disk anew for each
-        client of the endpoint, and vCenter then chooses the host anew: what the log says up to now does not count.
+        VDDK opens the disk anew for each client of the endpoint, and vCenter then chooses the host anew: what the log
+        says up to now does not count.
         """
-        self._ledger.change(self._id, more_processes=((endpoint.child.pid, endpoint.child.start_time),))
         if len(self.hosts) > 1:
             seen = endpoint.log_path.stat().st_size
             arguments = (endpoint.log_path, seen)
@@ -189,7 +192,7 @@ def slot(
         hosts=tuple(dict.fromkeys(hosts)),
         memory_bytes=memory_bytes,
         limit=limit,
-        processes=((os.getpid(), start_time(os.getpid()) or 0),),
+        process=(os.getpid(), start_time(os.getpid()) or 0),
     )
     ledger = _Ledger(folder)
     held = Slot(ledger, entry.id, entry.hosts)
@@ -314,19 +317,10 @@ class _Ledger:
                 entries.append(entry)
             return _ask(entries, entry)
 
-    def change(
-        self,
-        number: str,
-        hosts: Optional[Tuple[str, ...]] = None,
-        more_processes: Tuple[Tuple[int, int], ...] = (),
-    ) -> None:
-        """Change an entry that is there."""
+    def narrow(self, number: str, hosts: Tuple[str, ...]) -> None:
+        """An entry that is there counts for these hosts."""
         with self._locked() as entries:
-            for index, entry in enumerate(entries):
-                if entry.id == number:
-                    entries[index] = replace(
-                        entry, hosts=hosts or entry.hosts, processes=entry.processes + more_processes
-                    )
+            entries[:] = [replace(entry, hosts=hosts) if entry.id == number else entry for entry in entries]
 
     def leave(self, number: str) -> None:
         """Remove an entry, if it is there. What can't be written goes with this process."""
@@ -343,7 +337,7 @@ class _Ledger:
         try:
             entries = _load(folder / _FILE)
             before = list(entries)
-            entries = [entry for entry in entries if _lives(entry)]
+            entries = _that_count(entries, time.monotonic())
             yield entries
             if entries != before or not entries:
                 _store(folder, entries)
@@ -384,8 +378,18 @@ def _ask(entries: List[Entry], entry: Entry) -> Optional[str]:
     return "waiting for a connection to " + " or ".join(blocking(entries, entry))
 
 
-def _lives(entry: Entry) -> bool:
-    return any(start_time(pid) == started for pid, started in entry.processes)
+def _that_count(entries: Sequence[Entry], now: float) -> List[Entry]:
+    """Those whose process lives; and, for a while, those of a killed process whose server may live."""
+    found = []
+    begun = {pid: start_time(pid) for pid in {entry.process[0] for entry in entries}}
+    for entry in entries:
+        if begun[entry.process[0]] == entry.process[1]:
+            found.append(entry)
+        elif entry.admitted and entry.ended is None:
+            found.append(replace(entry, ended=now))
+        elif entry.admitted and entry.ended is not None and now - entry.ended < _OUTLIVES_SECONDS:
+            found.append(entry)
+    return found
 
 
 def _load(path: Path) -> List[Entry]:
@@ -400,8 +404,8 @@ def _load(path: Path) -> List[Entry]:
 
 
 def _entry(fields: Dict[str, Any]) -> Entry:
-    processes = tuple((int(pid), int(started)) for pid, started in fields["processes"])
-    return replace(Entry(**fields), hosts=tuple(fields["hosts"]), processes=processes)
+    pid, started = fields["process"]
+    return replace(Entry(**fields), hosts=tuple(fields["hosts"]), process=(int(pid), int(started)))
 
 
 def _store(folder: Path, entries: List[Entry]) -> None:
@@ -413,11 +417,12 @@ def _store(folder: Path, entries: List[Entry]) -> None:
             folder.rmdir()
         return
     # It need not outlive a crash of the machine: its processes don't.
-    data = {"boot_id": _boot_id(), "entries": [asdict(entry) for entry in entries]}
+    data = {"boot_id": _boot_id(), "entries": [vars(entry) for entry in entries]}
     fresh = folder / (_FILE + ".new")
     fresh.write_text(json.dumps(data), encoding="utf-8")
     os.replace(str(fresh), str(path))
 
 
+@functools.lru_cache(maxsize=None)
 def _boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()

@@ -46,7 +46,8 @@ _GUARDED = (
     '(trap "" TERM; read -r line || { sleep "$2"; kill -s KILL -- "-$$"; })'
     ' <"/proc/self/fd/$1" >/dev/null 2>&1 & shift 2; exec "$@"'
 )
-_GUARD_SECONDS = 3
+#: So long at most does a server outlive a module that was killed.
+GUARD_SECONDS = 3
 
 _numbers = itertools.count(1)
 
@@ -199,7 +200,7 @@ def serve_nbdkit(
                 pass_fds.append(_secret_pipe(parameter, secret))
                 handed_over.callback(os.close, pass_fds[-1])
                 argv.append(f"{parameter}=-{pass_fds[-1]}")
-            guarded = ["sh", "-c", _GUARDED, "sh", str(guard_fd), str(_GUARD_SECONDS), *argv]
+            guarded = ["sh", "-c", _GUARDED, "sh", str(guard_fd), str(GUARD_SECONDS), *argv]
             child = Child.start(guarded, log_path=str(log), name=f"nbdkit of {subject}", pass_fds=pass_fds)
         except BaseException:
             os.close(our_end)

@@ -10,6 +10,7 @@ disk is only ever detached by removing the device, without a file operation: tha
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence
 
@@ -38,23 +39,25 @@ from .hotadd_plan import (
     Plan,
     Situation,
     attachments_of,
+    file_of,
     look,
     named,
     of_disk,
     plan_attach,
 )
+from .planner import BY_ATTACHING
 
 if TYPE_CHECKING:
     from ..repository.runs import Run
 
 TRANSPORT = "hotadd"
-METHOD = "proxy_hotadd"
 
 # Seconds that the kernel of the proxy may need to see a disk come or go.
 DEVICE_TIMEOUT = 60
 _TASK_TIMEOUT = 600
 # Others attach disks to the same proxy at the same time: a unit that was free may be taken.
 _PLACE_TRIES = 10
+_REMOVE_TRIES = 3
 
 _locks: Dict[str, threading.Lock] = {}
 _locks_guard = threading.Lock()
@@ -206,9 +209,13 @@ def open_hotadd(
         arguments = ["-D", "nbdkit.backend.datapath=0"] + ([] if writable else ["--readonly"])
         arguments += ["file", f"file={attachments[0].device}"]
         with serve_nbdkit(
-            arguments, subject=disk.file, run_dir=run_dir, io_timeout=io_timeout, transport=TRANSPORT
+            arguments,
+            subject=disk.file,
+            run_dir=run_dir,
+            io_timeout=io_timeout,
+            transport=TRANSPORT,
+            method=BY_ATTACHING,
         ) as endpoint:
-            endpoint.method = METHOD
             yield endpoint
     except BaseException:
         with contextlib.suppress(VadpError):
@@ -217,15 +224,15 @@ def open_hotadd(
     _end(session, proxy, disk, attachments, run, intents, sysfs_dir, device_dir)
 
 
-def recover(
-    session: Session, run: Run, *, sysfs_dir: str, device_dir: Optional[str], check_mode: bool
-) -> List[Dict[str, Any]]:
+def recover(session: Session, run: Run, *, sysfs_dir: str, device_dir: str, check_mode: bool) -> List[Dict[str, Any]]:
     """Detach what a crashed run left attached, by its record: only what it was about to attach, the way it was.
 
-    :param device_dir: None if the run was on another machine.
+    The devices of a proxy that is another machine can't be deleted from here.
+
     :returns: [{what, id, action}].
     """
     found: List[Dict[str, Any]] = []
+    devices = device_dir if run.data["host"] == socket.gethostname() else None
     for intent in run.intents("attachment"):
         try:
             proxy = find_vm(session, moid=str(intent["proxy_moid"]))
@@ -238,7 +245,7 @@ def recover(
                 _settle(session, proxy)
             left = [item for item in attached(session, proxy, [intent["file"]]) if _is_intended(item, intent)]
             if not check_mode:
-                detach(session, proxy, left, sysfs_dir=sysfs_dir, device_dir=device_dir, timeout=DEVICE_TIMEOUT)
+                detach(session, proxy, left, sysfs_dir=sysfs_dir, device_dir=devices, timeout=DEVICE_TIMEOUT)
             action = "would be detached" if check_mode else "detached"
             found += [{"what": "attachment", "id": f"{item.file} at {proxy}", "action": action} for item in left]
         if not check_mode:
@@ -273,12 +280,13 @@ def _add(session: Session, situation: Situation, plan: Plan, access: str) -> Lis
         except (AuthenticationError, NotFoundError):
             raise
         except VsphereError as error:
-            if isinstance(error, ConnectionLostError):
+            lost = isinstance(error, ConnectionLostError)
+            if lost:
                 _settle(session, proxy)
             devices = _devices(session, proxy)
-            if len(attachments_of(devices, files)) == len(files) and isinstance(error, ConnectionLostError):
+            if lost and len(attachments_of(devices, files)) == len(files):
                 break
-            if last or not _was_taken(devices, placement):
+            if last or not (lost or _was_taken(devices, placement)):
                 raise TransportError(
                     what,
                     subject=subject,
@@ -391,27 +399,23 @@ def _intent(proxy: VmRef, vm: VmRef, disk: Disk, access: str) -> Dict[str, Any]:
 
 def _remove(session: Session, proxy: VmRef, attachments: Sequence[Attachment]) -> None:
     """Remove the devices, if they are still what they were, without a file operation."""
-    wanted = {(item.device_key, item.file) for item in attachments}
-    going = [
-        device
-        for device in _devices(session, proxy)
-        if isinstance(device, vim.vm.device.VirtualDisk)
-        and (device.key, getattr(device.backing, "fileName", None)) in wanted
-    ]
-    if not going:
-        return
-    Change = vim.vm.device.VirtualDeviceSpec
-    spec = vim.vm.ConfigSpec(
-        deviceChange=[Change(operation=Change.Operation.remove, device=device) for device in going]
-    )
     what, subject = "The disk was not detached from the proxy", f"{named(attachments)}, proxy {proxy}"
-    try:
-        session.run_task(proxy.obj.ReconfigVM_Task, spec, what=what, subject=subject, timeout=_TASK_TIMEOUT)
-    except VsphereError as error:
-        if isinstance(error, ConnectionLostError):
+    wanted = {(item.device_key, item.file) for item in attachments}
+    Change = vim.vm.device.VirtualDeviceSpec
+    for last in [False] * (_REMOVE_TRIES - 1) + [True]:
+        going = [device for device in _devices(session, proxy) if (device.key, file_of(device)) in wanted]
+        if not going:
+            return
+        changes = [Change(operation=Change.Operation.remove, device=device) for device in going]
+        spec = vim.vm.ConfigSpec(deviceChange=changes)
+        try:
+            session.run_task(proxy.obj.ReconfigVM_Task, spec, what=what, subject=subject, timeout=_TASK_TIMEOUT)
+            return
+        except ConnectionLostError:
+            if last:
+                raise
             _settle(session, proxy)
-        left = [device.key for device in _devices(session, proxy) if (device.key, _file_of(device)) in wanted]
-        if left:
+        except VsphereError as error:
             error.remedy = error.remedy or "Detach it in the vSphere client, keeping its files, then run vadp_recover"
             raise
 
@@ -425,7 +429,7 @@ def _check_unused(attachments: Sequence[Attachment], proxy: VmRef, device_dir: s
                 "The disk is in use on this machine, so it is not detached",
                 subject=f"{named([item])}, {link}, proxy {proxy}",
                 reason="; ".join(users),
-                remedy="End that use (umount, swapoff, vgchange -an), then run again",
+                remedy="End that use (umount, swapoff, vgchange -an, multipath -f), then run again",
             )
 
 
@@ -482,10 +486,6 @@ def _end(
 
 def _devices(session: Session, proxy: VmRef) -> List[Any]:
     return list(session.read(proxy.obj, "config.hardware.device")["config.hardware.device"] or [])
-
-
-def _file_of(device: Any) -> Optional[str]:
-    return getattr(getattr(device, "backing", None), "fileName", None)
 
 
 def _settle(session: Session, proxy: VmRef) -> None:

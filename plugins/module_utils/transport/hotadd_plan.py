@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, Dict, FrozenSet, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -200,10 +201,8 @@ def _same_uuid_obstacles(situation: Situation, disk: Disk) -> List[Obstacle]:
     """Two devices of one UUID can't be told apart (VADP facts 31)."""
     found = []
     for device in situation.devices:
-        if not isinstance(device, vim.vm.device.VirtualDisk):
-            continue
-        file = getattr(device.backing, "fileName", None)
-        if file == disk.file:
+        file = file_of(device)
+        if file in (None, disk.file):
             continue
         digits = uuid_digits(getattr(device.backing, "uuid", None))
         if digits is not None and digits == uuid_digits(disk.uuid):
@@ -221,7 +220,7 @@ def _same_uuid_obstacles(situation: Situation, disk: Disk) -> List[Obstacle]:
 def _use_obstacles(situation: Situation, disk: Disk, access: str) -> List[Obstacle]:
     """Who may write to the disk meanwhile, and whether a write would arrive (VADP facts 29)."""
     source = situation.source
-    leaves = {getattr(device.backing, "fileName", None) for device in source.devices if hasattr(device, "backing")}
+    leaves = {file_of(device) for device in source.devices}
     found = []
     if access == READ:
         if disk.file in leaves and source.power_state != "poweredOff":
@@ -353,7 +352,7 @@ def attachments_of(devices: Iterable[Any], files: Iterable[str]) -> List[Attachm
         Attachment(
             key=0,
             label=getattr(device.deviceInfo, "label", None) or f"disk {device.key}",
-            file=device.backing.fileName,
+            file=str(file_of(device)),
             disk_uuid=getattr(device.backing, "uuid", None),
             controller=device.controllerKey,
             unit=device.unitNumber,
@@ -362,8 +361,19 @@ def attachments_of(devices: Iterable[Any], files: Iterable[str]) -> List[Attachm
             mode=getattr(device.backing, "diskMode", None) or "",
         )
         for device in devices
-        if isinstance(device, vim.vm.device.VirtualDisk) and getattr(device.backing, "fileName", None) in wanted
+        if file_of(device) in wanted
     ]
+
+
+def file_of(device: Any) -> Optional[str]:
+    """The file of a virtual disk, None for any other device.
+
+    A running machine writes what goes to a nonpersistent disk into a redo log, which some servers name in its place.
+    """
+    if not isinstance(device, vim.vm.device.VirtualDisk):
+        return None
+    name = getattr(device.backing, "fileName", None)
+    return re.sub(r"-REDO_\w+$", "", name) if name else None
 
 
 def of_disk(item: Attachment, disk: Disk) -> Attachment:

@@ -71,6 +71,7 @@ _PROGRESS_SECONDS = 60
 _MAGIC = 0x564D444B
 _COMPRESSED_WITH_MARKERS = 0x30000
 _FOOTER_MARKER = 3
+_AT_END = 0xFFFFFFFFFFFFFFFF
 
 _numbers = itertools.count(1)
 
@@ -430,28 +431,25 @@ def open_lease(
     run.done(intent)
 
 
-def recover_leases(
-    session: Session, run: Run, *, check_mode: bool, remove: Callable[[Path], None]
-) -> List[Dict[str, str]]:
-    """What a crashed run left of its downloads: stage files, and leases that may still hold the VM.
+def recover_leases(session: Session, run: Run, *, check_mode: bool) -> List[Dict[str, str]]:
+    """End the leases of a crashed run that may still hold the VM; before its snapshots are removed.
 
-    A lease belongs to the session that made it. Where the server gives it to us it is aborted; else it ends by itself
-    when nobody has called for its time-out (300 s), and calls that it holds up are repeated until then.
+    A lease belongs to the session that made it. Where the server gives it to us it is aborted. Else it ends by itself
+    when nobody has called for its time-out (300 s): what it holds up until then is tried again for as long.
 
-    :param remove: removes a file.
-    :returns: [{what, id, action}].
+    :returns: what was found: [{what, id, action}].
     """
     found = []
     for intent in run.intents("temporary_file"):
-        lease, stage = intent.get("lease"), intent.get("stage")
-        if lease:
-            action = "would be aborted" if check_mode else _abort_foreign(session, str(lease))
-            found.append({"what": "lease", "id": str(lease), "action": action})
-        if stage and os.path.exists(str(stage)):
-            if not check_mode:
-                remove(Path(str(stage)))
-            action = "would be removed" if check_mode else "removed"
-            found.append({"what": "temporary_file", "id": str(stage), "action": action})
+        lease = intent.get("lease")
+        if not lease:
+            continue
+        if check_mode:
+            action = "would be aborted"
+        else:
+            action = _abort_foreign(session, str(lease))
+            run.update(intent["id"], lease=None)
+        found.append({"what": "lease", "id": str(lease), "action": action})
     return found
 
 
@@ -798,6 +796,7 @@ def check_stream(path: Path, capacity_bytes: int) -> None:
             raise _CutError(f"{size} bytes came")
         fields = header.unpack(stream.read(header.size))
         magic, version, flags, capacity, _grain, offset, length = fields[:7]
+        directory = fields[9]
         stream.seek(offset * _SECTOR if offset * _SECTOR < size else 0)
         descriptor = stream.read(min(length * _SECTOR, _DESCRIPTOR_BYTES)).split(b"\0")[0].decode("utf-8", "replace")
         stream.seek(size - 3 * _SECTOR)
@@ -818,6 +817,8 @@ def check_stream(path: Path, capacity_bytes: int) -> None:
             reason=reason,
             remedy="Use another transport for this disk",
         )
+    if directory != _AT_END:
+        return  # the tables are in front; what they speak of is missed when it is read
     whole = struct.unpack_from("<QII", marker)[2] == _FOOTER_MARKER
     if not whole or struct.unpack_from("<I", footer)[0] != _MAGIC or any(end):
         raise _CutError(f"its end is missing; {size} bytes came")

@@ -8,13 +8,14 @@ import contextlib
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable, ContextManager, Iterator, Mapping, Optional
+from typing import TYPE_CHECKING, Any, Callable, ContextManager, Iterator, Mapping, Optional
 
 from ..datapath.processes import RuntimeDir
-from ..errors import DataPathError, TransportError, VadpError
+from ..errors import DataPathError, RepositoryError, TransportError, VadpError
 from . import budget
 from .endpoints import LAN_MODES, Endpoint, open_vddk
 from .hotadd import open_hotadd
+from .hotadd_plan import READ, WRITE
 from .https import open_folder, open_lease
 from .planner import BY_ATTACHING, BY_FOLDER, BY_LEASE, BY_VDDK, Candidate, DiskFacts, ProxyFacts
 from .san import allow_list
@@ -95,7 +96,9 @@ def _by_vddk(context: OpenContext, disk: Disk, facts: DiskFacts, transport: str,
         raise TransportError("VDDK is not there", subject=disk.file, reason=context.proxy.vddk_problem)
     extents = facts.datastore.extents if transport == "san" and facts.datastore is not None else ()
     with contextlib.ExitStack() as stack:
-        slot = None
+        slot, attached = None, None
+        if transport == "hotadd" and context.proxy_vm is not None:
+            attached = stack.enter_context(_VddkAttachment(context, context.proxy_vm, disk, writable))
         if transport in LAN_MODES:
             slot = stack.enter_context(_connection(context, context.vddk, facts))
         endpoint = stack.enter_context(
@@ -116,7 +119,34 @@ def _by_vddk(context: OpenContext, disk: Disk, facts: DiskFacts, transport: str,
         )
         if slot is not None:
             slot.opened(endpoint)
+        if attached is not None:
+            attached.endpoint = endpoint
         yield endpoint
+
+
+class _VddkAttachment:
+    """What VDDK attaches by itself stands in the run's record until its server has ended in order and detached it."""
+
+    def __init__(self, context: OpenContext, proxy: VmRef, disk: Disk, writable: bool) -> None:
+        self.endpoint: Optional[Endpoint] = None
+        self._run = context.run
+        self._intent = context.run.record(
+            "attachment",
+            method=BY_VDDK,
+            proxy_moid=proxy.moid,
+            file=disk.file,
+            disk_uuid=disk.uuid,
+            vm_moid=context.vm.moid,
+            access=WRITE if writable else READ,
+        )
+
+    def __enter__(self) -> _VddkAttachment:
+        return self
+
+    def __exit__(self, *_exc: Any) -> None:
+        if self.endpoint is not None and self.endpoint.child.returncode == 0:
+            with contextlib.suppress(RepositoryError):  # a later change of the record says so too
+                self._run.done(self._intent)
 
 
 def _connection(context: OpenContext, vddk: Vddk, facts: DiskFacts) -> ContextManager[budget.Slot]:

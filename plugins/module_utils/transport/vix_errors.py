@@ -669,6 +669,18 @@ def _decode(text: str) -> Optional[Finding]:
     return vague or unknown
 
 
+def explain_code(code: int, text: str = "") -> Finding:
+    """What a number that a call returned means.
+
+    :param text: the library's own words, for a number that stands in no published table.
+    """
+    meaning = _CODES.get(code)
+    if meaning is None:
+        words = f" ({text})" if text else ""
+        return Finding(code, f"error {code}, which has no published meaning{words}", None, text)
+    return _finding(code, meaning, text)
+
+
 def last_error_line(text: str) -> Optional[str]:
     """The newest line that nbdkit itself marks as an error, without its prefix."""
     for line in reversed(text.splitlines()):

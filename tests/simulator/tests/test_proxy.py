@@ -306,6 +306,12 @@ def test_a_datastore_out_of_reach_is_refused(sim: Started, proxy: Any) -> None:
         attach(proxy, "[vmfs11] edge01/edge01.vmdk")
     with pytest.raises(vim.fault.FileNotFound):
         attach(proxy, "[vmfs01] app01/none.vmdk")
+    sim.control.call("set_full", datastore="vmfs01", full=True)  # the redo log lies beside the disk
+    try:
+        with pytest.raises(vim.fault.NoDiskSpace):
+            attach(proxy, disks(sim.vm("restore01").config)[2000].backing.fileName)
+    finally:
+        sim.control.call("set_full", datastore="vmfs01", full=False)
 
 
 def test_what_a_user_needs(sim: Started, proxy: Any) -> None:

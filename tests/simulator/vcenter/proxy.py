@@ -154,6 +154,7 @@ class ProxyMachine:
             folder.mkdir(exist_ok=True)
         self._state_path = self.dev_dir / ".proxy.json"
         self._lock = threading.RLock()
+        self._found = threading.Condition(self._lock)
         self.nodes: list[Node] = []
         self._coming: list[Node] = []  # filled, and not yet found by the guest
         self.identity = "normal"
@@ -363,6 +364,7 @@ class ProxyMachine:
                 self._write_sysfs(node)
                 self._refresh_links()
                 self._save()
+                self._found.notify_all()
 
     def _reserve(self, disk: Any) -> Node:
         """A node whose bytes are still to come, under the lowest free name."""
@@ -504,9 +506,10 @@ class ProxyMachine:
                 with self._lock:
                     name = self._watches.get(watch) if mask & _IN_CLOSE_WRITE else self._watches.pop(watch, None)
                     if name is not None and mask & _IN_CLOSE_WRITE:
-                        self._delete(name)
+                        self._written(name)
 
-    def _delete(self, name: str) -> None:
+    def _written(self, name: str) -> None:
+        """Somebody wrote to a `delete` file."""
         node = next((one for one in self.nodes if one.name == name and one.ready and not one.deleted), None)
         file = self.sysfs_dir / "class" / "block" / name / "device" / "delete"
         if node is None or not file.exists():
@@ -514,16 +517,44 @@ class ProxyMachine:
         file.chmod(0o600)
         text = file.read_text().strip()
         file.chmod(0o200)
-        if text != "1":
-            return
-        if node.stale:
-            self._forget(node)
-        else:
-            node.deleted = True
-            (self.dev_dir / node.name).rename(self.dev_dir / node.file_name)
-            self._write_block(node.name, 0, present=False)
-            self._refresh_links()
-        self._save()
+        if text == "1":
+            self.delete(node)
+
+    def delete(self, node: Node) -> None:
+        """The guest forgets the device, whether it is still attached or not."""
+        with self._lock:
+            if node.stale:
+                self._forget(node)
+            elif node.ready and not node.deleted:
+                node.deleted = True
+                (self.dev_dir / node.name).rename(self.dev_dir / node.file_name)
+                self._write_block(node.name, 0, present=False)
+                self._refresh_links()
+            self._save()
+
+    # for the VDDK double
+
+    def wait_for(self, key: int, timeout: float) -> Node | None:
+        """The device of a disk that was just attached, once the guest has found it."""
+        with self._lock:
+            self._found.wait_for(lambda: self._ready_node(key) is not None, timeout)
+            return self._ready_node(key)
+
+    def _ready_node(self, key: int) -> Node | None:
+        return next((one for one in self.nodes if one.key == key and one.ready and not one.stale), None)
+
+    def mark(self, node: Node, tmp: str, vm: str) -> None:
+        """VDDK has attached this one, for a VM; *tmp* is its tmpDirectory."""
+        with self._lock:
+            node.tmp, node.vm = tmp, vm
+            self._save()
+
+    def marked(self, tmp: str) -> list[Node]:
+        with self._lock:
+            return [node for node in self.nodes if node.tmp == tmp and not node.stale]
+
+    def device(self, node: Node) -> Path:
+        return self.dev_dir / node.file_name
 
     # what a test does to it
 
@@ -557,12 +588,20 @@ class ProxyMachine:
         machine = self.machine()
         if machine is None:
             raise SimulatorError(f"there is no VM {PROXY}")
+        self.simulator.nfc.reset_machine()
         with machine.lock:
+            marks = {}
             with self._lock:
                 for node in list(self.nodes):
+                    if not node.stale:
+                        marks[node.key] = (node.tmp, node.vm)
                     self._forget(node)
                 self._save()
             self.sync(machine)
+            with self._lock:
+                for node in self.nodes:
+                    node.tmp, node.vm = marks.get(node.key, (None, None))
+                self._save()
         return self.attachments()
 
 

@@ -910,6 +910,10 @@ class Storage:
         if offset < 0 or length < 0 or offset + length > disk.capacity:
             raise OutOfRange(f"{disk.path}: [{offset}, +{length}) is outside of {disk.capacity} bytes")
 
+    def check_space(self, path: str) -> None:
+        """:raises NoSpace: the datastore of a path is full."""
+        self._check_space(path)
+
     def _check_space(self, path: str) -> None:
         if self._full and self.split_path(path)[0] in self._full:
             raise NoSpace(f"{path}: the datastore is full")

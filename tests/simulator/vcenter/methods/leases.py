@@ -6,19 +6,17 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 import re
 import secrets
-import subprocess
-import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyVmomi import vim, vmodl
 
-from .. import disks, soap
+from .. import disks, soap, stream_vmdk
 from ..inventory import VirtualMachine, datastore_of, disks_in, is_rdm
 from ..model import Managed
 from ..services import DropConnection, as_fault
@@ -28,7 +26,8 @@ from .snapshots import SnapshotObject
 if TYPE_CHECKING:
     from ..server import Handler
 
-PIECE = 1 << 20
+# Where a download breaks off that is to be cut.
+CUT_AFTER = 256 * 1024
 # How often a lease looks whether its time or its session is over.
 TICK = 0.05
 _NUMBERS = itertools.count(1)
@@ -42,9 +41,8 @@ class _Device:
         self.name = name
         self.path = path
         self.local = local
-        self.lock = threading.Lock()
-        self.made: Path | None = None
-        self.sha1 = ""
+        self.sha1 = ""  # of the last whole download
+        self.size = 0
 
 
 class Lease(Managed):
@@ -64,7 +62,6 @@ class Lease(Managed):
         self.deadline = time.monotonic() + self.timeout
         self.over = threading.Event()
         self._lock = threading.Lock()
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._openers: list[Any] = []
         self.devices = self._devices(config)
 
@@ -132,8 +129,6 @@ class Lease(Managed):
         for opener in self._openers:
             opener.close()
         self._openers.clear()
-        if self._folder is not None:
-            self._folder.cleanup()
 
     def check(self) -> None:
         """:raises Timedout: it died of its time; :raises InvalidState: it is not ready, or not any more."""
@@ -201,38 +196,21 @@ class Lease(Managed):
 
     # bytes
 
-    def file(self, device: _Device) -> Path:
-        """The file to send; a disk's is a stream-optimised VMDK of what its chain holds."""
-        if device.local is not None:
-            return device.local
-        with device.lock:
-            if device.made is None:
-                device.made = self._make(device)
-            return device.made
-
-    def _make(self, device: _Device) -> Path:
-        with self._lock:
-            if self._folder is None:
-                self._folder = tempfile.TemporaryDirectory(prefix="lease-", dir=self.simulator.state_dir)
-            raw, made = Path(self._folder.name) / f"{device.name}.raw", Path(self._folder.name) / device.name
-        assert device.path is not None
-        store = self.simulator.storage
-        capacity = store.info(device.path).capacity_bytes
-        with open(raw, "wb") as file:
-            for start, length in store.allocated(device.path, 0, capacity, 64 * 1024):
-                for at in range(start, min(start + length, capacity), PIECE):
-                    file.seek(at)
-                    file.write(store.read(device.path, at, min(PIECE, start + length - at, capacity - at)))
-            file.truncate(capacity)
-        command = ["qemu-img", "convert", "-f", "raw", "-O", "vmdk", "-o", "subformat=streamOptimized"]
-        subprocess.run([*command, str(raw), str(made)], check=True, stdin=subprocess.DEVNULL, capture_output=True)
-        raw.unlink()
-        digest = hashlib.sha1()
-        with open(made, "rb") as file:
-            while data := file.read(PIECE):
-                digest.update(data)
-        device.sha1 = digest.hexdigest()
-        return made
+    def content(self, device: _Device) -> Iterator[bytes]:
+        """The bytes to send; a disk's are a stream-optimised VMDK of what its chain holds."""
+        if device.path is None:
+            assert device.local is not None
+            yield device.local.read_bytes()
+            return
+        store, path = self.simulator.storage, device.path
+        capacity = store.info(path).capacity_bytes
+        data = store.allocated(path, 0, capacity, 64 * 1024)
+        digest, size = hashlib.sha1(), 0
+        for piece in stream_vmdk.stream(device.name, capacity, data, lambda at, length: store.read(path, at, length)):
+            digest.update(piece)
+            size += len(piece)
+            yield piece
+        device.sha1, device.size = digest.hexdigest(), size
 
 
 # --- what a held lease keeps the VM from ----------------------------------------------------------------------------
@@ -293,7 +271,7 @@ def complete(context: Context, lease: Lease) -> None:
 def abort(context: Context, lease: Lease, fault: Any) -> None:
     if lease.state == "done":
         raise vim.fault.InvalidState(msg="The lease is done.")
-    lease.end("error", fault or vim.fault.RequestCanceled(msg="The lease was aborted."))
+    lease.end("error", fault or vmodl.fault.RequestCanceled(msg="The lease was aborted."))
 
 
 @method("HttpNfcLease", "HttpNfcLeaseGetManifest")
@@ -308,12 +286,12 @@ def manifest(context: Context, lease: Lease) -> Any:
                 sha1=device.sha1,
                 checksum=device.sha1,
                 checksumType="sha1",
-                size=device.made.stat().st_size,
+                size=device.size,
                 disk=True,
                 capacity=lease.simulator.storage.info(device.path).capacity_bytes,
             )
             for device in lease.devices
-            if device.made is not None and device.path is not None
+            if device.sha1 and device.path is not None
         ],
     )
 
@@ -344,28 +322,27 @@ def serve(handler: "Handler") -> None:
         simulator.record_call(user, name, device.key, fault=type(as_fault(fault)).__name__)
         handler.text(500, "500 Internal Server Error\n")
         return
-    path = lease.file(device)
-    cut = path.stat().st_size // 2 if simulator.settings.take("lease_cuts") else None
-    simulator.record_call(user, name, device.key, fault="cut" if cut is not None else None)
+    cut = simulator.settings.take("lease_cuts")
+    simulator.record_call(user, name, device.key, fault="cut" if cut else None)
     handler.send_response(200)
     handler.send_header("Content-Type", "application/x-vnd.vmware-streamVmdk" if device.path else "application/nvram")
     handler.send_header("Transfer-Encoding", "chunked")
     handler.end_headers()
     if handler.command != "HEAD":
-        _send(handler, lease, path, cut)
+        _send(handler, lease, device, cut)
 
 
-def _send(handler: "Handler", lease: Lease, path: Path, cut: int | None) -> None:
+def _send(handler: "Handler", lease: Lease, device: _Device, cut: bool) -> None:
     sent = 0
     begun = time.monotonic()
-    with open(path, "rb") as stream:
-        while data := os.read(stream.fileno(), 64 * 1024):
+    for data in lease.content(device):
+        while not lease.over.is_set():
             speed = lease.simulator.settings.lease_bytes_per_second
-            while speed and sent / speed > time.monotonic() - begun and not lease.over.wait(TICK):
-                pass
-            if lease.over.is_set() or (cut is not None and sent >= cut):
-                handler.close_connection = True
-                raise DropConnection
-            handler.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
-            sent += len(data)
+            if not speed or sent / speed <= time.monotonic() - begun:
+                break
+            lease.over.wait(TICK)
+        if lease.over.is_set() or (cut and sent >= CUT_AFTER):
+            raise DropConnection
+        handler.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+        sent += len(data)
     handler.wfile.write(b"0\r\n\r\n")

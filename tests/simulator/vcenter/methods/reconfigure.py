@@ -88,6 +88,12 @@ def reconfigure(context: Context, vm: VirtualMachine, spec: Any) -> Any:
     if vm.is_template and (spec.deviceChange or spec.changeTrackingEnabled is not None):
         raise vmodl.fault.NotSupported(msg="The operation is not supported on a template.")
 
+    return start(context, vm, spec)
+
+
+def start(context: Any, vm: VirtualMachine, spec: Any) -> Any:
+    """The task of a reconfiguration that the caller may do."""
+
     def body(task: Task) -> None:
         with vm.lock:
             apply(vm, spec)
@@ -327,6 +333,8 @@ class Devices:
         else:
             self._check_attachable(index, path)
             info = self._existing(path)
+            if "nonpersistent" in mode:
+                self.store.check_space(path)  # the redo log lies beside the disk
         datastore = self.vm.simulator.inventory.datastore(datastore_of(info.path), self.vm).ref
         labels = {one.deviceInfo.label for one in self.devices if isinstance(one, device.VirtualDisk)}
         number = next(number for number in range(1, 1000) if f"Hard disk {number}" not in labels)
