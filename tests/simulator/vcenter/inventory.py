@@ -257,6 +257,11 @@ class Datastore(Entity):
                     total += os.stat(os.path.join(parent, name)).st_blocks * 512
         return total
 
+    def free_bytes(self) -> int:
+        if self.simulator.storage.is_full(self.name):
+            return 0
+        return max(0, self.capacity_bytes - self.used_bytes())
+
     def hosts(self) -> list[Host]:
         return [host for host in self.simulator.inventory.all(Host) if self.name in host.datastores]
 
@@ -275,7 +280,7 @@ class Datastore(Entity):
             name=self.name,
             url=self._url(),
             capacity=self.capacity_bytes,
-            freeSpace=max(0, self.capacity_bytes - self.used_bytes()),
+            freeSpace=self.free_bytes(),
             uncommitted=0,
             accessible=any(host.connected for host in hosts),
             multipleHostAccess=len(hosts) > 1,
@@ -287,7 +292,7 @@ class Datastore(Entity):
         common = {
             "name": self.name,
             "url": self._url(),
-            "freeSpace": max(0, self.capacity_bytes - self.used_bytes()),
+            "freeSpace": self.free_bytes(),
             "maxFileSize": 62 << 40,
             "timestamp": self.simulator.start_time,
         }

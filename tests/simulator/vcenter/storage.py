@@ -618,6 +618,9 @@ class Storage:
         else:
             self._full.discard(datastore)
 
+    def is_full(self, datastore: str) -> bool:
+        return datastore in self._full
+
     @contextlib.contextmanager
     def stun(self) -> Iterator[None]:
         """Nobody else reads or writes anything meanwhile: a snapshot of several disks is of one moment.
