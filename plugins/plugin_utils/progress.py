@@ -325,18 +325,14 @@ class ProgressAction(ActionBase):
                     return result
             elif reached - heard > QUIET_SECONDS:
                 heard = reached
-                if not self._shell_words(job.processes_command()):
+                # An answer that was lost on the way says nothing.
+                if self._shell_words(job.processes_command()) == SCANNED:
                     # It may have ended between the two commands.
                     data, running = job.parse(self._words(job.poll_command()))
                     lines.feed(data)
                     if running:
                         self._forget_job(job, variables)
-                        return {
-                            "failed": True,
-                            "changed": True,
-                            "msg": "The module ended on the proxy without a result: its process was killed, or the "
-                            "machine was restarted. Run the task again; what was left behind is cleaned up then.",
-                        }
+                        return dict(KILLED)
 
     def _job_result(self, job: Job, variables: Dict[str, Any]) -> Optional[Dict[str, Any]]:
         """The module's own result, or None if it isn't there yet."""
@@ -344,6 +340,9 @@ class ProgressAction(ActionBase):
         if not status.get("finished"):
             return None
         self._forget_job(job, variables)
+        if status.get("failed") and "cmd" in status and not str(status.get("data", "-")).strip():
+            # Ansible's wrapper outlived the module and found no word of it: its own traceback helps nobody.
+            return dict(KILLED)
         result = {key: value for key, value in status.items() if key not in JOB_KEYS}
         for stream in ("stdout", "stderr"):
             if not result.get(stream):
@@ -406,6 +405,17 @@ class ProgressAction(ActionBase):
                 display.vvv(f"The connection was not reset: {error}")
 
 
+#: Ends the list of a job's processes.
+SCANNED = "scanned"
+
+#: The result of a job whose module left none.
+KILLED: Dict[str, Any] = {
+    "failed": True,
+    "changed": True,
+    "msg": "The module ended on the proxy without a result: its process was killed, or the machine was restarted. "
+    "Run the task again; what was left behind is cleaned up then.",
+}
+
 #: What Ansible's job bookkeeping adds to a module's result.
 JOB_KEYS = ("started", "finished", "ansible_job_id", "results_file", "erased")
 
@@ -450,7 +460,7 @@ class Job:
         return data, found.group(2) == "running"
 
     def processes_command(self) -> str:
-        """Prints the ids of the job's processes, Ansible's wrapper; nothing if there is none.
+        """Prints the ids of the job's processes, Ansible's wrapper, and at the end ``SCANNED``.
 
         The bracket keeps the command from finding itself.
         """
@@ -458,7 +468,7 @@ class Job:
         return (
             "for f in /proc/[0-9]*/cmdline; do "
             f"tr '\\000' ' ' 2>/dev/null < $f | grep -q '[a]sync_wrapper.* {name} ' && "
-            "p=${f%/cmdline} && echo ${p#/proc/}; done 2>/dev/null; true"
+            f"p=${{f%/cmdline}} && echo ${{p#/proc/}}; done 2>/dev/null; echo {SCANNED}"
         )
 
 

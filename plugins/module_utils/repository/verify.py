@@ -63,7 +63,7 @@ def verify_point(
 
 
 def missing_problems(store: VmStore, manifest: Dict[str, Any]) -> List[str]:
-    """What is wrong with the layers that a point's disks stand on, as far as manifests and sizes tell: no byte is read."""
+    """What is wrong with the files that a point's disks stand on, as far as their sizes tell: none of them is read."""
     points = [other for other in store.points() if other["point"] != manifest["point"]] + [manifest]
     problems = []
     for disk in manifest["disks"]:

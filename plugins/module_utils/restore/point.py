@@ -95,8 +95,9 @@ def open_point(request: RestoreRequest) -> Point:
 def checked_beside(point: Point, progress: Progress) -> Iterator[Callable[[], None]]:
     """:func:`require_intact` in a thread, beside work whose result nobody sees before the check has ended well.
 
-    Files that are missing or cut show before it begins. Most of such work waits for the disk. What is yielded waits for the check and raises what it raises; call it before
-    the result becomes visible. A failure of the work comes after the check: damage is the better reason.
+    Files that are missing or cut show before it begins. Most of such work waits for the disk. What is yielded waits
+    for the check and raises what it raises; call it before the result becomes visible. A failure of the work comes
+    after the check: damage is the better reason.
 
     :raises DamagedError: on entering or on leaving, if the point is damaged.
     """
