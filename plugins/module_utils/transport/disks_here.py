@@ -65,17 +65,14 @@ def disks_here(
         for name in _names(Path(sysfs_dir) / "class" / "block")
         if not _OTHER.match(name) and not (Path(sysfs_dir) / "class" / "block" / name / "partition").exists()
     }
-    expected = {os.path.realpath(lun) for lun in luns if lun.startswith("/")}
     wanted = {_plain(lun) for lun in luns if not lun.startswith("/")}
+    expected = {os.path.realpath(lun) for lun in luns if lun.startswith("/")}
+    expected |= {path for path, names in links.items() if wanted & {_plain(name) for name in names}}
     found = []
     for device in sorted(devices | expected):
         names = links.get(os.path.realpath(device), [])
         wwid = _wwid(Path(sysfs_dir), os.path.basename(device))
-        lun = (
-            os.path.realpath(device) in expected
-            or bool(wanted & {_plain(name) for name in [*names, wwid or ""]})
-            or guard.is_vmfs(device)
-        )
+        lun = os.path.realpath(device) in expected or _plain(wwid or "") in wanted or guard.is_vmfs(device)
         disk = DiskHere(
             device=device,
             names=names,

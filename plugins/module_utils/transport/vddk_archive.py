@@ -78,10 +78,10 @@ def install(archive: Optional[str], checksum: str, dest: str, *, check_mode: boo
             _link_if_needed(made)
             vddk = find_library(str(made))
             (made / MARKER).write_text(checksum + "\n", encoding="ascii")
-            fsync_file(made / MARKER)
-            fsync_dir(made)
+            fsync_file(str(made / MARKER))
+            fsync_dir(str(made))
             _put_in_place(made, target, work / "old")
-            fsync_dir(parent)
+            fsync_dir(str(parent))
         finally:
             shutil.rmtree(work)
     return Installed(True, Vddk(dest, vddk.version, vddk.plugin, vddk.has_nfc_port), plugin_facts(dest))
