@@ -82,7 +82,7 @@ class Proxy:
 
     def run(self, *arguments: str, **options: Any) -> Outcome:
         variables = {**self.variables, **{f"backup_proxy_{name}": value for name, value in options.items()}}
-        return self.ansible.run(PLAYBOOK, variables=variables, arguments=arguments)
+        return self.ansible.start(PLAYBOOK, variables=variables, arguments=arguments).wait(900)
 
     def files(self) -> List[str]:
         return sorted(str(path.relative_to(self.root)) for path in self.root.rglob("*") if path.is_file())
