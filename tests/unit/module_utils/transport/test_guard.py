@@ -22,6 +22,7 @@ from ansible_collections.openvadp.backup.plugins.module_utils.transport.disk_for
     read_volume_group,
 )
 
+ROOT = Path(__file__).resolve().parents[4]
 MIB = 1024 * 1024
 # As conftest.py's volume has it.
 GROUP = "spW6m0-IOKQ-rgOW-EUHy-1lvO-8U9M-hKOIkK"
@@ -360,6 +361,35 @@ def test_the_group_is_read_from_the_ring(label_of_lvm: Callable[..., bytes], tmp
     with disk.open("rb") as stream:
         group = read_volume_group(stream)
     assert group is not None and (group.name, group.uuid) == ("guestvg", GROUP)
+
+
+def test_a_group_that_lvm_itself_made(tmp_path: Path, loop: Callable[..., str]) -> None:
+    disk = image(tmp_path / "disk", table="label: gpt\nstart=2048, type=E6D6D379-F507-44C2-A23C-238F2A3DF928\n")
+    device = loop(disk, "-o", str(MIB))
+    config = (
+        "devices { use_devicesfile=0 obtain_device_list_from_udev=0 "
+        f'global_filter=["a|^{device}$|","r|.*|"] }} activation {{ udev_sync=0 udev_rules=0 }}'
+    )
+    environment = {**os.environ, "LVM_SYSTEM_DIR": str(tmp_path / "lvm")}
+
+    def lvm(command: str, *arguments: str) -> str:
+        argv = [str(ROOT / "build/lvm2/lvm"), command, "--config", config, *arguments]
+        return subprocess.run(
+            argv, env=environment, check=True, capture_output=True, text=True, timeout=120
+        ).stdout.strip()
+
+    lvm("pvcreate", device)
+    lvm("vgcreate", "guest-vg_1.0", device)
+    # The newest of several versions of the metadata counts.
+    for name in ("root", "swap"):
+        lvm("lvcreate", "-an", "-Zn", "-Wn", "--driverloaded", "n", "-l", "2", "-n", name, "guest-vg_1.0")
+    lvm("vgrename", "guest-vg_1.0", "renamed")
+    made = lvm("vgs", "--noheadings", "-o", "vg_name,vg_uuid,pv_uuid").split()
+    run("sync")
+    assert guard.vg_uuid(str(disk)) == made[1]
+    with disk.open("rb") as stream:
+        group = read_volume_group(stream, MIB)
+    assert group is not None and [group.name, group.uuid, group.physical_volume] == made
 
 
 def test_a_volume_without_a_group_or_with_nonsense(label_of_lvm: Callable[..., bytes], tmp_path: Path) -> None:
