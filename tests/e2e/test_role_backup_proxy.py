@@ -231,3 +231,42 @@ def test_a_lun_that_is_mounted_or_formatted(proxy: Proxy, mounted_lun: Tuple[str
     assert still["failed"] and still["error"]["kind"] == "TransportError"
     assert "signature of ext4" in still["msg"] and "mounted at" not in still["msg"]
     subprocess.run(["mount", "-o", "ro", device, str(place)], check=True)
+
+
+def test_the_plugin_out_of_a_newer_release(ansible: Ansible, tmp_path: Path) -> None:
+    """From the mirror that this machine uses, as where no package of the plugin can be installed; nothing else is left."""
+    plugins = tmp_path / "plugins"
+    plugins.mkdir()
+    nbdkit = tmp_path / "bin" / "nbdkit"
+    nbdkit.parent.mkdir()
+    nbdkit.write_text(
+        f'#!/bin/sh\n[ "$1" != --dump-config ] || exec echo plugindir={plugins}\nexec /usr/bin/nbdkit "$@"\n'
+    )
+    nbdkit.chmod(0o755)
+    role = "openvadp.backup.backup_proxy"
+    tasks = [
+        {
+            "name": "Look",
+            "ansible.builtin.include_role": {"name": role, "tasks_from": "distribution.yml", "public": True},
+        },
+        {
+            "name": "Fetch",
+            "ansible.builtin.include_role": {"name": role, "tasks_from": "plugin.yml"},
+            "vars": {"__backup_proxy_plugin_package": ""},
+        },
+    ]
+    path = f"{nbdkit.parent}:{os.environ['PATH']}"
+    work = tmp_path / "tmp"
+    work.mkdir()
+    environment = {"PATH": path, "TMPDIR": str(work)}
+    play = [{"hosts": "localhost", "gather_facts": False, "environment": environment, "tasks": tasks}]
+    ansible.start(play).wait(900).ok()
+    assert [file.name for file in plugins.iterdir()] == ["nbdkit-vddk-plugin.so"]
+    told = subprocess.run(
+        ["nbdkit", str(plugins / "nbdkit-vddk-plugin.so"), "--dump-plugin", f"libdir={ROOT}/build/vddk"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert "vddk_library_version=8" in told.stdout
+    assert not list(work.glob("*.backup-proxy"))
