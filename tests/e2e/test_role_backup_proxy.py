@@ -234,7 +234,7 @@ def test_a_lun_that_is_mounted_or_formatted(proxy: Proxy, mounted_lun: Tuple[str
 
 
 def test_the_plugin_out_of_a_newer_release(ansible: Ansible, tmp_path: Path) -> None:
-    """From the mirror that this machine uses, as where no package of the plugin can be installed; nothing else is left."""
+    """From the mirror that this machine uses, where the package can't be installed; nothing else is left."""
     plugins = tmp_path / "plugins"
     plugins.mkdir()
     nbdkit = tmp_path / "bin" / "nbdkit"
