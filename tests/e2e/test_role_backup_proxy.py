@@ -124,7 +124,7 @@ def test_from_nothing_to_a_proxy(proxy: Proxy, tmp_path: Path) -> None:
     assert "VixDiskLib_QueryAllocatedBlocks" in found["vddk"]["functions"]
     assert found["vddk"]["transport_modes"] == ["file", "san", "hotadd", "nbdssl", "nbd"]
     assert "VDDK 8.0.3 in" in outcome.stdout
-    assert proxy.files() == sorted(FILES)
+    assert proxy.files() == sorted(FILES[1:])  # LVM is not installed there
     subprocess.run([found["python"], "-c", "import nbd, pyVmomi, jmespath, blake3"], check=True)
     assert [path.name for path in proxy.vddk.parent.iterdir()] == ["vddk"]
 
@@ -149,7 +149,9 @@ def test_the_machines_own_disks_and_luns(proxy: Proxy) -> None:
     proxy.disk("md0", md__level="raid1")
     assert "mdadm --detail --scan" in refusal(proxy.run(**quick))
     assert not proxy.root.exists()
-    (proxy.root / "etc/mdadm").mkdir(parents=True)
+    for name in ("mdadm", "lvm"):
+        (proxy.root / "etc" / name).mkdir(parents=True)
+    (proxy.root / "etc/lvm/lvm.conf").touch()
     (proxy.root / "etc/mdadm/mdadm.conf").write_text("ARRAY /dev/md0 UUID=3aaa0122:29827cfa:5331ad66:ca767371\n")
 
     found = result(proxy.run(**quick, own_disks=["naa.6000c290000000000000000000000002"]))
@@ -175,7 +177,7 @@ def test_the_machines_own_disks_and_luns(proxy: Proxy) -> None:
     with (proxy.root / FILES[0]).open("a") as stream:
         stream.write('local {\n    system_id = "proxy"\n}\n')
     outcome = proxy.run(install_packages=False, san=False, hotadd=False).ok()
-    assert outcome.changed == 2 and proxy.files() == [FILES[0], "etc/mdadm/mdadm.conf"]
+    assert outcome.changed == 2 and proxy.files() == ["etc/lvm/lvm.conf", FILES[0], "etc/mdadm/mdadm.conf"]
     assert "global_filter" not in proxy.text(FILES[0]) and "system_id" in proxy.text(FILES[0])
 
 
