@@ -393,13 +393,12 @@ def test_a_failed_disk_leaves_the_others_their_lease(proxy: Proxy) -> None:
     def stop(_done: int, _total: int) -> None:
         raise KeyboardInterrupt
 
-    with proxy.snapshot(vm) as (taken, disks):
-        with ThreadPoolExecutor(2) as pool:
-            good = pool.submit(proxy.lease_bytes, vm, taken, disks[2000])
-            bad = pool.submit(proxy.lease_bytes, vm, taken, disks[2001], on_progress=stop)
-            with pytest.raises(KeyboardInterrupt):
-                bad.result()
-            assert good.result() == proxy.simulator.disk("app01", 2000, taken.moid)
+    with proxy.snapshot(vm) as (taken, disks), ThreadPoolExecutor(2) as pool:
+        good = pool.submit(proxy.lease_bytes, vm, taken, disks[2000])
+        bad = pool.submit(proxy.lease_bytes, vm, taken, disks[2001], on_progress=stop)
+        with pytest.raises(KeyboardInterrupt):
+            bad.result()
+        assert good.result() == proxy.simulator.disk("app01", 2000, taken.moid)
 
 
 def test_a_held_lease_blocks_the_vm_and_is_recovered(proxy: Proxy) -> None:

@@ -523,7 +523,12 @@ class _Lease:
             snapshot = vim.vm.Snapshot(self._snapshot_moid, self._session.stub)
             what = "The snapshot was not opened for export"
             self._lease = self._session.call(snapshot.ExportSnapshot, what=what, subject=str(self._vm))
-            info = self._wait(what)
+            try:
+                info = self._wait(what)
+            except BaseException:
+                # Who waits for this lease tries for one of its own, which the server gives only when this is over.
+                self._end(well=False)
+                raise
             self.addresses = list(info.deviceUrl)
             # Two calls may be lost before the server loses its patience.
             pause = min(_PROGRESS_SECONDS, info.leaseTimeout / 4)
@@ -569,9 +574,13 @@ class _Lease:
         self._over.set()
         if self._keeper is not None:
             self._keeper.join()
-        if self._lease is not None:
+        self._end(well=not self.failed)
+
+    def _end(self, well: bool) -> None:
+        lease, self._lease = self._lease, None
+        if lease is not None:
             with contextlib.suppress(VsphereError):
-                _end_lease(self._session, self._lease, well=not self.failed)
+                _end_lease(self._session, lease, well)
 
 
 _leases: Dict[Tuple[int, str, str], _Lease] = {}

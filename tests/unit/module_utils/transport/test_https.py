@@ -4,10 +4,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import socket
 import ssl
 import struct
 import subprocess
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Dict, Optional
@@ -109,6 +112,34 @@ def certificates(tmp_path: Path) -> Path:
     command += ["-keyout", "good.key", "-out", "good.pem", "-subj", "/CN=esx01"]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     return tmp_path
+
+
+def test_a_pinned_certificate_must_carry_the_servers_name(tmp_path: Path) -> None:
+    """nbdkit's plugin checks the name too, so it is told before it starts."""
+    for name, alternative in (("good", "IP:127.0.0.1"), ("other", "DNS:other.example.com")):
+        command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+        command += ["-keyout", f"{name}.key", "-out", f"{name}.pem", "-subj", f"/CN={name}"]
+        command += ["-addext", f"subjectAltName={alternative}"]
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(tmp_path / f"{name}.pem", tmp_path / f"{name}.key")
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+
+            def serve(listener: socket.socket = listener, context: ssl.SSLContext = context) -> None:
+                with contextlib.suppress(OSError):
+                    context.wrap_socket(listener.accept()[0], server_side=True).close()
+
+            server = threading.Thread(target=serve)
+            server.start()
+            connection = Connection("127.0.0.1", "backup", "secret", listener.getsockname()[1])
+            try:
+                if name == "good":
+                    https._check_name(connection, tmp_path / "good.pem")  # noqa: SLF001
+                else:
+                    with pytest.raises(TransportError, match="can't be verified by nbdkit"):
+                        https._check_name(connection, tmp_path / "other.pem")  # noqa: SLF001
+            finally:
+                server.join()
 
 
 def test_an_empty_thumbprint_means_an_authority() -> None:
