@@ -60,7 +60,8 @@ class Modules:
     def export_options(self, **options: Any) -> Dict[str, Any]:
         facts = self.simulator.facts
         defaults = dict(self.named, repository=str(self.repository), vddk_libdir=facts["vddk_libdir"])
-        return dict(defaults, nfc_port=facts["nfc_port"], **options)
+        defaults.update(nfc_port=facts["nfc_port"], transports=["nbdssl", "nbd"])
+        return dict(defaults, **options)
 
     def export(self, check: bool = False, diff: bool = False, **options: Any) -> Dict[str, Any]:
         return self.run("vadp_disk_export", self.export_options(**options), check, diff)
@@ -107,7 +108,8 @@ def test_check_mode_plans_and_touches_nothing(
     db01: Modules, simulator: Simulator, backups: Backups, ansible: Ansible
 ) -> None:
     seen = simulator.last_call()
-    options = db01.export_options(snapshot_name="not made yet", point="one")
+    everything = ["san", "hotadd", "nbdssl", "nbd", "https"]
+    options = db01.export_options(snapshot_name="not made yet", point="one", transports=everything)
     planned = ansible.module("vadp_disk_export", options, check=True, diff=True)
     assert planned["changed"] and not planned["failed"]
     assert planned["point"] == {"point": "one"}
@@ -146,7 +148,7 @@ def test_input_that_can_not_work_touches_nothing(db01: Modules, simulator: Simul
         (dict(snapshot_moid=moid, disks=["2001"]), ["Hard disk 2", "independent"]),
         (dict(snapshot_moid=moid, point="a/b"), ["a/b"]),
         (dict(snapshot_moid=moid, rate_limit="fast"), ["fast"]),
-        (dict(snapshot_moid=moid, require_transport=True), ["san", "nbdssl first"]),
+        (dict(snapshot_moid=moid, transports=["san", "nbdssl"], require_transport=True), ["NFS", "nbdssl first"]),
         (dict(snapshot_moid=moid, mode="incremental"), ["first restore point", "mode auto or full"]),
     ):
         result = db01.export(**options)

@@ -33,7 +33,7 @@ class Proxy(Modules):
     def export_options(self, **options: Any) -> Dict[str, Any]:
         facts = self.simulator.facts
         devices = {"device_dir": facts["device_dir"], "sysfs_dir": facts["sysfs_dir"]}
-        return super().export_options(**{**devices, **options})
+        return super().export_options(**{**devices, "transports": ALL, **options})
 
     def restore_options(self, **options: Any) -> Dict[str, Any]:
         return {**self.export_options(vm_name="app01", target="in_place", overwrite=True), **options}
