@@ -51,7 +51,7 @@ soak-short:
 
 # Many more of them, other ones each time; the seed that is printed repeats them. tests/soak/*.py say what each variable means.
 soak: setup
-	SOAK_MINUTES=$${SOAK_MINUTES:-15} SOAK_KILLS=$${SOAK_KILLS:-300} SOAK_CHILD_KILLS=$${SOAK_CHILD_KILLS:-60} \
+	SOAK_DEBIAN13=1 SOAK_MINUTES=$${SOAK_MINUTES:-15} SOAK_KILLS=$${SOAK_KILLS:-300} SOAK_CHILD_KILLS=$${SOAK_CHILD_KILLS:-60} \
 	    SOAK_PLAYBOOK_KILLS=$${SOAK_PLAYBOOK_KILLS:-10} SOAK_FLIPS=$${SOAK_FLIPS:-500} \
 	    SOAK_SEED=$${SOAK_SEED:-$$(date +%s)} $(PYTHON) -m pytest -q --timeout 0 tests/soak
 

@@ -84,6 +84,33 @@ if [ "$for_tests" ] && [ ! -x build/openssh/usr/sbin/sshd ]; then
     rm build/openssh/*.deb
 fi
 
+# LVM's tool for tests of configurations and labels, unpacked for the same reason.
+if [ "$for_tests" ] && [ ! -x build/lvm2/lvm ]; then
+    say "unpacking LVM for the tests"
+    rm -rf build/lvm2
+    mkdir -p build/lvm2/packages
+    lvm_packages=(lvm2 liblvm2cmd2.03 libdevmapper1.02.1 libdevmapper-event1.02.1)
+    lvm_packages+=("$(apt-cache depends lvm2 | sed -n 's/.*Depends: \(libaio1[a-z0-9]*\)$/\1/p' | head -n 1)")
+    if ! (cd build/lvm2/packages && apt-get -q download "${lvm_packages[@]}"); then
+        as_root apt-get -q update
+        (cd build/lvm2/packages && apt-get -q download "${lvm_packages[@]}")
+    fi
+    for package in build/lvm2/packages/*.deb; do
+        dpkg -x "$package" build/lvm2/root
+    done
+    rm -r build/lvm2/packages
+    cat >build/lvm2/lvm <<'END'
+#!/bin/sh
+root=$(dirname "$(readlink -f "$0")")/root
+LD_LIBRARY_PATH=$root/lib/x86_64-linux-gnu:$root/usr/lib/x86_64-linux-gnu LVM_SUPPRESS_FD_WARNINGS=1
+export LD_LIBRARY_PATH LVM_SUPPRESS_FD_WARNINGS
+for lvm in "$root/usr/sbin/lvm" "$root/sbin/lvm"; do
+    [ -x "$lvm" ] && exec "$lvm" "$@"
+done
+END
+    chmod +x build/lvm2/lvm
+fi
+
 # libnbd's binding exists for the distribution's Python only, so the environment is made from that one and sees its packages.
 wanted=$(cat requirements.txt requirements-dev.txt tests/setup.sh | sha256sum | cut -c -16)
 if [ "$(cat .venv/.wanted 2>/dev/null)" != "$wanted" ]; then

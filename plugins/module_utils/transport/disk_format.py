@@ -53,10 +53,12 @@ class VolumeGroup:
     """An LVM volume group that a physical volume belongs to.
 
     :param uuid: as LVM prints it, with dashes.
+    :param physical_volume: UUID of the physical volume, as LVM prints it.
     """
 
     uuid: str
     name: str
+    physical_volume: str = ""
 
 
 def read_partitions(stream: BinaryIO) -> Optional[List[Partition]]:
@@ -94,7 +96,7 @@ def read_volume_group(stream: BinaryIO, offset: int = 0) -> Optional[VolumeGroup
             for area in _metadata_areas(label):
                 found = _group_of(_metadata_text(stream, offset + area))
                 if found:
-                    return found
+                    return VolumeGroup(*found, _physical_volume(label))
     return None
 
 
@@ -169,12 +171,19 @@ def _metadata_text(stream: BinaryIO, area: int) -> bytes:
     return text + _read(stream, area + _METADATA_HEADER, rest) if rest > 0 else text
 
 
-def _group_of(text: bytes) -> Optional[VolumeGroup]:
-    """The group's section is the first one of the text, and its id the first one in there."""
+def _group_of(text: bytes) -> Optional[Tuple[str, str]]:
+    """(UUID, name): the group's section is the first one of the text, and its id the first one in there."""
     match = re.search(
         r'^\s*([A-Za-z0-9+_.][A-Za-z0-9+_.-]*)\s*\{\s*id\s*=\s*"([A-Za-z0-9-]+)"', text.decode("utf-8", "replace"), re.M
     )
-    return VolumeGroup(match.group(2), match.group(1)) if match else None
+    return (match.group(2), match.group(1)) if match else None
+
+
+def _physical_volume(label: bytes) -> str:
+    at = struct.unpack_from("<I", label, 20)[0]
+    text = label[at : at + 32].decode("ascii", "replace")
+    ends = (0, 6, 10, 14, 18, 22, 26, 32)
+    return "-".join(text[begin:end] for begin, end in zip(ends, ends[1:]))
 
 
 def places_of(stream: BinaryIO) -> List[Tuple[str, int]]:

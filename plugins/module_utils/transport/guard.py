@@ -69,16 +69,21 @@ def problems(
     path = os.path.realpath(device)
     if not os.path.exists(path):
         return ["the device is not there"]
-    sysfs = Path(sysfs_dir)
-    nodes, found = _nodes(path, sysfs)
-    found = _mounts(nodes, Path(proc_dir)) + _swaps(nodes, Path(proc_dir)) + found
+    found = uses(device, sysfs_dir=sysfs_dir, proc_dir=proc_dir)
     try:
-        found += _groups_active_here(path, sysfs)
+        found += _groups_active_here(path, Path(sysfs_dir))
         if lun:
             found += _foreign_signatures(path, run)
     except OSError as error:
         found.append(f"it can't be read to look at it: {error.strerror}")
     return found
+
+
+def uses(device: str, *, sysfs_dir: str = "/sys", proc_dir: str = "/proc") -> List[str]:
+    """What this machine uses *device* or a partition of it for, a line each: mounts, swap space, holders."""
+    sysfs, proc = Path(sysfs_dir), Path(proc_dir)
+    nodes, holders = _nodes(os.path.realpath(device), sysfs)
+    return _mounts(nodes, proc) + _swaps(nodes, proc) + holders
 
 
 def vg_uuid(device: str) -> Optional[str]:
@@ -91,6 +96,16 @@ def vg_uuid(device: str) -> Optional[str]:
     except OSError:
         return None
     return groups[0][1].uuid if groups else None
+
+
+def active_groups(sysfs_dir: str = "/sys") -> Set[str]:
+    """UUIDs, without dashes, of the LVM volume groups of which this machine has a volume active."""
+    found = set()
+    for name in _entries(Path(sysfs_dir) / "class" / "block"):
+        identity = _text(_folder(Path(sysfs_dir), name) / "dm" / "uuid") if name.startswith("dm-") else None
+        if identity and identity.startswith("LVM-"):
+            found.add(identity[4:36])
+    return found
 
 
 def is_vmfs(device: str) -> bool:
@@ -230,11 +245,7 @@ def _volume_groups(device: str) -> List[Tuple[str, VolumeGroup]]:
 
 def _groups_active_here(path: str, sysfs: Path) -> List[str]:
     """A proxy made from the same template as a guest, or cloned from it, has a group of the same UUID."""
-    active = set()
-    for name in _entries(sysfs / "class" / "block"):
-        identity = _text(_folder(sysfs, name) / "dm" / "uuid") if name.startswith("dm-") else None
-        if identity and identity.startswith("LVM-"):
-            active.add(identity[4:36])
+    active = active_groups(str(sysfs))
     return [
         f"{words} belongs to LVM volume group {group.name} ({group.uuid}), and a group of that UUID is active here"
         for words, group in _volume_groups(path)

@@ -27,6 +27,7 @@ __all__ = [
     "last_error_line",
     "look_for_library",
     "numbers",
+    "plugin_facts",
     "private_folder",
     "temporary_folder",
     "version_problem",
@@ -96,7 +97,7 @@ def find_library(libdir: Optional[str] = None) -> Vddk:
             reason="no program 'nbdkit' in the search path",
             remedy=f"{_install_hint()} The package nbdkit itself is in every distribution",
         )
-    plugin = _dump_plugin(None)
+    plugin = plugin_facts(None)
     where = libdir or plugin.get("vddk_default_libdir", "")
     if not os.path.isdir(where):
         raise TransportError(
@@ -105,7 +106,7 @@ def find_library(libdir: Optional[str] = None) -> Vddk:
             reason="the folder does not exist" + ("" if libdir else " (it is the plugin's default)"),
             remedy="Unpack VDDK, and name its folder in 'vddk_libdir'",
         )
-    facts = _dump_plugin(libdir) if libdir else plugin
+    facts = plugin_facts(libdir) if libdir else plugin
     if "vddk_library_version" not in facts:
         raise _cannot_load(where)
     return Vddk(
@@ -249,7 +250,11 @@ def private_folder(stem: str, what: str, parent: str | Path = "/var/tmp", path: 
     return path
 
 
-def _dump_plugin(libdir: Optional[str]) -> Dict[str, str]:
+def plugin_facts(libdir: Optional[str]) -> Dict[str, str]:
+    """What nbdkit's VDDK plugin says of itself, and of the library in *libdir* if it can load that.
+
+    :raises TransportError: the plugin is not installed or does not answer.
+    """
     argv = ["nbdkit", "vddk", "--dump-plugin"]
     if libdir:
         argv.append(f"libdir={libdir}")

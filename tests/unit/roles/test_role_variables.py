@@ -28,6 +28,6 @@ def test_specs_defaults_and_readme_agree(role):
     assert set(re.findall(r"^\| `(\w+)` \|", readme, re.MULTILINE)) == set(specs)
 
     used = set()
-    for path in [*folder.glob("tasks/*.yml"), *folder.glob("vars/*.yml")]:
+    for path in [*folder.glob("tasks/*.yml"), *folder.glob("vars/*.yml"), *folder.glob("templates/*.j2")]:
         used |= set(re.findall(rf"(?<!_)\b({role}_\w+)", path.read_text()))
     assert used - {f"{role}_result"} == set(specs)

@@ -9,7 +9,6 @@ import os
 import struct
 import subprocess
 import uuid
-import zlib
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional
 
@@ -23,7 +22,9 @@ from ansible_collections.openvadp.backup.plugins.module_utils.transport.disk_for
     read_volume_group,
 )
 
+ROOT = Path(__file__).resolve().parents[4]
 MIB = 1024 * 1024
+# As conftest.py's volume has it.
 GROUP = "spW6m0-IOKQ-rgOW-EUHy-1lvO-8U9M-hKOIkK"
 NOTHING_FOUND = ToolResult(2, "", "")
 
@@ -109,26 +110,6 @@ class Roots:
 @pytest.fixture
 def roots(tmp_path: Path) -> Roots:
     return Roots(tmp_path)
-
-
-def label_of_lvm(group: str = GROUP, name: str = "guestvg", *, wrapped: bool = False, metadata: bool = True) -> bytes:
-    """A physical volume as LVM documents it: label in sector 1, metadata area at 4 KiB, a ring of 64 KiB."""
-    text = f'{name} {{\nid = "{group}"\nseqno = 1\nphysical_volumes {{\n}}\n}}\n'.encode()
-    data = bytearray(MIB)
-    areas = struct.pack("<QQQQ", MIB, 0, 0, 0) + (struct.pack("<QQ", 4096, 65536) if metadata else b"") + bytes(16)
-    pv = b"p" * 32 + struct.pack("<Q", 64 * MIB) + areas
-    data[512 : 512 + 32] = b"LABELONE" + struct.pack("<QII", 1, 0, 32) + b"LVM2 001"
-    data[544 : 544 + len(pv)] = pv
-    checksum = zlib.crc32(bytes(data[532:1024]), 0xF597A6CF ^ 0xFFFFFFFF) ^ 0xFFFFFFFF
-    data[528:532] = struct.pack("<I", checksum)
-    begin = 65536 - 20 if wrapped else 512
-    header = struct.pack("<I16sIQQ", 0, b" LVM2 x[5A%r0N*>", 1, 4096, 65536)
-    header += struct.pack("<QQII", begin, len(text), 0, 0) + bytes(24)
-    data[4096 : 4096 + len(header)] = header
-    first = text[: 65536 - begin]
-    data[4096 + begin : 4096 + begin + len(first)] = first
-    data[4096 + 512 : 4096 + 512 + len(text) - len(first)] = text[len(first) :]
-    return bytes(data)
 
 
 def write_at(path: Path, offset: int, data: bytes) -> None:
@@ -263,7 +244,7 @@ def test_a_disk_that_only_another_namespace_has_mounted(tmp_path: Path, loop: Ca
     assert guard.problems(device) == []
 
 
-def test_nothing_is_written(tmp_path: Path) -> None:
+def test_nothing_is_written(label_of_lvm: Callable[..., bytes], tmp_path: Path) -> None:
     lun = vmfs_lun(tmp_path / "lun")
     write_at(lun, MIB, label_of_lvm())
     before = hashlib.sha256(lun.read_bytes()).hexdigest(), lun.stat().st_mtime_ns
@@ -352,7 +333,9 @@ def test_a_device_of_a_btrfs_of_several(tmp_path: Path, roots: Roots) -> None:
     assert roots.problems(disk) == ["it is a device of the mounted btrfs 11-22"]
 
 
-def test_a_group_of_the_same_uuid_is_active_here(tmp_path: Path, roots: Roots) -> None:
+def test_a_group_of_the_same_uuid_is_active_here(
+    label_of_lvm: Callable[..., bytes], tmp_path: Path, roots: Roots
+) -> None:
     table = (
         "label: dos\nstart=2048, size=4096, type=83\nstart=8192, size=40960, type=5\nstart=10240, size=8192, type=8e\n"
     )
@@ -371,7 +354,7 @@ def test_a_group_of_the_same_uuid_is_active_here(tmp_path: Path, roots: Roots) -
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_the_group_is_read_from_the_ring(tmp_path: Path, wrapped: bool) -> None:
+def test_the_group_is_read_from_the_ring(label_of_lvm: Callable[..., bytes], tmp_path: Path, wrapped: bool) -> None:
     disk = image(tmp_path / "disk")
     write_at(disk, 0, label_of_lvm(wrapped=wrapped))
     assert guard.vg_uuid(str(disk)) == GROUP
@@ -380,7 +363,36 @@ def test_the_group_is_read_from_the_ring(tmp_path: Path, wrapped: bool) -> None:
     assert group is not None and (group.name, group.uuid) == ("guestvg", GROUP)
 
 
-def test_a_volume_without_a_group_or_with_nonsense(tmp_path: Path) -> None:
+def test_a_group_that_lvm_itself_made(tmp_path: Path, loop: Callable[..., str]) -> None:
+    disk = image(tmp_path / "disk", table="label: gpt\nstart=2048, type=E6D6D379-F507-44C2-A23C-238F2A3DF928\n")
+    device = loop(disk, "-o", str(MIB))
+    config = (
+        "devices { use_devicesfile=0 obtain_device_list_from_udev=0 "
+        f'global_filter=["a|^{device}$|","r|.*|"] }} activation {{ udev_sync=0 udev_rules=0 }}'
+    )
+    environment = {**os.environ, "LVM_SYSTEM_DIR": str(tmp_path / "lvm")}
+
+    def lvm(command: str, *arguments: str) -> str:
+        argv = [str(ROOT / "build/lvm2/lvm"), command, "--config", config, *arguments]
+        return subprocess.run(
+            argv, env=environment, check=True, capture_output=True, text=True, timeout=120
+        ).stdout.strip()
+
+    lvm("pvcreate", device)
+    lvm("vgcreate", "guest-vg_1.0", device)
+    # The newest of several versions of the metadata counts.
+    for name in ("root", "swap"):
+        lvm("lvcreate", "-an", "-Zn", "-Wn", "--driverloaded", "n", "-l", "2", "-n", name, "guest-vg_1.0")
+    lvm("vgrename", "guest-vg_1.0", "renamed")
+    made = lvm("vgs", "--noheadings", "-o", "vg_name,vg_uuid,pv_uuid").split()
+    run("sync")
+    assert guard.vg_uuid(str(disk)) == made[1]
+    with disk.open("rb") as stream:
+        group = read_volume_group(stream, MIB)
+    assert group is not None and [group.name, group.uuid, group.physical_volume] == made
+
+
+def test_a_volume_without_a_group_or_with_nonsense(label_of_lvm: Callable[..., bytes], tmp_path: Path) -> None:
     disk = image(tmp_path / "disk")
     write_at(disk, 0, label_of_lvm(metadata=False))
     assert guard.vg_uuid(str(disk)) is None
