@@ -17,7 +17,8 @@ version_added: 0.1.0
 author: openvadp maintainers (@openvadp)
 description:
   - Renders the facts C(vm_backup_result) that role P(openvadp.backup.vm_backup#role) leaves for each virtual machine.
-  - Each disk is one line. Why a disk was read as it was, and why a virtual machine failed, stands below the table.
+  - Each disk is one line. Why a disk was read as it was, by this transport and by none before it, and why a virtual
+    machine failed, stands below the table.
   - Print the lines with M(openvadp.backup.show_lines).
 options:
   _input:
@@ -66,17 +67,23 @@ def _names(result: Mapping[str, Any], disk: Mapping[str, Any]) -> Row:
 def _disk_row(result: Mapping[str, Any], disk: Mapping[str, Any], notes: Notes) -> Row:
     if disk.get("skipped"):
         return _plain_row(result, disk, "skipped" + notes.mark(disk.get("skip_reason")))
-    reasons = "; ".join(disk.get("transport_reasons") or [])
+    reasons = "; ".join([*(disk.get("transport_reasons") or []), *(disk.get("transport_notes") or [])])
     return [
         *_names(result, disk),
         f"{disk.get('mode') or NONE}{notes.mark(disk.get('reason'))}",
-        f"{disk.get('transport') or NONE}{notes.mark(reasons)}",
+        f"{_transport(disk)}{notes.mark(reasons)}",
         format_bytes(disk.get("bytes_read")),
         format_bytes(disk.get("bytes_stored")),
         format_speed(disk.get("bytes_read"), disk.get("seconds")),
         format_change_rate(disk),
         str(disk.get("verified") or result.get("verified") or "no"),
     ]
+
+
+def _transport(disk: Mapping[str, Any]) -> str:
+    """The transport, and how it did it where that was not VDDK."""
+    method = disk.get("method")
+    return str(disk.get("transport") or NONE) + (f" ({method})" if method not in (None, "", "vddk") else "")
 
 
 def _plain_row(result: Mapping[str, Any], disk: Mapping[str, Any], word: str) -> Row:

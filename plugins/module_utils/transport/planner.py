@@ -523,4 +523,4 @@ def _remedy(candidates: Sequence[Candidate], require_transport: bool) -> str:
         return f"Put {others[0]} first in 'transports', or set require_transport to false"
     if not any(name in ("nbdssl", "nbd") for name in (candidate.transport for candidate in candidates)):
         return "Add nbdssl to 'transports'"
-    return "Make one of them work on this machine: see the reason given for it"
+    return "Make nbdssl work on this machine: see the reason given for it"

@@ -78,10 +78,10 @@ def _recognise(session: Session, sysfs: Path) -> Tuple[Optional[VmRef], str]:
     # The hardware of the whole inventory is read for the addresses: only where there is something to find.
     vendor = _read(identity / "sys_vendor")
     if "vmware" not in vendor.lower():
-        return (
-            None,
-            f"its hardware is {vendor or 'of nobody that says so'}, not VMware's, and only root may read its UUID",
+        maker = (
+            f"its hardware is of {vendor}, not of VMware" if vendor else f"{sysfs} does not tell whose hardware it is"
         )
+        return None, f"{maker}, and its UUID can't be read"
     addresses = _addresses(sysfs)
     if not addresses:
         return None, f"neither its UUID nor its network cards can be read under {sysfs}"

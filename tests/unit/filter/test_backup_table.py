@@ -133,5 +133,17 @@ def test_figures():
     assert format_change_rate(disk(mode="incremental", capacity_bytes=100, bytes_read=1)) == "1.0 %"
 
 
+def test_the_transport_says_how_and_why():
+    lease = disk(
+        transport="https",
+        method="export_lease",
+        transport_reasons=["nbdssl: it failed: port 902 is closed"],
+        transport_notes=["'app01' can't be migrated meanwhile"],
+    )
+    lines = backup_table([{"vm": "app01", "state": "complete", "point": "p1", "disks": [lease, disk(method="vddk")]}])
+    assert "https (export_lease) [2]" in lines[2] and " nbdssl [3] " in lines[3]
+    assert "[2] nbdssl: it failed: port 902 is closed; 'app01' can't be migrated meanwhile" in lines
+
+
 def test_it_is_registered():
     assert FilterModule().filters() == {"backup_table": backup_table}

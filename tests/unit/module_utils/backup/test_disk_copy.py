@@ -37,7 +37,12 @@ from ansible_collections.openvadp.backup.plugins.module_utils.repository.layout 
 from ansible_collections.openvadp.backup.plugins.module_utils.repository.runs import Run, new_run_id
 from ansible_collections.openvadp.backup.plugins.module_utils.transport.endpoints import Endpoint
 from ansible_collections.openvadp.backup.plugins.module_utils.transport.opener import OpenContext
-from ansible_collections.openvadp.backup.plugins.module_utils.transport.planner import Candidate, DiskFacts, Plan
+from ansible_collections.openvadp.backup.plugins.module_utils.transport.planner import (
+    Candidate,
+    DiskFacts,
+    Plan,
+    ProxyFacts,
+)
 from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.disks import Disk
 from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.session import Connection
 
@@ -101,7 +106,23 @@ class World:
                 store=self.store,
                 run=run,
                 point=point,
-                context=SimpleNamespace(run_dir=run_dir, stage_dir=self.store.path),  # type: ignore[arg-type]
+                context=OpenContext(
+                    session=SimpleNamespace(),  # type: ignore[arg-type]
+                    vm=SimpleNamespace(),  # type: ignore[arg-type]
+                    snapshot_moid="snapshot-1",
+                    vddk=None,
+                    proxy=ProxyFacts(),
+                    proxy_vm=None,
+                    nfc_port=902,
+                    io_timeout=20,
+                    run_dir=run_dir,
+                    run=run,
+                    device_dir="/dev/disk/by-id",
+                    sysfs_dir="/sys",
+                    wire_compression="none",
+                    nfc_host_limit=None,
+                    stage_dir=self.store.path,
+                ),
                 request=request,
                 run_dir=run_dir,
                 progress=progress,

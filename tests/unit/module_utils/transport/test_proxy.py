@@ -55,12 +55,12 @@ def _sysfs(folder: Path, **files: str) -> str:
         ({"product_uuid": UUID.upper()}, [UUID, SWAPPED], 0, f"no virtual machine there has the hardware UUID {UUID}"),
         ({"product_uuid": UUID, "product_serial": SERIAL}, [UUID, SWAPPED, UUID], 0, f"or the serial number {UUID}"),
         ({"product_serial": SERIAL}, [UUID], 0, f"serial number {UUID}"),
-        ({"product_serial": "EX0042", "sys_vendor": "Example"}, [], 0, "its hardware is Example, not VMware's"),
+        ({"product_serial": "EX0042", "sys_vendor": "Example"}, [], 0, "its hardware is of Example, not of VMware"),
         ({"sys_vendor": "VMware, Inc."}, [], 0, "neither its UUID nor its network cards can be read"),
         ({"sys_vendor": "VMware, Inc.", "address": "00:50:56:9A:00:01"}, [], 1, "its network addresses"),
         ({"sys_vendor": "VMware, Inc.", "address": "00:00:00:00:00:00"}, [], 0, "neither its UUID"),
-        ({"sys_vendor": "Example", "address": "00:50:56:9a:00:01"}, [], 0, "not VMware's"),
-        ({"product_uuid": "Not Settable"}, [], 0, "of nobody that says so"),
+        ({"sys_vendor": "Example", "address": "00:50:56:9a:00:01"}, [], 0, "not of VMware"),
+        ({"product_uuid": "Not Settable"}, [], 0, "does not tell whose hardware it is"),
     ],
 )
 def test_what_is_looked_for(tmp_path: Path, files: Dict[str, str], asked: list, searched: int, words: str) -> None:
