@@ -108,7 +108,8 @@ class Simulator:
             ADMINISTRATOR: User(ADMINISTRATOR, "", set(), all=True),
             BACKUP_USER: User(BACKUP_USER, "", set(BACKUP_PRIVILEGES)),
         }
-        self.instance_uuid = seed.stable_uuid("vcenter")
+        # No two servers have the same: a client may keep something for each.
+        self.instance_uuid = seed.stable_uuid(f"vcenter {self.state_dir.resolve()}")
         self.storage = Storage(self.state_dir, seed.DATASTORES)
         if fresh:
             for user in self.users.values():
