@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 from unittest import mock
 
+from ansible_collections.openvadp.backup.plugins.module_utils.backup import disk_copy
 from ansible_collections.openvadp.backup.plugins.module_utils.datapath import image
 from ansible_collections.openvadp.backup.plugins.module_utils.datapath.extents import Extents
 from ansible_collections.openvadp.backup.plugins.module_utils.datapath.image import CLUSTER_BYTES
@@ -167,6 +168,25 @@ def https(rig: Rig, _wanted: Set[str]) -> Figures:
     shutil.rmtree(repository)
     dest.unlink()
     return {"https_vs_curl": compared(*times)}
+
+
+def hotadd(rig: Rig, _wanted: Set[str]) -> Figures:
+    """Not compressed, from the disk attached to this machine, attaching and detaching included."""
+    repository = rig.repository("hotadd")
+    with rig.snapshot() as snapshot:
+
+        def export(point: str) -> None:
+            options = {"transports": ["hotadd"], "vddk_libdir": None, "mode": "full", "compression": "none"}
+            result = rig.export(repository, snapshot, point=point, **options, **rig.proxy_options())
+            assert result["disks"][0]["method"] == "proxy_hotadd", result
+
+        def peer(number: int) -> None:
+            with mock.patch.object(disk_copy, "open_disk", rig.plain_file):
+                export(f"file-{number}")
+
+        times = _interleaved("hotadd", lambda number: export(f"hotadd-{number}"), peer)
+    shutil.rmtree(repository)
+    return {"hotadd_vs_nbdkit_file": compared(*times)}
 
 
 # Restore
@@ -373,6 +393,7 @@ GROUPS: List[Tuple[Callable[[Rig, Set[str]], Figures], List[str]]] = [
     ),
     (budget, ["nbd_budget_overhead"]),
     (full_raw, ["full_raw_vs_nbdcopy"]),
+    (hotadd, ["hotadd_vs_nbdkit_file"]),
     (https, ["https_vs_curl"]),
     (restore, ["restore_vs_qemu_img_convert", "restore_verify_read_seconds"]),
     (memory, ["export_rss_mib"]),

@@ -27,8 +27,13 @@ from ansible_collections.openvadp.backup.plugins.module_utils.datapath.processes
 from ansible_collections.openvadp.backup.plugins.module_utils.repository.layout import Repository
 from ansible_collections.openvadp.backup.plugins.module_utils.restore.request import DiskChoice, RestoreRequest
 from ansible_collections.openvadp.backup.plugins.module_utils.restore.to_file import restore_point
-from ansible_collections.openvadp.backup.plugins.module_utils.transport.endpoints import Endpoint, open_vddk
+from ansible_collections.openvadp.backup.plugins.module_utils.transport.endpoints import (
+    Endpoint,
+    open_vddk,
+    serve_nbdkit,
+)
 from ansible_collections.openvadp.backup.plugins.module_utils.transport.https import flat_file
+from ansible_collections.openvadp.backup.plugins.module_utils.transport.opener import OpenContext
 from ansible_collections.openvadp.backup.plugins.module_utils.transport.vddk import find_library
 from ansible_collections.openvadp.backup.plugins.module_utils.vsphere import change_tracking, snapshots
 from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.datastore_files import folder_url
@@ -78,12 +83,11 @@ class Rig:
         self.connection = Connection(**self.simulator.connection)
         self.vddk = find_library(self.simulator.facts["vddk_libdir"])
         self.simulator.control.call("grow_disk", vm=VM, disk=DISK, capacity_bytes=self.capacity_bytes)
-        extent = self.folder / "vcenter" / "datastores" / "vmfs01" / VM / f"{VM}_1-flat.vmdk"
-        os.truncate(extent, 0)
-        os.truncate(extent, self.capacity_bytes)
+        os.truncate(self.extent, 0)
+        os.truncate(self.extent, self.capacity_bytes)
         self.content = Content()
         begun = time.monotonic()
-        self.blocks = self.content.fill(extent, self.capacity_bytes, gib * GIB)
+        self.blocks = self.content.fill(self.extent, self.capacity_bytes, gib * GIB)
         os.sync()
         say(f"disk of {self.capacity_bytes} bytes with {gib} GiB of data: {time.monotonic() - begun:.1f} s")
         self.session = self._stack.enter_context(Session.connect(self.connection))
@@ -93,6 +97,11 @@ class Rig:
     def close(self) -> None:
         """End the simulator."""
         self._stack.close()
+
+    @property
+    def extent(self) -> Path:
+        """The file of the large disk on its datastore."""
+        return self.folder / "vcenter" / "datastores" / "vmfs01" / VM / f"{VM}_1-flat.vmdk"
 
     # The VM
 
@@ -167,6 +176,10 @@ class Rig:
         options = self.options(repository, snapshot, **options)
         return export_point(ExportRequest(connection=self.connection, **options), check_mode=False)
 
+    def proxy_options(self) -> Dict[str, Any]:
+        """This machine as the simulator's proxy VM."""
+        return {name: self.simulator.facts[name] for name in ("device_dir", "sysfs_dir")}
+
     def export_apart(self, repository: Path, snapshot: snapshots.Snapshot, **options: Any) -> Dict[str, Any]:
         """The same in a process of its own; see :mod:`.child`."""
         request = {"connection": asdict(self.connection), "request": self.options(repository, snapshot, **options)}
@@ -222,6 +235,19 @@ class Rig:
             io_timeout=180,
         ) as endpoint:
             yield endpoint, run_dir
+
+    @contextlib.contextmanager
+    def plain_file(self, context: OpenContext, *_disk: Any, **_options: Any) -> Iterator[Endpoint]:
+        """In the place of :func:`open_disk`: the file of the large disk, which the snapshot froze."""
+        with serve_nbdkit(
+            ["--readonly", "file", str(self.extent)],
+            subject=str(self.extent),
+            run_dir=context.run_dir,
+            io_timeout=context.io_timeout,
+            transport="hotadd",
+        ) as endpoint:
+            endpoint.method = "proxy_hotadd"
+            yield endpoint
 
     def qemu_img_convert(self, snapshot: snapshots.Snapshot, dest: Path) -> None:
         """A compressed qcow2 of the snapshot's disk by qemu-img, from an endpoint as ours is."""
