@@ -143,10 +143,10 @@ class Modules:
         self.done("vm_snapshot", **self.named, snapshot_moid=moid, state="absent")
 
     def export_options(self, **options: Any) -> Dict[str, Any]:
-        """By VDDK over the LAN, if nothing else is said: what breaks there is not made good by another transport."""
+        """By nbdssl alone, if nothing else is said: what breaks there is not made good by another transport."""
         facts = self.simulator.facts
         where = {"repository": str(self.repository), "vddk_libdir": facts["vddk_libdir"], "nfc_port": facts["nfc_port"]}
-        return {**self.named, **where, "transports": ["nbdssl", "nbd"], **options}
+        return {**self.named, **where, "transports": ["nbdssl"], **options}
 
     def export(self, snapshot: str, point: str, **options: Any) -> Dict[str, Any]:
         return self.run("vadp_disk_export", **self.export_options(snapshot_moid=snapshot, point=point, **options))

@@ -123,7 +123,7 @@ def test_storage_vmotion_is_held_off_during_a_backup_and_not_after(own_simulator
 
 def test_a_backup_that_fails_ends_it(own_simulator: Simulator, backups: Backups) -> None:
     own_simulator.control.call("nfc", open_faults={"count": -1, "vix": 13})
-    role(backups, "one").wait().failed()
+    role(backups, "one", transports=["nbdssl"]).wait().failed()
     assert prepared(own_simulator) == [] and own_simulator.snapshots(VM) == []
     assert not list(backups.repository.glob("vms/*/runs/*.json"))
 

@@ -78,8 +78,8 @@ class World:
     # A backup, as role vm_backup makes it
 
     def recover(self, **options: Any) -> Dict[str, Any]:
-        options = dict(self.modules.named, repository=str(self.repository), **options)
-        return self.modules.done("vadp_recover", **options)
+        where = {"repository": str(self.repository), "vddk_libdir": self.simulator.facts["vddk_libdir"]}
+        return self.modules.done("vadp_recover", **{**self.modules.named, **where, **options})
 
     @contextlib.contextmanager
     def snapshot(self, point: str) -> Iterator[str]:
@@ -125,7 +125,6 @@ class World:
     def role(self, point: str, **options: Any) -> Running:
         """The role on its way, through playbook backup.yml, in full."""
         # What breaks there is not made good by another transport.
-        # One alone: what breaks is seen, not made good by another way.
         options = {"transports": ["nbdssl"], **options}
         variables = self.backups.variables(point=point, mode="full", **options)
         variables["vm_backup_hosts"] = VM

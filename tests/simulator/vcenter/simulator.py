@@ -359,6 +359,7 @@ class Simulator:
                     ],
                 }
             return {
+                "instance_uuid": self.instance_uuid,
                 "hosts": [
                     {"name": host.name, "connected": host.connected, "in_maintenance": host.in_maintenance}
                     for host in self.hosts()
