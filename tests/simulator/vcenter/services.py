@@ -55,6 +55,7 @@ BACKUP_PRIVILEGES = frozenset(
         "DVSwitch.Modify",
         "DVPortgroup.Create",
         "DVPortgroup.Modify",
+        "DVPortgroup.Delete",
         "Cryptographer.Access",
         "Cryptographer.AddDisk",
     }
@@ -100,6 +101,8 @@ class Settings:
     session_idle: float = 1800.0
     page_areas: int = 2000
     page_bytes: int | None = None
+    dhcp_delay: float | None = 0.3  # until a VMkernel NIC gets its address; None: never
+    dhcp_subnet: str = "10.66.0.0/24"
 
     def set(self, values: dict[str, Any]) -> dict[str, Any]:
         known = {one.name for one in fields(self)}
@@ -161,6 +164,7 @@ class _Injection:
     left: int  # -1: for ever
     delay: float
     object: str | None
+    after: int = 0  # so many go well first
 
 
 class Injector:
@@ -171,7 +175,16 @@ class Injector:
         self._injections: list[_Injection] = []
         self._ids = itertools.count(1)
 
-    def add(self, target: str, name: str, fault: str | None, count: int, delay: float, object: str | None) -> int:
+    def add(
+        self,
+        target: str,
+        name: str,
+        fault: str | None,
+        count: int,
+        delay: float,
+        object: str | None,
+        after: int = 0,
+    ) -> int:
         if target not in ("call", "task"):
             raise SimulatorError("target is call or task")
         if fault is not None and fault != "drop":
@@ -179,7 +192,7 @@ class Injector:
         if fault is None and not delay:
             raise SimulatorError("neither a fault nor a delay")
         with self._lock:
-            one = _Injection(next(self._ids), target, name, fault, count or -1, delay, object)
+            one = _Injection(next(self._ids), target, name, fault, count or -1, delay, object, after)
             self._injections.append(one)
             return one.id
 
@@ -195,7 +208,9 @@ class Injector:
         with self._lock:
             for one in self._injections:
                 if one.target == target and one.name == name and one.object in (None, object):
-                    break
+                    if not one.after:
+                        break
+                    one.after -= 1
             else:
                 return
             if one.left > 0:

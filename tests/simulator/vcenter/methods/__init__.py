@@ -22,10 +22,12 @@ MODULES = (
     "authorization",
     "changetracking",
     "collector",
+    "dvswitches",
     "events",
     "folders",
     "hosts",
     "machines",
+    "networks",
     "reconfigure",
     "search",
     "session",
@@ -80,6 +82,7 @@ class _Method:
 
 _METHODS: dict[tuple[str, str], _Method] = {}
 _SERVICES: dict[str, Callable[["Simulator"], Managed]] = {}
+_PARTS: dict[str, Callable[["Simulator", str], Managed]] = {}
 
 
 def method(type_name: str, *names: str, changing: bool = False, privilege: str | None = None) -> Callable[..., Any]:
@@ -107,6 +110,16 @@ def service(moid: str) -> Callable[..., Any]:
     return register
 
 
+def part(prefix: str) -> Callable[..., Any]:
+    """Register a class of :class:`Managed` for the objects whose moids start so and that belong to another object."""
+
+    def register(cls: Any) -> Any:
+        _PARTS[prefix] = cls
+        return cls
+
+    return register
+
+
 def load() -> None:
     for name in MODULES:
         importlib.import_module(f"{__name__}.{name}")
@@ -124,6 +137,9 @@ def find_object(context: Context, moid: str, kind: str) -> Managed:
         return simulator.services.setdefault(moid, _SERVICES[moid](simulator))
     if moid in simulator.tasks.tasks:
         return simulator.tasks.tasks[moid]
+    for prefix, make in _PARTS.items():
+        if moid.startswith(prefix):
+            return make(simulator, moid)
     if moid.startswith("snapshot-"):
         from .snapshots import SnapshotObject
 
