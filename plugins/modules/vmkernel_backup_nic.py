@@ -10,8 +10,8 @@ version_added: 0.1.0
 description:
   - Brings about that a host has a VMkernel NIC that carries backup traffic (service C(vSphereBackupNFC)), whose address
     vCenter then hands to backup proxies. One host, or many at once.
-  - A NIC that is there is taken, by O(device) or by its address. Otherwise a new one is made, with its port group and on
-    request its standard switch where they are missing. No other NIC and no other service is touched.
+  - A NIC that is there is taken, by O(device) or by its address. Otherwise a new one is made, with its port group and
+    on request its standard switch where they are missing. No other NIC and no other service is touched.
   - Two VMkernel NICs of one TCP/IP stack in one subnet are not supported by ESXi, and break backups in ways that
     are hard to find. Such an address is refused before anything is changed.
   - All hosts are looked at before the first is changed. If one of them can't be as described, none is changed.
@@ -25,7 +25,7 @@ extends_documentation_fragment:
 attributes:
   check_mode:
     support: full
-    details: The name of a NIC that is not made yet is not known, so it is null. The address of DHCP is not known either.
+    details: The name of a NIC that is not made yet is not known, so it is null. So is the address of DHCP.
   diff_mode:
     support: full
   idempotent:
@@ -41,7 +41,7 @@ options:
     type: list
     elements: str
   hosts:
-    description: Several hosts, each with options of its own. What an entry does not set is taken from the module's options.
+    description: Several hosts, each with options of its own. What an entry does not set is as the module has it.
     type: list
     elements: dict
     suboptions:
@@ -90,8 +90,8 @@ options:
   state:
     description:
       - V(present) makes or tags the NIC.
-      - V(absent) removes the NIC that O(device), O(ip_address) or O(portgroup) names. Port groups and switches stay. The
-        last management NIC is never removed; a NIC that is not for backup traffic alone only with O(force=true).
+      - V(absent) removes the NIC that O(device), O(ip_address) or O(portgroup) names. Port groups and switches stay.
+        The last management NIC is never removed; one that is not for backup traffic alone only with O(force=true).
     type: str
     choices: [present, absent]
     default: present
@@ -139,12 +139,12 @@ options:
   mtu:
     description:
       - MTU, V(1280) to V(9190). A new NIC gets 1500 if not given.
-      - A switch that is made for the NIC gets it, too. A switch that is there is not changed; a smaller MTU is a warning.
+      - A switch that is made for the NIC gets it, too. One that is there is not changed; a smaller MTU is a warning.
     type: int
   device:
     description:
-      - A VMkernel NIC that is there, such as V(vmk2). It is tagged, and nothing else of it is changed; other options that
-        describe it must fit.
+      - A VMkernel NIC that is there, such as V(vmk2). It is tagged, and nothing else of it is changed; other options
+        that describe it must fit.
     type: str
   tcpip_stack:
     description: TCP/IP stack. Backup traffic can use the default one only; any other is refused.
@@ -285,8 +285,8 @@ vmkernel_nic:
       sample: [vSphereBackupNFC]
     address_check:
       description:
-        - V(free) or V(answers) if the address was looked for before it was given, V(not checked) where this machine is not
-          in that subnet; null when no address was given.
+        - V(free) or V(answers) if the address was looked for before it was given, V(not checked) where this machine is
+          not in that subnet; null when no address was given.
       type: str
       sample: not checked
     changed:
@@ -303,8 +303,8 @@ vmkernel_nic:
       sample: ''
 hosts:
   description:
-    - The same for each host, in the order of the options. One that failed has C(host), C(changed), C(failed), C(msg) and
-      C(error) only.
+    - The same for each host, in the order of the options. One that failed has C(host), C(changed), C(failed), C(msg)
+      and C(error) only.
   returned: with O(esxi_hostnames) or O(hosts), also when hosts failed
   type: list
   elements: dict

@@ -8,8 +8,8 @@ module: vmkernel_backup_nic_info
 short_description: Tell which VMkernel NICs of ESXi hosts carry backup traffic
 version_added: 0.1.0
 description:
-  - Tells the VMkernel NICs of hosts with their addresses and services, which of them carry backup traffic, and which NICs
-    of a host share a subnet and must not.
+  - Tells the VMkernel NICs of hosts with their addresses and services, which of them carry backup traffic, and which
+    NICs of a host share a subnet and must not.
   - With O(datastore), of all hosts that see the datastore. Any of them may serve the disks of a virtual machine on it,
     so each needs a backup NIC. RV(untagged_hosts) are those that have none.
   - Without O(esxi_hostname), O(esxi_hostnames) and O(datastore), of all hosts.
@@ -43,8 +43,8 @@ options:
     type: str
 notes:
   - NICs that may share a subnet are not in RV(hosts[].shared_subnets). They are those of multi-NIC vMotion, NSX tunnel
-    endpoints, and those bound for iSCSI. Whether two are bound for iSCSI takes the privilege C(Host.Config.Storage); without
-    it there is a warning.
+    endpoints, and those bound for iSCSI. Whether two are bound for iSCSI takes the privilege C(Host.Config.Storage);
+    without it there is a warning.
 seealso:
   - module: openvadp.backup.vmkernel_backup_nic
 """
@@ -80,7 +80,7 @@ hosts:
       type: str
       sample: host-10
     connected:
-      description: Whether the host is connected to vCenter. If not, what is told of it may be old.
+      description: Whether the host is connected to vCenter. If not, what its NICs carry is not known.
       type: bool
       sample: true
     version:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from ..errors import ConnectionLostError, InputError, VadpError, VsphereError
@@ -238,7 +239,7 @@ class _Runner:
             if any(not isinstance(outcomes.get(name), VadpError) for name in users):
                 continue
             try:
-                _twice(lambda group=group: dvswitch.destroy_port_group(self.session, group, self.request.timeout))
+                _twice(partial(dvswitch.destroy_port_group, self.session, group, self.request.timeout))
             except VadpError as error:
                 for name in users:
                     _add_leftover(outcomes[name], [f"port group '{group.name}' of {group.switch_name}: {error}"])
@@ -498,7 +499,7 @@ class _HostRun:
             if undo is None:
                 continue
             try:
-                _twice(lambda undo=undo, step=step: undo(step))
+                _twice(partial(undo, step))
             except VsphereError as problem:
                 problems.append(str(problem).rstrip("."))
         return problems

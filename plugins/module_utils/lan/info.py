@@ -88,7 +88,7 @@ def _mounted(session: Session, name: str, root: Any) -> List[str]:
 def _host(session: Session, host: HostNetwork, warnings: List[str]) -> Dict[str, Any]:
     tagged = [nic.device for nic in host.tagged]
     if not host.connected:
-        warnings.append(f"{host} is not connected; what is told of it may be old.")
+        warnings.append(f"{host} is not connected; what its NICs carry is not known.")
     return {
         "name": host.name,
         "moid": host.moid,

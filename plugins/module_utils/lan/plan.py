@@ -161,7 +161,7 @@ def find_nic(host: HostNetwork, request: HostRequest) -> Optional[Nic]:
 
 
 def _on_port_group(host: HostNetwork, request: HostRequest) -> Optional[Nic]:
-    """The NIC of the port group that carries backup traffic and nothing else; with DHCP also one without any service."""
+    """The NIC of the port group that carries backup traffic alone; with DHCP also one without any service."""
     switch = request.dvswitch or request.vswitch
     there = [
         nic
@@ -516,8 +516,8 @@ def _warn(plan: Plan) -> None:
     second = [one for one in host.tagged if one.device != nic.device]
     if second:
         plan.warnings.append(
-            f"{host}: {' and '.join(str(one) for one in second)} carries backup traffic already; vCenter hands the proxy "
-            "the address of either."
+            f"{host}: {' and '.join(str(one) for one in second)} carries backup traffic already; vCenter hands the "
+            "proxy the address of either."
         )
     gateway = request.gateway
     subnets: List[Network] = [one for one in nic.subnets if one.version == 4]

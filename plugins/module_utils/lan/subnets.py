@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from typing import List, Optional, Sequence, Tuple, Union
+from typing import Any, List, Optional, Sequence, Tuple
 
 from ..errors import InputError
 from ..vsphere.host_network import Nic
 
-Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+# Of either version; what is asked of it both can answer.
+Network = Any
 
 _QUAD = re.compile(r"(?:0|[1-9]\d{0,2})(?:\.(?:0|[1-9]\d{0,2})){3}")
 
@@ -87,9 +88,7 @@ def parse_ipv6(text: str) -> ipaddress.IPv6Interface:
     return interface
 
 
-def check_host_address(
-    option: str, text: str, interface: Union[ipaddress.IPv4Interface, ipaddress.IPv6Interface]
-) -> None:
+def check_host_address(option: str, text: str, interface: Any) -> None:
     """:raises InputError: it is the subnet's own address, its broadcast address, or one that no host may have."""
     network, address = interface.network, interface.ip
     reason = ""
@@ -130,8 +129,7 @@ def shared(first: Sequence[Network], second: Sequence[Network]) -> Optional[Tupl
     """The first two subnets, one of each side, that have addresses in common."""
     for one in first:
         for other in second:
-            # Typed by the version: networks of two versions can't be compared.
-            if one.version == other.version and one.overlaps(other):  # type: ignore[arg-type]
+            if one.version == other.version and one.overlaps(other):
                 return one, other
     return None
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from ..errors import AmbiguousError, NotFoundError
 from ..libraries import vim
@@ -81,7 +81,7 @@ class Nic:
         return tuple(name for name in self.services if name != BACKUP_SERVICE)
 
     @property
-    def subnets(self) -> List[Union[ipaddress.IPv4Network, ipaddress.IPv6Network]]:
+    def subnets(self) -> List[Any]:
         """The subnets of its addresses; link-local ones, which every NIC has, do not count."""
         texts = [f"{self.ip}/{self.netmask}"] if self.ip and self.netmask else []
         networks = [ipaddress.ip_interface(text).network for text in [*texts, *self.ipv6]]
@@ -211,12 +211,12 @@ def pick(hosts: Sequence[HostNetwork], name: str) -> HostNetwork:
 def read(
     session: Session, hosts: Sequence[HostNetwork], port_groups: Optional[Dict[str, DvPortGroup]] = None
 ) -> List[HostNetwork]:
-    """The whole network of each of *hosts*, in one ``RetrievePropertiesEx``.
+    """The whole network of each of *hosts*, in one ``RetrievePropertiesEx``. One that does not answer stays as it is.
 
     :param port_groups: the distributed ones by key, for the names of what a NIC is on.
     """
-    values = session.read_many([host.obj for host in hosts], vim.HostSystem, _PATHS)
-    return [_network(host.obj, values[host.moid], port_groups or {}) for host in hosts]
+    values = session.read_many([host.obj for host in hosts if host.connected], vim.HostSystem, _PATHS)
+    return [_network(host.obj, values[host.moid], port_groups or {}) if host.connected else host for host in hosts]
 
 
 def _network(obj: Any, values: Dict[str, Any], port_groups: Dict[str, DvPortGroup]) -> HostNetwork:
