@@ -115,13 +115,13 @@ def make_plan(host: HostNetwork, request: HostRequest, world: World) -> Plan:
             reason=f"it runs ESXi {host.version}; the service type {BACKUP_SERVICE} came with ESXi 7.0",
             remedy="Update the host; until then backup traffic uses the management NIC, whatever other NICs there are",
         )
+    _check_addresses(plan, world)
     plan.nic = find_nic(host, request)
     _check_dv(plan, world)
     if plan.nic is not None:
         _adopt(plan, plan.nic)
     else:
         _create(plan)
-    _check_addresses(plan, world)
     _warn(plan)
     _words(plan)
     return plan

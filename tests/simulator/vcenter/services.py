@@ -187,7 +187,7 @@ class Injector:
     ) -> int:
         if target not in ("call", "task"):
             raise SimulatorError("target is call or task")
-        if fault is not None and fault != "drop":
+        if fault is not None and fault not in ("drop", "lost"):
             fault_named(fault)
         if fault is None and not delay:
             raise SimulatorError("neither a fault nor a delay")
@@ -200,9 +200,10 @@ class Injector:
         with self._lock:
             self._injections.clear()
 
-    def apply(self, target: str, name: str, object: str | None) -> None:
+    def apply(self, target: str, name: str, object: str | None) -> bool:
         """Sleep, then raise what is injected for this call or task, if anything is.
 
+        :returns: whether the call shall be done and its answer be lost: the fault is ``lost``.
         :raises DropConnection: the fault is ``drop``.
         """
         with self._lock:
@@ -212,7 +213,7 @@ class Injector:
                         break
                     one.after -= 1
             else:
-                return
+                return False
             if one.left > 0:
                 one.left -= 1
                 if not one.left:
@@ -221,10 +222,13 @@ class Injector:
             time.sleep(one.delay)
         if one.fault == "drop":
             raise DropConnection
+        if one.fault == "lost":
+            return True
         if one.fault is not None:
             fault = fault_named(one.fault)
             fault.msg = soap.default_message(fault) + " (injected)"
             raise fault
+        return False
 
 
 # --- sessions -------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from pyVmomi import VmomiSupport, vim, vmodl
 
 from .. import soap
 from ..model import Managed, property_value
-from ..services import Session, User, as_fault
+from ..services import DropConnection, Session, User, as_fault
 
 if TYPE_CHECKING:
     from ..simulator import Simulator
@@ -196,7 +196,7 @@ def call(context: Context, request: soap.Request) -> tuple[Any, Any]:
     error: Exception | None = None
     try:
         obj = find_object(context, request.this_moid, request.this_type)
-        simulator.injector.apply("call", request.method, request.this_moid)
+        answer_is_lost = simulator.injector.apply("call", request.method, request.this_moid)
         if request.method == "Fetch":
             return _fetch(context, obj, request.arguments["prop"])
         registered = _registered(obj, request.method)
@@ -214,7 +214,10 @@ def call(context: Context, request: soap.Request) -> tuple[Any, Any]:
             value = request.arguments[param.name]
             if param.privId and isinstance(value, VmomiSupport.ManagedObject):
                 context.require(param.privId, value)
-        return registered.function(context, obj, **request.arguments), info.result
+        result = registered.function(context, obj, **request.arguments)
+        if answer_is_lost:
+            raise DropConnection
+        return result, info.result
     except vmodl.MethodFault as fault:
         error = fault
         raise
