@@ -71,7 +71,7 @@ def _changing(context: Context, one: HostPart) -> Iterator[Any]:
     """The host's network to change, under the lock; kept when the change went well."""
     context.require("Host.Config.Network", one.host)
     if not one.host.connected:
-        raise vim.fault.HostNotConnected(msg="Unable to communicate with the remote host, since it is disconnected.")
+        raise vmodl.fault.HostNotConnected(msg="Unable to communicate with the remote host, since it is disconnected.")
     with context.simulator.lock:
         network = clone(networking.ensure(one.host))
         yield network
