@@ -316,6 +316,9 @@ def update_nic(context: Context, system: NetworkSystem, device: str, nic: Any) -
         for name in ("mtu", "ipRouteSpec"):
             if getattr(nic, name) is not None:
                 setattr(spec, name, clone(getattr(nic, name)))
+        routes = spec.ipRouteSpec.ipRouteConfig if spec.ipRouteSpec is not None else None
+        if routes is None or not routes.defaultGateway:
+            spec.ipRouteSpec = None
 
 
 def _merged_v6(before: Any, wanted: Any, hardware: str) -> Any:
