@@ -75,9 +75,7 @@ def _read(session: Session, request: NicRequest) -> Tuple[World, Dict[str, HostN
     _check_twice(named)
     for name in sorted({one.dvswitch for one in request.hosts if one.dvswitch}):
         world.dv_switches[name] = dvswitch.find_switch(session, name)
-    distributed = any(
-        nic.spec.distributedVirtualPort is not None for host in named.values() for nic in (one.raw for one in host.nics)
-    )
+    distributed = any(nic.port_key for host in named.values() for nic in host.nics)
     if world.dv_switches or distributed:
         world.dv_port_groups = dvswitch.read_port_groups(session)
     read = host_network.read(session, list(named.values()), world.dv_port_groups)
