@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Set
 
 from ..errors import AmbiguousError, NotFoundError
 from ..libraries import vim
@@ -124,7 +124,8 @@ def _switch(obj: Any, values: Dict[str, Any]) -> DvSwitch:
 def read_port_groups(session: Session) -> Dict[str, DvPortGroup]:
     """All distributed port groups by key."""
     paths = ["name", "key", "config.distributedVirtualSwitch", "config.defaultPortConfig"]
-    switches, uplinks = {}, set()
+    switches: Dict[str, Any] = {}
+    uplinks: Set[str] = set()
     for obj, values in session.find(vim.DistributedVirtualSwitch, ["name", "config.uplinkPortgroup"]):
         switches[obj._moId] = values["name"]
         uplinks.update(group._moId for group in values["config.uplinkPortgroup"] or ())
