@@ -86,7 +86,9 @@ def _check_twice(named: Dict[str, HostNetwork]) -> None:
     seen: Dict[str, str] = {}
     for name, host in named.items():
         if host.moid in seen:
-            raise InputError("A host is named twice", subject=f"'{seen[host.moid]}' and '{name}'")
+            raise InputError(
+                "A host is named twice", subject=f"'{seen[host.moid]}' and '{name}'", remedy="Give each host once"
+            )
         seen[host.moid] = name
 
 
