@@ -27,6 +27,7 @@ def _arguments() -> argparse.Namespace:
         "--state", type=Path, help="folder that keeps everything; without it one that goes with the simulator"
     )
     parser.add_argument("--vms", choices=("minimal", "standard"), default="minimal", help="VMs of a new state folder")
+    parser.add_argument("--hosts", type=int, default=0, help="so many more hosts for a new state folder")
     parser.add_argument("--port", type=int, default=0, help="the vCenter port; 0 takes a free one")
     parser.add_argument(
         "--passwords", type=Path, help='file with {"user@vsphere.local": "password"}; random ones by default'
@@ -54,7 +55,7 @@ def main() -> None:
     _lock(state)
     passwords = json.loads(arguments.passwords.read_text()) if arguments.passwords else None
     vddk_libdir = vixdisklib.build()
-    simulator = Simulator(state, arguments.vms, passwords)
+    simulator = Simulator(state, arguments.vms, passwords, hosts=arguments.hosts)
     control_socket = state / "control"
     simulator.control = control.start(simulator, control_socket)
     simulator.nfc = nfc.start(simulator)

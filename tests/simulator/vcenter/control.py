@@ -54,7 +54,10 @@ class ControlServer:
             "reset_cbt": self._reset_cbt,
             "power": self._power,
             "set_tools": self._set_tools,
-            "set_host": self._set_host,
+            "set_host": simulator.set_host,
+            "add_hosts": simulator.add_hosts,
+            "set_dvswitch": simulator.set_dvswitch,
+            "networks": simulator.networks,
             "set_privileges": simulator.set_privileges,
             "set_settings": simulator.set_settings,
             "expire_sessions": simulator.expire_sessions,
@@ -242,9 +245,6 @@ class ControlServer:
 
     def _set_tools(self, vm: str, running: bool) -> None:
         self._simulator.set_tools(self._simulator.find_vm(vm), running)
-
-    def _set_host(self, name: str, maintenance: bool | None = None, connected: bool | None = None) -> None:
-        self._simulator.set_host(name, maintenance=maintenance, connected=connected)
 
     def _fill_units(self, vm: str, leave: int | None = None, controllers: int = 4) -> dict[str, int]:
         return fill_units(self._simulator.find_vm(vm), leave, controllers)

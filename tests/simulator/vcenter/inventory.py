@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyVmomi import VmomiSupport, vim, vmodl
 
-from . import soap, storage
+from . import networking, soap, storage
 from .model import Entity, Kept, SimulatorError, clone, from_json
 
 if TYPE_CHECKING:
@@ -76,7 +76,9 @@ class Datacenter(Entity):
         return soap.array(vim.Datastore, [one.ref for one in self.simulator.inventory.all(Datastore, self)])
 
     def p_network(self) -> Any:
-        return soap.array(vim.Network, [one.ref for one in self.simulator.inventory.all(Network, self)])
+        inventory = self.simulator.inventory
+        found = inventory.all(Network, self) + inventory.all(networking.DistributedPortgroup, self)
+        return soap.array(vim.Network, [one.ref for one in found])
 
     def p_configuration(self) -> Any:
         return vim.Datacenter.ConfigInfo(defaultHardwareVersionKey="vmx-19")
@@ -147,11 +149,30 @@ class Host(Entity):
     """An ESXi host. ``datastores`` are the names of those it has mounted."""
 
     type = vim.HostSystem
-    KEPT = ("datastores", "connected", "in_maintenance", "uuid")
+    KEPT = (
+        "datastores",
+        "connected",
+        "in_maintenance",
+        "uuid",
+        "version",
+        "network",
+        "services",
+        "leases",
+        "iscsi_nics",
+    )
     datastores: list[str]
     connected: bool = True
     in_maintenance: bool = False
     uuid: str = ""
+    version: str = "8.0.3"
+    network: Any = None  # of networking.py; None until somebody asks
+    services: dict[str, list[str]]  # service type -> the VMkernel NICs that carry it
+    leases: dict[str, Any]  # of VMkernel NICs that use DHCP
+    iscsi_nics: list[str]  # bound to the software iSCSI adapter
+
+    def __init__(self, simulator: "Simulator", moid: str, name: str, parent: str | None) -> None:
+        super().__init__(simulator, moid, name, parent)
+        self.services, self.leases, self.iscsi_nics = {}, {}, []
 
     def p_runtime(self) -> Any:
         return vim.host.RuntimeInfo(
@@ -172,41 +193,33 @@ class Host(Entity):
         machines = self.simulator.inventory.all(VirtualMachine)
         return soap.array(vim.VirtualMachine, [vm.ref for vm in machines if vm.host == self.moid])
 
-    def _network(self) -> Any:
-        ip = vim.host.IpConfig(dhcp=False, ipAddress=self.name, subnetMask="255.0.0.0")
-        vnic = vim.host.VirtualNic(
-            device="vmk0",
-            key="key-vim.host.VirtualNic-vmk0",
-            portgroup="Management Network",
-            spec=vim.host.VirtualNic.Specification(
-                ip=ip, mac=_mac(self.uuid), mtu=1500, netStackInstanceKey="defaultTcpipStack"
-            ),
-        )
-        return vim.host.NetworkInfo(vnic=[vnic])
-
     def p_config(self) -> Any:
-        vnic = self._network().vnic[0]
-        management = vim.host.VirtualNicManager.NetConfig(
-            nicType="management", multiSelectAllowed=True, candidateVnic=[vnic], selectedVnic=[vnic.key]
+        storage_device = vim.host.StorageDeviceInfo(
+            hostBusAdapter=[
+                vim.host.InternetScsiHba(device="vmhba64", bus=64, status="online", model="iSCSI Software Adapter")
+            ]
+            if self.iscsi_nics
+            else []
         )
         return vim.host.ConfigInfo(
             host=self.ref,
             product=self.p_summary().config.product,
-            network=self._network(),
-            virtualNicManagerInfo=vim.host.VirtualNicManagerInfo(netConfig=[management]),
+            network=networking.seen(self),
+            storageDevice=storage_device,
+            virtualNicManagerInfo=vim.host.VirtualNicManagerInfo(netConfig=networking.net_configs(self)),
         )
 
     def p_summary(self) -> Any:
         about = vim.AboutInfo(
             name="VMware ESXi",
-            fullName="VMware ESXi 8.0.3 build-24022510",
+            fullName=f"VMware ESXi {self.version} build-24022510",
             vendor="VMware, Inc.",
-            version="8.0.3",
+            version=self.version,
             build="24022510",
             osType="vmnix-x86",
             productLineId="embeddedEsx",
             apiType="HostAgent",
-            apiVersion="8.0.3.0",
+            apiVersion=f"{self.version}.0",
         )
         hardware = vim.host.Summary.HardwareSummary(
             vendor="OpenVADP", model="Simulator", uuid=self.uuid, memorySize=64 * GIB, cpuModel="Simulated CPU"
@@ -231,12 +244,12 @@ class Host(Entity):
         )
 
     def p_configManager(self) -> Any:
-        return vim.host.ConfigManager()
-
-
-def _mac(uuid: str) -> str:
-    digits = uuid.replace("-", "")[-6:]
-    return f"00:50:56:{digits[0:2]}:{digits[2:4]}:{digits[4:6]}"
+        number = self.moid.rsplit("-", 1)[-1]
+        return vim.host.ConfigManager(
+            networkSystem=vim.host.NetworkSystem(f"networkSystem-{number}"),
+            virtualNicManager=vim.host.VirtualNicManager(f"virtualNicManager-{number}"),
+            iscsiManager=vim.host.IscsiManager(f"iscsiManager-{number}"),
+        )
 
 
 class Datastore(Entity):
@@ -810,7 +823,19 @@ class _FileLayout:
 
 
 CLASSES = {
-    cls.__name__: cls for cls in (Folder, Datacenter, Cluster, ResourcePool, Host, Datastore, Network, VirtualMachine)
+    cls.__name__: cls
+    for cls in (
+        Folder,
+        Datacenter,
+        Cluster,
+        ResourcePool,
+        Host,
+        Datastore,
+        Network,
+        VirtualMachine,
+        networking.DistributedSwitch,
+        networking.DistributedPortgroup,
+    )
 }
 
 

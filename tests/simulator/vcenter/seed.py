@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyVmomi import vim
 
-from . import disks, images, proxy, vmspec
+from . import disks, images, networking, proxy, vmspec
 from .inventory import Cluster, Datacenter, Datastore, Folder, Host, Network, ResourcePool, VirtualMachine
 
 if TYPE_CHECKING:
@@ -64,6 +64,20 @@ class Seeder:
         datastore.uuid = stable_uuid(name)
         self.inventory.add(datastore)
 
+    def distributed_switch(self, moid: str, name: str, parent: str, members: list[str]) -> None:
+        """A switch that has vmnic2 of its members, with the port group of its uplinks and one for VMkernel NICs."""
+        switch = networking.DistributedSwitch(self.simulator, moid, name, parent)
+        switch.uuid = stable_uuid(name)
+        switch.members = {member: ["vmnic2"] for member in members}
+        self.inventory.add(switch)
+        number = int(moid.rsplit("-", 1)[-1])
+        for index, (group_name, uplink) in enumerate(((f"{name}-DVUplinks-{number}", True), ("dv-vmotion", False)), 1):
+            key = f"dvportgroup-{number + index}"
+            group = networking.DistributedPortgroup(self.simulator, key, group_name, parent)
+            group.switch, group.key, group.uplink = moid, key, uplink
+            group.setting = networking.vlan_setting(0)
+            self.inventory.add(group)
+
     def infrastructure(self) -> None:
         self.folder("group-d1", "Datacenters", None, "Folder", "Datacenter")
         self.datacenter("datacenter-2", "DC0", 3)
@@ -79,6 +93,7 @@ class Seeder:
         self.datastore("datastore-18", "vvol01", "group-s5")
         self.inventory.add(Network(self.simulator, "network-15", "VM Network", "group-n6"))
         self.inventory.add(Network(self.simulator, "network-16", "Backup Network", "group-n6"))
+        self.distributed_switch("dvs-17", "DSwitch0", "group-n6", ["host-10", "host-11"])
         self.datacenter("datacenter-21", "DC1", 22)
         self.folder("group-v26", "production", "group-v22", "Folder", "VirtualMachine", "VirtualApp")
         self.inventory.add(Cluster(self.simulator, "domain-c27", "Cluster1", "group-h23"))
@@ -259,3 +274,30 @@ def _standard(seeder: Seeder) -> None:
     seeder.vm(118, "crypt01", [{"kind": "ext4", "bytes": 64 * MIB}], encrypted=True, running=True)
     seeder.vm(119, "onvsan01", [{"kind": "ext4", "bytes": 64 * MIB}], datastore="vsan01", running=True)
     seeder.vm(120, "onvvol01", [{"kind": "ext4", "bytes": 64 * MIB}], datastore="vvol01", host="host-11")
+
+
+def add_hosts(simulator: "Simulator", count: int, dvswitch: str | None = None) -> list[str]:
+    """More hosts, in a cluster of their own in DC0, without datastores. -> their names
+
+    :param dvswitch: a distributed switch that they become members of, with vmnic2.
+    """
+    seeder = Seeder(simulator)
+    inventory = simulator.inventory
+    clusters = {one.name: one for one in inventory.all(Cluster)}
+    if "Cluster2" not in clusters:
+        moid = simulator.new_moid("domain-c")
+        clusters["Cluster2"] = Cluster(simulator, moid, "Cluster2", "group-h4")
+        inventory.add(clusters["Cluster2"])
+        inventory.add(ResourcePool(simulator, simulator.new_moid("resgroup"), "Resources", moid))
+    known = len(clusters["Cluster2"].hosts())
+    names = []
+    for index in range(known, known + count):
+        name = f"127.0.{2 + index // 250}.{index % 250 + 1}"
+        host = seeder.host(simulator.new_moid("host"), name, clusters["Cluster2"].moid)
+        names.append(host.name)
+        for switch in inventory.all(networking.DistributedSwitch):
+            if switch.name == dvswitch:
+                switch.members[host.moid] = ["vmnic2"]
+    for switch in inventory.all(networking.DistributedSwitch):
+        switch.save()
+    return names

@@ -55,6 +55,7 @@ BACKUP_PRIVILEGES = frozenset(
         "DVSwitch.Modify",
         "DVPortgroup.Create",
         "DVPortgroup.Modify",
+        "DVPortgroup.Delete",
         "Cryptographer.Access",
         "Cryptographer.AddDisk",
     }
@@ -109,6 +110,8 @@ class Settings:
     lease_cuts: int = 0
     folder_ranges: bool = True
     folder_cuts: int = 0
+    dhcp_delay: float | None = 0.3  # until a VMkernel NIC gets its address; None: never
+    dhcp_subnet: str = "10.66.0.0/24"
 
     def set(self, values: dict[str, Any]) -> dict[str, Any]:
         known = {one.name for one in fields(self)}
@@ -177,6 +180,7 @@ class _Injection:
     left: int  # -1: for ever
     delay: float
     object: str | None
+    after: int = 0  # so many go well first
 
 
 class Injector:
@@ -187,15 +191,24 @@ class Injector:
         self._injections: list[_Injection] = []
         self._ids = itertools.count(1)
 
-    def add(self, target: str, name: str, fault: str | None, count: int, delay: float, object: str | None) -> int:
+    def add(
+        self,
+        target: str,
+        name: str,
+        fault: str | None,
+        count: int,
+        delay: float,
+        object: str | None,
+        after: int = 0,
+    ) -> int:
         if target not in ("call", "task"):
             raise SimulatorError("target is call or task")
-        if fault is not None and fault != "drop":
+        if fault is not None and fault not in ("drop", "lost"):
             fault_named(fault)
         if fault is None and not delay:
             raise SimulatorError("neither a fault nor a delay")
         with self._lock:
-            one = _Injection(next(self._ids), target, name, fault, count or -1, delay, object)
+            one = _Injection(next(self._ids), target, name, fault, count or -1, delay, object, after)
             self._injections.append(one)
             return one.id
 
@@ -203,17 +216,20 @@ class Injector:
         with self._lock:
             self._injections.clear()
 
-    def apply(self, target: str, name: str, object: str | None) -> None:
+    def apply(self, target: str, name: str, object: str | None) -> bool:
         """Sleep, then raise what is injected for this call or task, if anything is.
 
+        :returns: whether the call shall be done and its answer be lost: the fault is ``lost``.
         :raises DropConnection: the fault is ``drop``.
         """
         with self._lock:
             for one in self._injections:
                 if one.target == target and one.name == name and one.object in (None, object):
-                    break
+                    if not one.after:
+                        break
+                    one.after -= 1
             else:
-                return
+                return False
             if one.left > 0:
                 one.left -= 1
                 if not one.left:
@@ -222,10 +238,13 @@ class Injector:
             time.sleep(one.delay)
         if one.fault == "drop":
             raise DropConnection
+        if one.fault == "lost":
+            return True
         if one.fault is not None:
             fault = fault_named(one.fault)
             fault.msg = soap.default_message(fault) + " (injected)"
             raise fault
+        return False
 
 
 # --- sessions -------------------------------------------------------------------------------------------------------

@@ -19,9 +19,10 @@ from typing import Any
 
 from pyVmomi import vim
 
-from . import certificates, disks, seed
+from . import certificates, disks, networking, seed
 from .inventory import Datastore, Host, Inventory, VirtualMachine, disks_in, is_rdm
-from .model import Kept, Managed, SimulatorError, now, write_atomically
+from .model import Kept, Managed, SimulatorError, now, to_json, write_atomically
+from .networking import DistributedSwitch
 from .proxy import ProxyMachine
 from .services import (
     BACKUP_PRIVILEGES,
@@ -62,10 +63,13 @@ class Simulator:
 
     :param state_dir: where everything is kept; an empty or absent folder is seeded.
     :param vms: which machines a new state gets, ``minimal`` or ``standard``.
+    :param hosts: so many more hosts for a new state.
     :param passwords: by user name; a user not named gets a random one, once for each state folder.
     """
 
-    def __init__(self, state_dir: Path, vms: str = "minimal", passwords: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, state_dir: Path, vms: str = "minimal", passwords: dict[str, str] | None = None, hosts: int = 0
+    ) -> None:
         self.state_dir = Path(state_dir).resolve()
         self.state_dir.mkdir(parents=True, exist_ok=True)
         self.start_time = now()
@@ -115,6 +119,8 @@ class Simulator:
             for user in self.users.values():
                 user.password = (passwords or {}).get(user.name) or secrets.token_urlsafe(12)
             seed.seed(self, vms)
+            if hosts:
+                seed.add_hosts(self, hosts)
             self._save_meta()
         else:
             self._load_meta(passwords or {})
@@ -273,14 +279,59 @@ class Simulator:
         with vm.lock:
             disks.grow(vm, self._disk(vm, disk).key, capacity_bytes)
 
-    def set_host(self, name: str, maintenance: bool | None = None, connected: bool | None = None) -> None:
+    def set_host(
+        self,
+        name: str,
+        maintenance: bool | None = None,
+        connected: bool | None = None,
+        version: str | None = None,
+        iscsi_nics: Sequence[str] | None = None,
+    ) -> None:
         host = next((one for one in self.hosts() if name in (one.name, one.moid)), None)
         if host is None:
             raise SimulatorError(f"there is no host {name}")
         with self.lock:
             host.in_maintenance = host.in_maintenance if maintenance is None else bool(maintenance)
             host.connected = host.connected if connected is None else bool(connected)
+            host.version = host.version if version is None else version
+            host.iscsi_nics = host.iscsi_nics if iscsi_nics is None else list(iscsi_nics)
             host.save()
+
+    def add_hosts(self, count: int, dvswitch: str | None = None) -> list[str]:
+        with self.lock:
+            return seed.add_hosts(self, count, dvswitch)
+
+    def set_dvswitch(self, name: str, **values: Any) -> None:
+        """Change a distributed switch: ``nioc``, ``nioc_version``, ``mtu``, ``version``, ``pools`` (keys)."""
+        with self.lock:
+            found = [one for one in self.inventory.all(DistributedSwitch) if one.name == name]
+            if len(found) != 1:
+                raise SimulatorError(f"{len(found)} distributed switches are named {name}")
+            for key, value in values.items():
+                if key not in ("nioc", "nioc_version", "mtu", "version", "pools"):
+                    raise SimulatorError(f"a distributed switch has no {key}")
+                setattr(found[0], key, [networking.pool(one) for one in value] if key == "pools" else value)
+            found[0].config_version += 1
+            found[0].save()
+
+    def networks(self, host: str | None = None) -> dict[str, Any]:
+        """The hosts' networks in plain data, to compare before and after; and the distributed switches."""
+        with self.lock:
+            hosts = [one for one in self.hosts() if host in (None, one.name)]
+            switches = self.inventory.all(DistributedSwitch)
+            return {
+                "hosts": {
+                    one.name: {"network": to_json(networking.ensure(one)), "services": one.services} for one in hosts
+                },
+                "switches": {
+                    one.name: {
+                        "portgroups": sorted(group.name for group in one.portgroups()),
+                        "pools": {pool.key: to_json(pool.allocationInfo) for pool in one.pools},
+                        "config_version": one.config_version,
+                    }
+                    for one in switches
+                },
+            }
 
     def set_power(self, vm: VirtualMachine, state: str) -> None:
         if state not in ("poweredOn", "poweredOff"):
@@ -321,8 +372,9 @@ class Simulator:
         count: int = 1,
         delay: float = 0.0,
         object: str | None = None,
+        after: int = 0,
     ) -> int:
-        return self.injector.add(target, name, fault, count, delay, object)
+        return self.injector.add(target, name, fault, count, delay, object, after)
 
     def clear_injections(self) -> None:
         self.injector.clear()

@@ -13,7 +13,7 @@ from pyVmomi import VmomiSupport, vim, vmodl
 
 from .. import soap
 from ..model import Managed, property_value
-from ..services import Session, User, as_fault
+from ..services import DropConnection, Session, User, as_fault
 
 if TYPE_CHECKING:
     from ..simulator import Simulator
@@ -22,12 +22,14 @@ MODULES = (
     "authorization",
     "changetracking",
     "collector",
+    "dvswitches",
     "environment",
     "events",
     "folders",
     "hosts",
     "leases",
     "machines",
+    "networks",
     "reconfigure",
     "search",
     "session",
@@ -82,6 +84,7 @@ class _Method:
 
 _METHODS: dict[tuple[str, str], _Method] = {}
 _SERVICES: dict[str, Callable[["Simulator"], Managed]] = {}
+_PARTS: dict[str, Callable[["Simulator", str], Managed]] = {}
 
 
 def method(type_name: str, *names: str, changing: bool = False, privilege: str | None = None) -> Callable[..., Any]:
@@ -109,6 +112,16 @@ def service(moid: str) -> Callable[..., Any]:
     return register
 
 
+def part(prefix: str) -> Callable[..., Any]:
+    """Register a class of :class:`Managed` for the objects whose moids start so and that belong to another object."""
+
+    def register(cls: Any) -> Any:
+        _PARTS[prefix] = cls
+        return cls
+
+    return register
+
+
 def load() -> None:
     for name in MODULES:
         importlib.import_module(f"{__name__}.{name}")
@@ -126,6 +139,9 @@ def find_object(context: Context, moid: str, kind: str) -> Managed:
         return simulator.services.setdefault(moid, _SERVICES[moid](simulator))
     if moid in simulator.tasks.tasks:
         return simulator.tasks.tasks[moid]
+    for prefix, make in _PARTS.items():
+        if moid.startswith(prefix):
+            return make(simulator, moid)
     if moid.startswith("snapshot-"):
         from .snapshots import SnapshotObject
 
@@ -182,7 +198,7 @@ def call(context: Context, request: soap.Request) -> tuple[Any, Any]:
     error: Exception | None = None
     try:
         obj = find_object(context, request.this_moid, request.this_type)
-        simulator.injector.apply("call", request.method, request.this_moid)
+        answer_is_lost = simulator.injector.apply("call", request.method, request.this_moid)
         if request.method == "Fetch":
             return _fetch(context, obj, request.arguments["prop"])
         registered = _registered(obj, request.method)
@@ -200,7 +216,10 @@ def call(context: Context, request: soap.Request) -> tuple[Any, Any]:
             value = request.arguments[param.name]
             if param.privId and isinstance(value, VmomiSupport.ManagedObject):
                 context.require(param.privId, value)
-        return registered.function(context, obj, **request.arguments), info.result
+        result = registered.function(context, obj, **request.arguments)
+        if answer_is_lost:
+            raise DropConnection
+        return result, info.result
     except vmodl.MethodFault as fault:
         error = fault
         raise

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""What there is: VMkernel NICs of hosts, who carries backup traffic, who shares a subnet, which hosts lack a tag."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+from ..errors import AmbiguousError, NotFoundError, PrivilegeError
+from ..libraries import vim
+from ..vsphere import dvswitch, host_network
+from ..vsphere.host_network import HostNetwork
+from ..vsphere.inventory import readable
+from ..vsphere.session import Session
+from .subnets import may_share, shared_pairs
+
+
+def gather(
+    session: Session, names: Optional[Sequence[str]], datastore: Optional[str], datacenter: Optional[str]
+) -> Dict[str, Any]:
+    """The result of ``vmkernel_backup_nic_info``: of the hosts of these names, of a datastore's, or of all."""
+    root = _datacenter(session, datacenter) if datacenter else None
+    hosts = host_network.all_hosts(session, root)
+    if datastore is not None:
+        moids = _mounted(session, datastore, root)
+        hosts = [host for host in hosts if host.moid in moids]
+    if names is not None:
+        hosts = [host_network.pick(hosts, name) for name in dict.fromkeys(names)]
+    hosts = sorted(hosts, key=lambda host: host.name)
+    groups = {}
+    if any(nic.port_key for host in hosts for nic in host.nics):
+        groups = dvswitch.read_port_groups(session)
+    warnings: List[str] = []
+    told = [_host(session, network, warnings) for network in host_network.read(session, hosts, groups)]
+    return {
+        "changed": False,
+        "hosts": told,
+        "untagged_hosts": [host["name"] for host in told if not host["tagged"]],
+        "warnings": warnings,
+    }
+
+
+def _datacenter(session: Session, name: str) -> Any:
+    found = [
+        obj
+        for obj, values in session.find(vim.Datacenter, ["name"])
+        if name in (values["name"], readable(values["name"] or ""))
+    ]
+    if len(found) != 1:
+        kind = AmbiguousError if found else NotFoundError
+        raise kind(
+            "More than one datacenter fits" if found else "There is no such datacenter",
+            subject=f"'{name}'",
+            reason=", ".join(obj._moId for obj in found) or None,
+            remedy="Check the spelling, or leave datacenter out",
+        )
+    return found[0]
+
+
+def _mounted(session: Session, name: str, root: Any) -> List[str]:
+    """Moids of the hosts that see a datastore (VADP facts 19: any of them may serve its disks)."""
+    found = [
+        (obj, values)
+        for obj, values in session.find(vim.Datastore, ["name", "host"], root)
+        if name in (values["name"], readable(values["name"] or ""))
+    ]
+    if not found:
+        raise NotFoundError(
+            "There is no such datastore",
+            subject=f"'{name}'",
+            reason="no datastore that this user may see has that name",
+            remedy="Check the spelling, and datacenter if it is given",
+        )
+    if len(found) > 1:
+        raise AmbiguousError(
+            "More than one datastore fits",
+            subject=f"'{name}'",
+            reason=", ".join(obj._moId for obj, _values in found),
+            remedy="Narrow it by datacenter",
+        )
+    return [
+        mount.key._moId
+        for mount in found[0][1]["host"] or ()
+        if mount.mountInfo is None or mount.mountInfo.mounted is not False
+    ]
+
+
+def _host(session: Session, host: HostNetwork, warnings: List[str]) -> Dict[str, Any]:
+    tagged = [nic.device for nic in host.tagged]
+    if not host.connected:
+        warnings.append(f"{host} is not connected; what its NICs carry is not known.")
+    return {
+        "name": host.name,
+        "moid": host.moid,
+        "connected": host.connected,
+        "version": host.version,
+        "backup_service": host_network.BACKUP_SERVICE in host.service_types,
+        "nics": [nic.to_dict() for nic in host.nics],
+        "tagged": tagged,
+        "shared_subnets": [list(pair) for pair in _shared(session, host, warnings)],
+    }
+
+
+def _shared(session: Session, host: HostNetwork, warnings: List[str]) -> List[Tuple[str, str]]:
+    """The pairs of NICs that are in one subnet and must not be."""
+    pairs = [pair for pair in shared_pairs(host.nics) if may_share(*pair) is None]
+    bound: List[str] = []
+    # Who is bound for iSCSI takes calls of its own, and matters only to pairs that are left without backup traffic.
+    if host.connected and any(not (first.tagged or second.tagged) for first, second in pairs):
+        try:
+            bound = host_network.iscsi_bound(session, host)
+        except PrivilegeError:
+            warnings.append(
+                f"{host}: whether NICs in one subnet are bound for iSCSI, which would be well, can't be told without "
+                "the privilege Host.Config.Storage."
+            )
+    return [(first.device, second.device) for first, second in pairs if may_share(first, second, bound) is None]
