@@ -120,9 +120,27 @@ def _plans(
             remedy="Correct these hosts, or leave them out",
             details={"hosts": [{"host": name, "msg": str(error)} for name, error in refused.items()]},
         )
-    if unable and (request.single or not plans):
+    if unable and request.single:
         raise next(iter(unable.values()))
+    _check_vlans(plans)
     return plans, unable
+
+
+def _check_vlans(plans: Dict[str, Plan]) -> None:
+    """:raises InputError: one distributed port group is to be made with two VLANs."""
+    vlans: Dict[Tuple[str, str], Tuple[str, int]] = {}
+    for name, plan in plans.items():
+        if plan.made_port_group is None or plan.dv_switch is None:
+            continue
+        vlan_id = plan.request.vlan_id or 0
+        first = vlans.setdefault((plan.dv_switch.moid, plan.made_port_group), (name, vlan_id))
+        if first[1] != vlan_id:
+            raise InputError(
+                "A port group can't have two VLANs",
+                subject=f"'{plan.made_port_group}' of {plan.dv_switch}",
+                reason=f"host '{first[0]}' wants {first[1]}, host '{name}' {vlan_id}",
+                remedy="Give all hosts the same vlan_id, or port groups of their own",
+            )
 
 
 def _check_neighbours(plans: Dict[str, Plan], parallel: int) -> None:
@@ -533,7 +551,7 @@ class _HostRun:
         self._call(
             self.host.network_system.UpdateVirtualNic,
             nic.device,
-            _update(now, back),
+            _update(now, back, whole=True),
             what="The VMkernel NIC did not get its old settings back",
             subject=nic.device,
         )
@@ -573,15 +591,20 @@ def _ip(target: Target, have: Sequence[str]) -> Any:
 
 def _route(gateway: str) -> Any:
     """The gateway of one NIC; an empty one takes it away."""
-    config = vim.host.IpRouteConfig(defaultGateway=gateway) if gateway else None
-    return vim.host.VirtualNic.IpRouteSpec(ipRouteConfig=config)
+    return vim.host.VirtualNic.IpRouteSpec(ipRouteConfig=vim.host.IpRouteConfig(defaultGateway=gateway or None))
 
 
-def _update(nic: Nic, target: Target) -> Any:
-    """What brings *nic* to *target*; what is the same is not sent."""
+def _update(nic: Nic, target: Target, whole: bool = False) -> Any:
+    """What brings *nic* to *target*; what is the same is not sent.
+
+    :param whole: *target* is all of the NIC: without an address it shall have none.
+    """
     spec = vim.host.VirtualNic.Specification()
-    v4 = target.dhcp != nic.dhcp if target.dhcp or target.ip else False
-    v4 = v4 or bool(target.ip and not target.dhcp and (target.ip, target.netmask) != (nic.ip, nic.netmask))
+    v4 = False
+    if target.dhcp or nic.dhcp:
+        v4 = target.dhcp != nic.dhcp and (whole or target.dhcp or target.ip is not None)
+    elif target.ip is not None or whole:
+        v4 = (target.ip, target.netmask) != (nic.ip, nic.netmask)
     v6 = target.ipv6 is not None and set(target.ipv6) != set(nic.ipv6)
     if v4:
         spec.ip = _ip(target, nic.ipv6)

@@ -173,7 +173,8 @@ class NicRequest:
                     base["ip_address"] = base["netmask"] = None
                 entries.append({**base, **own})
         else:
-            names = params["esxi_hostnames"] or [params["esxi_hostname"]]
+            names = params["esxi_hostnames"]
+            names = [params["esxi_hostname"]] if names is None else names
             entries = [dict(common, esxi_hostname=name) for name in names]
         if not entries:
             raise InputError("No host is named", remedy="Give at least one host")
@@ -189,7 +190,7 @@ class NicRequest:
         return cls(
             connection=connection,
             hosts=requests,
-            single=params["hosts"] is None and not params["esxi_hostnames"],
+            single=params["hosts"] is None and params["esxi_hostnames"] is None,
             timeout=check_timeout(params["timeout"]),
             parallel_hosts=params["parallel_hosts"],
         )

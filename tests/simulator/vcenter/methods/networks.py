@@ -71,7 +71,7 @@ def _changing(context: Context, one: HostPart) -> Iterator[Any]:
     """The host's network to change, under the lock; kept when the change went well."""
     context.require("Host.Config.Network", one.host)
     if not one.host.connected:
-        raise vim.fault.HostNotConnected(msg="Unable to communicate with the remote host, since it is disconnected.")
+        raise vmodl.fault.HostNotConnected(msg="Unable to communicate with the remote host, since it is disconnected.")
     with context.simulator.lock:
         network = clone(networking.ensure(one.host))
         yield network
@@ -318,6 +318,9 @@ def update_nic(context: Context, system: NetworkSystem, device: str, nic: Any) -
         for name in ("mtu", "ipRouteSpec"):
             if getattr(nic, name) is not None:
                 setattr(spec, name, clone(getattr(nic, name)))
+        routes = spec.ipRouteSpec.ipRouteConfig if spec.ipRouteSpec is not None else None
+        if routes is None or not routes.defaultGateway:
+            spec.ipRouteSpec = None
 
 
 def _merged_v6(before: Any, wanted: Any, hardware: str) -> Any:
