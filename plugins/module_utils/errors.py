@@ -103,7 +103,14 @@ class TransportError(VadpError):
 
 
 class DataPathError(VadpError):
-    """Reading, writing or checking bytes failed."""
+    """Reading, writing or checking bytes failed.
+
+    ``copied`` is what a copy that failed had done before (``datapath.extents.Extents``) where that can be relied on,
+    and ``done`` its figures so far (``datapath.copier.CopyResult``).
+    """
+
+    copied: Any = None
+    done: Any = None
 
 
 class RepositoryError(VadpError):

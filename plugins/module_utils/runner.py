@@ -93,7 +93,15 @@ def transport_options(transports: Sequence[str]) -> Options:
             ),
             require_transport=dict(type="bool", default=False),
             vddk_libdir=dict(type="path"),
+            device_dir=dict(type="path", default="/dev/disk/by-id"),
+            sysfs_dir=dict(type="path", default="/sys"),
+            proxy_name=dict(type="str"),
+            proxy_uuid=dict(type="str"),
+            proxy_moid=dict(type="str"),
+            proxy_physical=dict(type="bool", default=False),
             nfc_port=dict(type="int", default=902),
+            nfc_host_limit=dict(type="int"),
+            wire_compression=dict(type="str", choices=["none", "zlib", "fastlz", "skipz"], default="none"),
             io_timeout=dict(type="int", default=180),
         )
     )

@@ -8,7 +8,7 @@ module: vadp_disk_export
 short_description: Read the disks of a virtual machine's snapshot into a restore point
 version_added: 0.1.0
 description:
-  - Reads the disks of a snapshot through VDDK and stores them as a restore point of a repository. Each disk becomes a
+  - Reads the disks of a snapshot and stores them as a restore point of a repository. Each disk becomes a
     qcow2 layer, full or upon the layer of an earlier point, that plain C(qemu-img) opens.
   - The point appears at once when all of it is stored, and not at all if anything fails.
   - All disks of a point come from one snapshot. A second try on the very same snapshot reads only the disks that the
@@ -74,7 +74,9 @@ options:
     description:
       - The transports that may be used, the preferred one first. For each disk the first that can work is taken, and
         the result says why none before it was.
-      - This release moves data by V(nbdssl) and V(nbd). The others are planned, and are passed over with that reason.
+      - V(san) reads the LUN of a VMFS datastore, V(hotadd) attaches the disk to this machine, V(nbdssl) and V(nbd) have
+        an ESXi host send it, V(https) downloads it. All but V(https) go through VDDK; V(hotadd) works without it too.
+      - A transport that fails on the way is left for the next one.
     type: list
     elements: str
     choices: [san, hotadd, nbdssl, nbd, https]
@@ -94,7 +96,8 @@ options:
     type: int
     default: 2
 requirements:
-  - nbdkit with its VDDK plugin, and VDDK
+  - nbdkit; with its VDDK plugin and VDDK for all transports but V(https) and V(hotadd) without VDDK, for those with its
+    plugins file and curl
   - qemu-img and qemu-nbd (QEMU 5.1 or newer)
   - libnbd's Python binding (package python3-libnbd)
   - blake3
@@ -102,7 +105,9 @@ notes:
   - Required privileges are C(VirtualMachine.Provisioning.DiskRandomRead) and C(VirtualMachine.Provisioning.GetVmFiles)
     on the virtual machine, C(Datastore.Browse) and C(Datastore.FileManagement) on its datastores, and
     C(Global.DisableMethods) and C(Global.EnableMethods) on the vCenter server.
-  - The NFC port (902) must be open from the proxy to every ESXi host that sees the datastores.
+  - For V(hotadd) also C(VirtualMachine.Config.AddExistingDisk) and C(VirtualMachine.Config.RemoveDisk) on the proxy,
+    for V(https) of running virtual machines C(VApp.Export).
+  - For V(nbdssl) and V(nbd) the NFC port (902) must be open from the proxy to every ESXi host that sees the datastores.
 seealso:
   - module: openvadp.backup.vm_snapshot
   - module: openvadp.backup.vadp_recover
@@ -217,11 +222,25 @@ disks:
       description: The transport that was really used, V(none) if nothing had changed.
       type: str
       sample: nbdssl
+    method:
+      description:
+        - How the transport did it, V(vddk), or without VDDK V(proxy_hotadd) for V(hotadd), V(folder) or V(export_lease)
+          for V(https).
+        - Null if nothing was read.
+      type: str
+      sample: vddk
     transport_reasons:
-      description: Why no transport that stands before it in O(transports) was used.
+      description:
+        - Why no transport that stands before it in O(transports) was used, a line each; some can't serve the disk, some
+          failed when they tried.
       type: list
       elements: str
-      sample: ['san: this release does not read LUNs directly; it moves data by nbdssl and nbd']
+      sample: ["san: datastore 'nfs01' is NFS, which has no LUN"]
+    transport_notes:
+      description: What the transport that was used costs.
+      type: list
+      elements: str
+      sample: ["'app01' can't be migrated or powered on meanwhile"]
     capacity_bytes:
       description: Size of the disk.
       type: int

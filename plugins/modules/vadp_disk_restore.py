@@ -143,8 +143,9 @@ options:
   transports:
     description:
       - The transports that may be used with O(target=in_place), the preferred one first. For each disk the first that
-        can work is taken, and the result says why each of the others was not.
-      - This release moves data by V(nbdssl) and V(nbd). The others are planned, and are passed over with that reason.
+        can work is taken, and the result says why none before it was.
+      - V(san) writes thick disks only, and only where it stands first. V(https) writes no existing disk.
+      - A transport that fails on the way is left for the next one, which writes the whole disk anew.
     type: list
     elements: str
     choices: [san, hotadd, nbdssl, nbd, https]
@@ -236,11 +237,22 @@ restored:
       description: How the disk was written; null for an image file.
       type: str
       sample: nbdssl
+    method:
+      description: How the transport did it, V(vddk) or V(proxy_hotadd); null for an image file.
+      type: str
+      sample: vddk
     transport_reasons:
-      description: Why no transport that stands before it in O(transports) was used.
+      description:
+        - Why no transport that stands before it in O(transports) was used, a line each; some can't serve the disk, some
+          failed when they tried.
       type: list
       elements: str
-      sample: ['hotadd: this release does not attach disks to a proxy VM; it moves data by nbdssl and nbd']
+      sample: ["hotadd: this machine is no virtual machine of this vCenter"]
+    transport_notes:
+      description: What the transport that was used costs.
+      type: list
+      elements: str
+      sample: []
     bytes_read:
       description: Bytes read from the restore point; for an image file the size of the disk.
       type: int

@@ -9,7 +9,8 @@ short_description: Remove what crashed backups left of a virtual machine
 version_added: 0.1.0
 description:
   - Removes what earlier runs of this repository left of a virtual machine. These are, in this order, processes on this
-    machine, snapshots that carry this repository's id (with what their removal may have left), and temporary files.
+    machine, disks that are still attached to a proxy, snapshots that carry this repository's id (with what their
+    removal may have left), prepared access (see M(openvadp.backup.vadp_access)), and temporary files.
   - What others made is never touched. The virtual machine is locked meanwhile, so a run that is still at work is not
     disturbed, and the module fails.
   - With O(begin=true) it then begins a run, and returns name and description for its snapshot.
@@ -40,17 +41,31 @@ options:
       - Name of the restore point that the run is to make, with O(begin=true). If it exists, no run is begun.
       - If not given, one that is made of the time.
     type: str
+  access:
+    description:
+      - Whether Storage vMotion of the virtual machine is held off for the run that is begun, with O(begin=true). The
+        next recovery allows it again, when the run's snapshot is gone.
+      - Where that can't be had (no VDDK, an ESXi host, a missing privilege) RV(run.access) says why, and the run is
+        begun all the same.
+    type: bool
+    default: false
   vddk_libdir:
     description:
-      - Folder of VDDK.
-      - The transports of this release leave nothing that VDDK must clean up, so it is not used.
+      - Folder of VDDK, the one that holds C(lib64/libvixDiskLib.so.*). It is needed to end what was prepared with it,
+        and to detach what it has attached.
+      - If not given, the folder that the nbdkit VDDK plugin was built for is used.
     type: path
   device_dir:
     description:
       - Folder in which the disks that are attached to this machine have links by their ids.
-      - This release attaches none, so it is not used.
+      - Disks of a run that ran on another machine are detached from that one, but the devices there stay until they are
+        deleted or that machine is restarted.
     type: path
     default: /dev/disk/by-id
+  sysfs_dir:
+    description: Where sysfs is mounted. Through it the devices of detached disks are deleted, which only root may do.
+    type: path
+    default: /sys
 notes:
   - A virtual machine that is no longer in vCenter is looked for in the repository alone, if it is named by O(uuid) with
     O(use_instance_uuid=true).
@@ -87,11 +102,12 @@ recovered:
   elements: dict
   contains:
     what:
-      description: V(process), V(snapshot) or V(temporary_file).
+      description: V(process), V(attachment), V(lease), V(snapshot), V(access) or V(temporary_file).
       type: str
       sample: snapshot
     id:
-      description: Process id, managed object id or path.
+      description: >-
+        Process id, file and proxy of an attachment, managed object id, path, or the identity of prepared access.
       type: str
       sample: snapshot-47
     action:
@@ -131,6 +147,18 @@ run:
       description: Description for the run's snapshot, by which it is known as this run's.
       type: str
       sample: '{"by": "openvadp.backup", "point": "20261122T084203Z", "repository_id": "...", "run_id": "..."}'
+    access:
+      description: Whether Storage vMotion is held off; null without O(access=true), and where no run was begun.
+      type: dict
+      contains:
+        prepared:
+          description: Whether it is.
+          type: bool
+          sample: true
+        reason:
+          description: Why it is not; null if it is.
+          type: str
+          sample: the server is an ESXi host, and only a vCenter moves disks
 """
 
 from typing import Any, Dict
@@ -144,8 +172,10 @@ OPTIONS = Options(
     dict(
         begin=dict(type="bool", default=False),
         point=dict(type="str"),
+        access=dict(type="bool", default=False),
         vddk_libdir=dict(type="path"),
         device_dir=dict(type="path", default="/dev/disk/by-id"),
+        sysfs_dir=dict(type="path", default="/sys"),
     )
 )
 

@@ -87,6 +87,8 @@ def line_text(host: str, record: Dict[str, Any]) -> str:
     head = f"{host}: {record['label']}:"
     state = str(record.get("state"))
     speed = f", {rate / 1024 / 1024:.0f} MiB/s" if rate >= 1024 * 1024 else ""
+    if state.startswith("waiting "):
+        return f"{head} {state}"
     if state != "running":
         return f"{head} {state}, {size_text(done)} in {duration_text(seconds)}{speed}"
     left = f", {duration_text((total - done) / rate)} left" if rate > 0 and total > done else ""

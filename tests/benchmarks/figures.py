@@ -4,20 +4,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import statistics
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
+from unittest import mock
 
 from ansible_collections.openvadp.backup.plugins.module_utils.datapath import image
 from ansible_collections.openvadp.backup.plugins.module_utils.datapath.extents import Extents
 from ansible_collections.openvadp.backup.plugins.module_utils.datapath.image import CLUSTER_BYTES
+from ansible_collections.openvadp.backup.plugins.module_utils.transport import opener
 from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.changed_areas import query_changed_areas
-from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.inventory import VmRef
+from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.inventory import VmRef, find_vm
 from harness import Ansible, Backups
 from pyVmomi import vim
 
@@ -62,10 +67,10 @@ def _seconds(values: Sequence[float]) -> str:
 Times = Tuple[List[float], List[float]]
 
 
-def _interleaved(name: str, ours: Callable[[int], None], peer: Callable[[int], None]) -> Times:
+def _interleaved(name: str, ours: Callable[[int], None], peer: Callable[[int], None], rounds: int = ROUNDS) -> Times:
     """Seconds of both, in turn; who is first changes."""
     times: Times = ([], [])
-    for number in range(ROUNDS):
+    for number in range(rounds):
         for index in (0, 1) if number % 2 == 0 else (1, 0):
             times[index].append(timed(partial((ours, peer)[index], number)))
     say(f"{name}: ours {_seconds(times[0])}, peer {_seconds(times[1])}")
@@ -189,6 +194,50 @@ def restore(rig: Rig, _wanted: Set[str]) -> Figures:
     }
 
 
+# Thirty disks
+
+# Of three machines, four disks of each at once: twelve are as many as one host bears.
+BUDGET_VMS = ("restore01", "copy01", "copy02")
+BUDGET_DISKS_EACH, BUDGET_AT_ONCE = 10, 4
+BUDGET_BYTES = 32 * MIB
+BUDGET_ROUNDS = 5
+
+
+class _NoSlot:
+    """What a disk holds where nobody counts."""
+
+    def opened(self, _endpoint: Any) -> None:
+        pass
+
+
+def budget(rig: Rig, _wanted: Set[str]) -> Figures:
+    """Thirty disks of three machines in one repository, with and without counting the connections to their hosts."""
+    repository = rig.repository("budget")
+    keys = {name: rig.small_disks(name, BUDGET_DISKS_EACH, BUDGET_BYTES) for name in BUDGET_VMS}
+    with contextlib.ExitStack() as stack:
+        taken = {name: stack.enter_context(rig.snapshot(find_vm(rig.session, name=name))) for name in BUDGET_VMS}
+
+        def export(point: str, name: str) -> None:
+            disks = [str(key) for key in keys[name]]
+            options = {"vm": {"name": name}, "disks": disks, "parallel_disks": BUDGET_AT_ONCE, "compression": "none"}
+            rig.export(repository, taken[name], mode="full", point=point, **options)
+
+        def thirty(point: str) -> None:
+            with ThreadPoolExecutor(len(BUDGET_VMS)) as pool:
+                list(pool.map(partial(export, point), BUDGET_VMS))
+
+        def ours(number: int) -> None:
+            thirty(f"counted-{number}")
+
+        def peer(number: int) -> None:
+            with mock.patch.object(opener.budget, "for_disk", lambda *_args, **_options: nullcontext(_NoSlot())):
+                thirty(f"free-{number}")
+
+        times = _interleaved("nbd_budget", ours, peer, BUDGET_ROUNDS)
+    shutil.rmtree(repository)
+    return {"nbd_budget_overhead": compared(*times)}
+
+
 # Memory and planning
 
 
@@ -302,6 +351,7 @@ GROUPS: List[Tuple[Callable[[Rig, Set[str]], Figures], List[str]]] = [
         + [f"incremental_{name}_vs_full" for name in SLOPE]
         + [f"incremental_{name}_stored_vs_compressed" for name in SLOPE],
     ),
+    (budget, ["nbd_budget_overhead"]),
     (full_raw, ["full_raw_vs_nbdcopy"]),
     (restore, ["restore_vs_qemu_img_convert", "restore_verify_read_seconds"]),
     (memory, ["export_rss_mib"]),

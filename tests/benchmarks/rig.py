@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
+from administrator import Administrator
 from ansible_collections.openvadp.backup.plugins.module_utils.backup.export import export_point
 from ansible_collections.openvadp.backup.plugins.module_utils.backup.request import ExportRequest
 from ansible_collections.openvadp.backup.plugins.module_utils.datapath import image
@@ -116,6 +117,18 @@ class Rig:
         vm = find_vm(self.session, name=name)
         change_tracking.enable(self.session, vm)
         return vm
+
+    def small_disks(self, name: str, count: int, data_bytes: int) -> List[int]:
+        """Give a VM more disks, with so many bytes on each. :returns: their device keys."""
+        administrator = Administrator(self.simulator.facts, name)
+        try:
+            units = [unit for unit in range(4, 16) if unit != 7][:count]
+            keys = [administrator.add_disk(unit, 2 * data_bytes) for unit in units]
+        finally:
+            administrator.close()
+        for key in keys:
+            self.simulator.write(name, key, 0, seed=key, length=data_bytes)
+        return keys
 
     def change_everywhere(self, name: str, key: int, count: int, stride: int) -> None:
         """The guest writes a sector at each of *count* places, and gives most of the space back.

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ssl
 from typing import Any, Dict
 
@@ -36,6 +37,11 @@ class Administrator:
     def revert(self, moid: str) -> None:
         """Go back to a snapshot. The machine is off afterwards."""
         WaitForTask(vim.vm.Snapshot(moid, self._vm._stub).RevertToSnapshot_Task())
+
+    def remove_snapshot(self, moid: str) -> None:
+        """The task may fail half-way, as it does where somebody reads a disk."""
+        with contextlib.suppress(vim.fault.FileLocked):
+            WaitForTask(vim.vm.Snapshot(moid, self._vm._stub).RemoveSnapshot_Task(removeChildren=False))
 
     def track_changes(self, on: bool) -> None:
         """The advanced setting alone: in a running machine it has no effect before the next stun."""

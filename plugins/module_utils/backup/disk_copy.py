@@ -8,23 +8,24 @@ import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from ..datapath import image
 from ..datapath.copier import CopyResult, copy
+from ..datapath.extents import Extents
 from ..datapath.hashes import HashWriter
 from ..datapath.processes import Child, RuntimeDir
 from ..datapath.progress import DiskProgress, Progress
-from ..errors import DataPathError, RepositoryError, TransportError, VadpError
+from ..errors import DataPathError, RepositoryError, TransportError, VadpError, VsphereError
 from ..repository.layout import PART, VmStore, file_entry
 from ..repository.manifest import FULL
 from ..repository.runs import Run
-from ..transport.endpoints import Endpoint, open_vddk
-from ..transport.vddk import Vddk
+from ..transport.endpoints import Endpoint
+from ..transport.opener import OpenContext, all_failed, open_disk, same_way_failed
+from ..transport.planner import Candidate
 from ..vsphere.inventory import VmRef
-from ..vsphere.session import Session
 from .disk_plan import DiskPlan
 from .request import ExportRequest
 
@@ -32,26 +33,41 @@ NOTHING_READ = "none"
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How a disk was read in the end.
+
+    :param reasons: why by none of the transports before, a line each.
+    :param notes: what it cost.
+    """
+
+    transport: str
+    method: str
+    reasons: List[str]
+    notes: List[str]
+
+
+@dataclass(frozen=True)
 class CopyJob:
     """What the disks of one run have in common.
 
+    :param context: for opening the disks.
     :param cancel: set when a disk fails: the others stop.
     :param failed: device keys, the first that failed first.
+    :param readings: how each disk was read, by device key.
     """
 
-    session: Session
     vm: VmRef
-    snapshot_moid: str
     store: VmStore
     run: Run
     point: str
-    vddk: Vddk
+    context: OpenContext
     request: ExportRequest
     run_dir: RuntimeDir
     progress: Progress
     cancel: threading.Event
     rate_limit: Optional[int]
     failed: List[int] = field(default_factory=list)
+    readings: Dict[int, Reading] = field(default_factory=dict)
 
 
 def copy_disks(plans: Sequence[DiskPlan], job: CopyJob) -> Dict[int, Dict[str, Any]]:
@@ -100,7 +116,8 @@ def copy_disk(plan: DiskPlan, job: CopyJob) -> Dict[str, Any]:
     job.store.make_disk_folder(plan.disk.key)
     layer = job.store.layer_path(plan.disk.key, job.point)
     hashes = job.store.hashes_path(plan.disk.key, job.point)
-    parts = [Path(f"{path}{PART}{job.run.run_id}") for path in (layer, hashes)]
+    stage = job.context.stage_dir / f"disk-{plan.disk.key}" / f"{job.point}.vmdk"
+    parts = [Path(f"{path}{PART}{job.run.run_id}") for path in (layer, hashes, stage)]
     named = [str(path.relative_to(job.store.path)) for path in [layer, hashes] + parts]
     intent = job.run.record("temporary_file", key=plan.disk.key, files=named)
     total = plan.disk.capacity_bytes if plan.areas is None else plan.areas.total_bytes
@@ -108,8 +125,10 @@ def copy_disk(plan: DiskPlan, job: CopyJob) -> Dict[str, Any]:
     finished = False
     try:
         _remove(parts)
-        result, transport = _copy_to_parts(plan, job, parts[0], parts[1], progress)
-        entry = _manifest_entry(plan, result, transport)
+        result, reading = _copy_to_parts(plan, job, parts, progress)
+        _remove(parts[2:])
+        job.readings[plan.disk.key] = reading
+        entry = _manifest_entry(plan, result, reading.transport)
         entry.update(layer=dict(file_entry(parts[0]), file=layer.name))
         entry.update(hashes=dict(file_entry(parts[1]), file=hashes.name))
         entry.update(bytes_stored=entry["layer"]["size_bytes"], seconds=round(time.monotonic() - started, 3))
@@ -129,62 +148,181 @@ def copy_disk(plan: DiskPlan, job: CopyJob) -> Dict[str, Any]:
             _clean(job.run, intent, [*parts, layer, hashes])
 
 
+@dataclass
+class _Parts:
+    """The files of one disk that are being filled. :param stage: for a transport that needs a file of its own."""
+
+    layer: Path
+    hashes: Path
+    stage: Path
+    writer: HashWriter
+
+
 def _copy_to_parts(
-    plan: DiskPlan, job: CopyJob, layer: Path, hashes: Path, progress: DiskProgress
-) -> Tuple[CopyResult, str]:
+    plan: DiskPlan, job: CopyJob, paths: Sequence[Path], progress: DiskProgress
+) -> Tuple[CopyResult, Reading]:
     """Fill the layer and the hashes; both are complete and on the disk when this returns."""
+    layer, hashes, stage = paths
+    parts = _Parts(layer, hashes, stage, _begin(plan, job, layer, hashes))
+    try:
+        if plan.areas is not None and not plan.areas:
+            # Nothing changed: an empty overlay says so, and no connection is needed for it.
+            result, reading = CopyResult(), Reading(NOTHING_READ, "", plan.transport.reasons(), [])
+        else:
+            result, reading = _read_disk(plan, job, parts, progress)
+        parts.writer.close()
+        image.shrink_to(str(layer), plan.disk.capacity_bytes)
+        image.fsync_file(str(layer))
+    finally:
+        parts.writer.discard()
+    return result, reading
+
+
+def _begin(plan: DiskPlan, job: CopyJob, layer: Path, hashes: Path) -> HashWriter:
+    """An empty layer, and what takes its hashes."""
     backing = None
     if plan.parent is not None:
         backing = job.store.layer_path(plan.disk.key, plan.parent).name
     image.create_layer(str(layer), plan.disk.capacity_bytes, backing=backing)
-    with HashWriter(str(hashes), plan.disk.capacity_bytes) as writer:
-        if plan.areas is not None and not plan.areas:
-            # Nothing changed: an empty overlay says so, and no connection is needed for it.
-            result, transport = CopyResult(0, 0, 0, 0, 0.0), NOTHING_READ
-        else:
-            result, transport = _read_disk(plan, job, layer, writer, progress)
-        image.shrink_to(str(layer), plan.disk.capacity_bytes)
-        image.fsync_file(str(layer))
-    return result, transport
+    return HashWriter(str(hashes), plan.disk.capacity_bytes)
 
 
-def _read_disk(
-    plan: DiskPlan, job: CopyJob, layer: Path, writer: HashWriter, progress: DiskProgress
-) -> Tuple[CopyResult, str]:
+@dataclass
+class _Attempt:
+    """One try by one transport.
+
+    :param areas: what it has to read; None: all that holds data.
+    :param begun: the disk is open, and its bytes may be on their way.
+    """
+
+    candidate: Candidate
+    areas: Optional[Extents]
+    begun: bool = False
+
+
+def _read_disk(plan: DiskPlan, job: CopyJob, parts: _Parts, progress: DiskProgress) -> Tuple[CopyResult, Reading]:
+    """Read the disk by the first transport of its plan that does it.
+
+    Where one fails in the middle, the next goes on behind what is safe: it reads the same snapshot.
+
+    :raises VadpError: none could, or what failed was not the transport.
+    """
+    candidates = plan.transport.usable()
+    failed: Dict[str, VadpError] = {}
+    told: Dict[str, str] = {}
+    areas, total = plan.areas, CopyResult()
+    for number, candidate in enumerate(candidates):
+        alike = next(
+            (name for name, error in failed.items() if same_way_failed(candidate.transport, name, error)), None
+        )
+        if alike is not None:
+            told[candidate.transport] = f"not tried: it goes the way of {alike}, which failed"
+            continue
+        attempt = _Attempt(candidate, areas)
+        try:
+            result = _read_by(attempt, plan, job, parts, progress)
+        except VadpError as error:
+            left = _left_to_read(error, attempt, plan, job)
+            if left is None:
+                raise
+            failed[candidate.transport] = error
+            if left.start_over:
+                parts.writer.discard()
+                parts.writer = _begin(plan, job, parts.layer, parts.hashes)
+                areas, total = plan.areas, CopyResult()
+            else:
+                areas = left.areas
+                _add(total, left.done)
+            told[candidate.transport] = _failure_text(error, left)
+            _remove([parts.stage])
+            if number + 1 < len(candidates):
+                continue
+            break
+        _add(total, result)
+        if plan.areas is not None:
+            total.areas = len(plan.areas)
+        reasons = plan.transport.reasons(candidate.transport, told)
+        return total, Reading(candidate.transport, candidate.method, reasons, list(candidate.notes))
+    raise all_failed("read", failed)
+
+
+def _read_by(attempt: _Attempt, plan: DiskPlan, job: CopyJob, parts: _Parts, progress: DiskProgress) -> CopyResult:
     request = job.request
-    with open_vddk(
-        job.session,
-        job.vm,
-        file=plan.disk.file,
-        snapshot_moid=job.snapshot_moid,
-        transports=[plan.transport.chosen],
-        writable=False,
-        vddk=job.vddk,
-        nfc_port=request.nfc_port,
-        run_dir=job.run_dir,
-        io_timeout=request.io_timeout,
-    ) as source, job.run.recorded(source.child):
+    context = replace(job.context, on_wait=progress.wait)
+    opening = open_disk(context, plan.disk, plan.facts, attempt.candidate, writable=False, stage=parts.stage)
+
+    whole = plan.disk.capacity_bytes if plan.areas is None else plan.areas.total_bytes
+    before = 0 if attempt.areas is None else whole - attempt.areas.total_bytes
+
+    def on_progress(done: int, total: int) -> None:
+        progress.update(before + done, before + total)
+
+    with opening as source, job.run.recorded(source.child):
         _check_size(plan, source)
         with image.serve(
-            str(layer), run_dir=job.run_dir, writable=True, compress=request.compression == "zstd"
+            str(parts.layer), run_dir=job.run_dir, writable=True, compress=request.compression == "zstd"
         ) as target, job.run.recorded(target):
+            attempt.begun = True
             try:
-                result = copy(
+                return copy(
                     source.uri,
                     target.uri,
                     capacity_bytes=plan.disk.capacity_bytes,
-                    areas=plan.areas,
-                    hashes=writer,
-                    on_progress=progress.update,
+                    areas=attempt.areas,
+                    hashes=parts.writer,
+                    on_progress=on_progress,
                     rate_limit=job.rate_limit,
                     io_timeout=request.io_timeout,
                     # A full layer has no parent whose data could shine through; an overlay must say what is zero now.
                     zeros="drop" if plan.mode == FULL else "write",
                     cancel=job.cancel,
+                    **source.copy_options,
                 )
             except DataPathError as error:
                 raise _explained(error, source, target) from error
-        return result, source.transport
+
+
+class _Left(NamedTuple):
+    """What another transport has to read after one failed."""
+
+    areas: Optional[Extents]
+    done: CopyResult
+    start_over: bool
+
+
+def _left_to_read(error: VadpError, attempt: _Attempt, plan: DiskPlan, job: CopyJob) -> Optional[_Left]:
+    """What the next transport has to read; None if it was not the transport that failed, and no other would help."""
+    if job.cancel.is_set():
+        return None
+    if not attempt.begun:
+        # Nothing was copied. A disk that can't be attached is vCenter's to refuse.
+        refused = isinstance(error, (TransportError, VsphereError))
+        return _Left(attempt.areas, CopyResult(), False) if refused else None
+    cause = error if isinstance(error, DataPathError) else error.__cause__
+    if not isinstance(cause, DataPathError) or cause.details.get("side") != "source":
+        return None
+    if cause.copied is None:
+        return _Left(None, CopyResult(), True)
+    whole = Extents.whole(plan.disk.capacity_bytes) if attempt.areas is None else attempt.areas
+    return _Left(whole.subtract(cause.copied), cause.done or CopyResult(), False)
+
+
+def _add(total: CopyResult, part: CopyResult) -> None:
+    total.bytes_read += part.bytes_read
+    total.bytes_written += part.bytes_written
+    total.bytes_zero += part.bytes_zero
+    total.areas += part.areas
+    total.seconds += part.seconds
+
+
+def _failure_text(error: VadpError, left: _Left) -> str:
+    """Why a transport was left, for people."""
+    reason = f"{error.what}: {error.reason}" if error.reason else error.what
+    if left.start_over:
+        return f"it broke, and all was read again: {reason}"
+    if left.done.bytes_read:
+        return f"it broke after {left.done.bytes_read} bytes, which were kept: {reason}"
+    return f"it failed: {reason}"
 
 
 def _check_size(plan: DiskPlan, source: Endpoint) -> None:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from ..datapath.extents import Extents
 from ..datapath.image import CLUSTER_BYTES
@@ -37,9 +37,22 @@ class DiskPlan:
     reason: str
     areas: Optional[Extents]
     transport: Plan
+    facts: DiskFacts
 
-    def to_result(self, entry: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
-        """The disk's part of the module's result; *entry* is its part of the manifest once it was read."""
+    def to_result(
+        self, entry: Optional[Dict[str, Any]] = None, reading: Optional[Dict[str, Any]] = None
+    ) -> Dict[str, Any]:
+        """The disk's part of the module's result.
+
+        :param entry: its part of the manifest, once it was read.
+        :param reading: how it was read now: {method, transport_reasons, transport_notes}; without it, how it would be.
+        """
+        if reading is None:
+            reading = {
+                "method": self.transport.method if entry is None else None,
+                "transport_reasons": self.transport.reasons(),
+                "transport_notes": self.transport.notes(self.transport.chosen),
+            }
         done = entry or {}
         return {
             "key": self.disk.key,
@@ -48,7 +61,7 @@ class DiskPlan:
             "parent": done.get("parent", self.parent),
             "reason": done.get("reason", self.reason),
             "transport": done.get("transport", self.transport.chosen),
-            "transport_reasons": self.transport.reasons(),
+            **reading,
             "capacity_bytes": self.disk.capacity_bytes,
             "bytes_read": done.get("bytes_read"),
             "bytes_stored": done.get("bytes_stored"),
@@ -66,6 +79,7 @@ def skipped_result(skipped: Dict[str, Any]) -> Dict[str, Any]:
         "parent",
         "reason",
         "transport",
+        "method",
         "capacity_bytes",
         "bytes_read",
         "bytes_stored",
@@ -74,7 +88,7 @@ def skipped_result(skipped: Dict[str, Any]) -> Dict[str, Any]:
     )
     result: Dict[str, Any] = dict.fromkeys(empty)
     result.update(key=skipped["key"], label=skipped["label"], skipped=True, skip_reason=skipped["reason"])
-    result["transport_reasons"] = []
+    result.update(transport_reasons=[], transport_notes=[])
     return result
 
 
@@ -86,11 +100,13 @@ def plan_disks(
     store: Optional[VmStore],
     request: ExportRequest,
     proxy: ProxyFacts,
+    disk_facts: Mapping[int, DiskFacts],
 ) -> List[DiskPlan]:
     """Decide for each disk. Nothing is changed; the changed areas are read from vCenter.
 
     :param snapshot: None where it does not exist yet (check mode): the changed areas are not known then.
     :param store: None where the repository does not exist yet.
+    :param disk_facts: of :func:`..transport.facts.disk_facts`.
     :raises TransportError: no transport can serve a disk.
     :raises RepositoryError: the mode that was asked for is not possible for a disk.
     :raises ChangedAreasUnavailable: the same, because the query failed.
@@ -100,7 +116,8 @@ def plan_disks(
     plans = []
     for disk in disks:
         # First what needs no call and may refuse.
-        transport = plan(DiskFacts(disk.label, disk.file), proxy, request.transports, READ, request.require_transport)
+        known = disk_facts[disk.key]
+        transport = plan(known, proxy, request.transports, READ, request.require_transport)
         created = snapshot.created if snapshot else None
         try:
             decision = decide(disk, points, request.mode, facts, created=created)
@@ -108,7 +125,7 @@ def plan_disks(
         except VadpError as error:
             error.subject = f"disk '{disk.label}' of {vm}"
             raise
-        plans.append(DiskPlan(disk, decision.mode, decision.parent, decision.reason, areas, transport))
+        plans.append(DiskPlan(disk, decision.mode, decision.parent, decision.reason, areas, transport, known))
     return plans
 
 

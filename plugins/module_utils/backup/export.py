@@ -19,19 +19,21 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from ..datapath.processes import RuntimeDir, run_tool
 from ..datapath.progress import Progress
-from ..errors import InputError, NotFoundError, RepositoryError, TransportError, VsphereError
+from ..errors import InputError, NotFoundError, RepositoryError, VsphereError
 from ..repository import trust
 from ..repository.layout import Repository, VmStore, file_entry, is_empty_folder, new_point_name
 from ..repository.runs import Run, new_run_id
 from ..repository.shapes import format_time
-from ..transport.planner import ProxyFacts
-from ..transport.vddk import Vddk, look_for_library
+from ..transport.facts import disk_facts, proxy_facts
+from ..transport.opener import OpenContext
+from ..transport.planner import DiskFacts, ProxyFacts
+from ..transport.vddk import Vddk
 from ..vsphere import configuration
 from ..vsphere.disks import Disk, disks_of, vm_obstacles
 from ..vsphere.inventory import VmRef, find_vm
 from ..vsphere.session import Session
 from ..vsphere.snapshots import Snapshot, VmState, pick_snapshot, snapshot_disks, vm_state
-from .disk_copy import CopyJob, copy_disks
+from .disk_copy import CopyJob, Reading, copy_disks
 from .disk_plan import DiskPlan, not_to_be_trusted, plan_disks, skipped_result
 from .request import ExportRequest
 from .selection import Selection, select_disks
@@ -65,7 +67,15 @@ class Work:
     snapshot: Snapshot
     store: VmStore
     request: ExportRequest
+    facts: Facts
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the plans are made of: this machine, and each disk by its device key."""
+
     proxy: ProxyFacts
+    disks: Dict[int, DiskFacts]
 
 
 def export_point(request: ExportRequest, check_mode: bool) -> Dict[str, Any]:
@@ -85,16 +95,16 @@ def export_point(request: ExportRequest, check_mode: bool) -> Dict[str, Any]:
             if manifest is not None:
                 return _unchanged(session, vm, store, manifest, request)
         source = _look(session, vm, request, check_mode)
-        proxy = _proxy_facts(session, request)
+        facts = _facts(session, source, request)
         if check_mode or source.snapshot is None:  # it is only in check mode that there may be none
-            return _planned(session, source, store, request, proxy)
+            return _planned(session, source, store, request, facts)
         if store is None or not store.path.is_dir():
             # What can't be done shows before there is anything of this VM in the repository.
-            plan_disks(session, vm, source.snapshot, source.selection.disks, store, request, proxy)
+            _plans(session, source, store, request, facts)
         if store is None:
             store = Repository.open(request.repository, create=True).vm(vm.instance_uuid)
         with store.lock(new_run_id(), "vadp_disk_export"):
-            return _export(Work(session, source, source.snapshot, store, request, proxy))
+            return _export(Work(session, source, source.snapshot, store, request, facts))
 
 
 def _existing_repository(path: str) -> Optional[Repository]:
@@ -102,9 +112,16 @@ def _existing_repository(path: str) -> Optional[Repository]:
     return None if is_empty_folder(path) else Repository.open(path, writable=True)
 
 
-def _proxy_facts(session: Session, request: ExportRequest) -> ProxyFacts:
-    vddk, problem = look_for_library(request.vddk_libdir)
-    return ProxyFacts(vddk=vddk, vddk_problem=problem, is_vcenter=session.is_vcenter)
+def _facts(session: Session, source: Source, request: ExportRequest) -> Facts:
+    disks = disk_facts(session, source.vm, source.selection.disks, source.snapshot)
+    return Facts(proxy_facts(session, request, source.vm, disks), disks)
+
+
+def _plans(
+    session: Session, source: Source, store: Optional[VmStore], request: ExportRequest, facts: Facts
+) -> List[DiskPlan]:
+    disks = source.selection.disks
+    return plan_disks(session, source.vm, source.snapshot, disks, store, request, facts.proxy, facts.disks)
 
 
 def _look(session: Session, vm: VmRef, request: ExportRequest, check_mode: bool) -> Source:
@@ -194,16 +211,16 @@ def _labels(disks: Dict[int, str]) -> str:
 def _stored_result(disk: Dict[str, Any]) -> Dict[str, Any]:
     names = ("key", "label", "mode", "parent", "reason", "transport", "capacity_bytes")
     result = {name: disk[name] for name in names + ("bytes_read", "bytes_stored", "areas", "seconds")}
-    result.update(transport_reasons=[], skipped=False, skip_reason=None)
+    result.update(method=None, transport_reasons=[], transport_notes=[], skipped=False, skip_reason=None)
     return result
 
 
 def _planned(
-    session: Session, source: Source, store: Optional[VmStore], request: ExportRequest, proxy: ProxyFacts
+    session: Session, source: Source, store: Optional[VmStore], request: ExportRequest, facts: Facts
 ) -> Dict[str, Any]:
     names = store.point_names() if store else []
     point = _point_name(source, store, request)
-    plans = plan_disks(session, source.vm, source.snapshot, source.selection.disks, store, request, proxy)
+    plans = _plans(session, source, store, request, facts)
     return {
         "changed": True,
         "point": {"point": point},
@@ -243,19 +260,20 @@ def _export(work: Work) -> Dict[str, Any]:
         # Another run made it between our look and our lock.
         return _unchanged(session, source.vm, store, store.resolve(point), request)
     before = store.point_names()
-    plans = plan_disks(session, source.vm, work.snapshot, source.selection.disks, store, request, work.proxy)
-    vddk = _usable_vddk(work.proxy)
+    plans = _plans(session, source, store, request, work.facts)
     config = configuration.save(session, source.vm, work.snapshot)
     nvram = configuration.nvram(session, source.vm)
-    tools = _tools(vddk)
+    tools = _tools(work.facts.proxy.vddk)
     run, shared = _run_for(work, point)
     _mark_untrusted(store, source)
     run.set_snapshot(work.snapshot.moid, work.snapshot.created, source.change_ids)
     entries = _finished(store, run, plans)
     _remove_strangers(store, run, point, entries)
     sealed: Optional[Dict[str, Any]] = None
+    readings: Dict[int, Reading] = {}
     try:
-        entries.update(_copy(work, run, point, [plan for plan in plans if plan.disk.key not in entries], vddk))
+        missing = [plan for plan in plans if plan.disk.key not in entries]
+        entries.update(_copy(work, run, point, missing, readings))
         manifest = {
             "format": MANIFEST_FORMAT,
             "repository_id": store.repository.id,
@@ -277,23 +295,30 @@ def _export(work: Work) -> Dict[str, Any]:
             _abandon(run, shared)
     for intent in run.intents("temporary_file"):
         run.done(intent["id"])
-    if not shared:
+    # What could not be detached stays in the record for vadp_recover.
+    if not shared and not run.intents("attachment"):
         run.remove()
     return {
         "changed": True,
         "point": sealed,
-        "disks": [plan.to_result(entries[plan.disk.key]) for plan in plans]
+        "disks": [
+            plan.to_result(entries[plan.disk.key], _reading_result(readings.get(plan.disk.key))) for plan in plans
+        ]
         + [skipped_result(item) for item in source.selection.skipped],
         "warnings": source.warnings,
         "diff": {"before": {"points": before}, "after": {"points": store.point_names()}},
     }
 
 
-def _usable_vddk(proxy: ProxyFacts) -> Vddk:
-    """The VDDK that every transport of this release needs; the plans were made with it."""
-    if proxy.vddk is None:
-        raise TransportError("No disk can be read without VDDK", reason=proxy.vddk_problem)
-    return proxy.vddk
+def _reading_result(reading: Optional[Reading]) -> Dict[str, Any]:
+    """Nothing is known of a disk that an earlier try on the same snapshot has read."""
+    if reading is None:
+        return {"method": None, "transport_reasons": [], "transport_notes": []}
+    return {
+        "method": reading.method or None,
+        "transport_reasons": reading.reasons,
+        "transport_notes": reading.notes,
+    }
 
 
 def _run_for(work: Work, point: str) -> Tuple[Run, bool]:
@@ -361,22 +386,43 @@ def _remove_strangers(store: VmStore, run: Run, point: str, entries: Dict[int, D
             path.unlink()
 
 
-def _copy(work: Work, run: Run, point: str, plans: Sequence[DiskPlan], vddk: Vddk) -> Dict[int, Dict[str, Any]]:
-    request = work.request
+def _copy(
+    work: Work, run: Run, point: str, plans: Sequence[DiskPlan], readings: Dict[int, Reading]
+) -> Dict[int, Dict[str, Any]]:
+    """:param readings: is filled with how each disk was read."""
+    request, proxy = work.request, work.facts.proxy
     at_once = max(1, min(request.parallel_disks, len(plans)))
     with RuntimeDir(run.run_id) as run_dir, Progress(request.progress_file) as progress:
-        job = CopyJob(
+        cancel = threading.Event()
+        context = OpenContext(
             session=work.session,
             vm=work.source.vm,
             snapshot_moid=work.snapshot.moid,
+            vddk=proxy.vddk,
+            proxy=proxy,
+            proxy_vm=proxy.vm.ref if proxy.vm else None,
+            nfc_port=request.nfc_port,
+            io_timeout=request.io_timeout,
+            run_dir=run_dir,
+            run=run,
+            device_dir=request.device_dir,
+            sysfs_dir=request.sysfs_dir,
+            wire_compression=request.wire_compression,
+            nfc_host_limit=request.nfc_host_limit,
+            stage_dir=work.store.path,
+            cancel=cancel,
+        )
+        job = CopyJob(
+            vm=work.source.vm,
             store=work.store,
             run=run,
             point=point,
-            vddk=vddk,
+            context=context,
             request=request,
             run_dir=run_dir,
             progress=progress,
-            cancel=threading.Event(),
+            cancel=cancel,
+            readings=readings,
             rate_limit=None if request.rate_limit is None else request.rate_limit // at_once,
         )
         return copy_disks(plans, job)
@@ -430,9 +476,12 @@ def _abandon(run: Run, shared: bool) -> None:
             return
 
 
-def _tools(vddk: Vddk) -> Dict[str, Optional[str]]:
+def _tools(vddk: Optional[Vddk]) -> Dict[str, Optional[str]]:
     """Versions of what the data goes through."""
-    versions: Dict[str, Optional[str]] = {"nbdkit-vddk-plugin": vddk.plugin, "vddk": vddk.version}
+    versions: Dict[str, Optional[str]] = {
+        "nbdkit-vddk-plugin": vddk.plugin if vddk else None,
+        "vddk": vddk.version if vddk else None,
+    }
     for name in ("nbdkit", "qemu-img"):
         text = run_tool([name, "--version"], what=f"The version of {name} can't be read", timeout=60)
         match = re.search(r"\d+(\.\d+)+", text)

@@ -23,6 +23,7 @@ from ..datapath.processes import RuntimeDir, start_time
 from ..errors import InputError, NotFoundError, RepositoryError, VadpError
 from ..repository.layout import Repository, VmStore, check_point_name, is_empty_folder, new_point_name
 from ..repository.runs import Run, boot_id, new_run_id
+from ..transport import hotadd, https
 from ..vsphere.inventory import VmRef, find_vm, vm_selection
 from ..vsphere.session import Connection, Session
 from ..vsphere.snapshots import (
@@ -33,15 +34,19 @@ from ..vsphere.snapshots import (
     marker_text,
     remove_snapshot,
 )
+from . import access
 
 _TERMINATE_SECONDS = 10
 _KILL_SECONDS = 10
 _POLL_SECONDS = 0.05
 _SNAPSHOT_NAME_LIMIT = 80
 
-# What a run may still need: a restore that crashed goes on from its journal (VADP facts 12), and attached disks
-# or prepared access need more than this release does.
-_KEPT_INTENTS = ("attachment", "access", "restore")
+# What a run may still need: a restore that crashed goes on from its journal (VADP facts 12), and prepared access can't
+# be ended without VDDK.
+_KEPT_INTENTS = ("access", "restore")
+
+DEVICE_DIR = "/dev/disk/by-id"
+SYSFS_DIR = "/sys"
 
 Recovered = Dict[str, Any]
 
@@ -55,6 +60,10 @@ class RecoverRequest:
     repository: str
     begin: bool = False
     point: Optional[str] = None
+    access: bool = False
+    vddk_libdir: Optional[str] = None
+    device_dir: str = DEVICE_DIR
+    sysfs_dir: str = SYSFS_DIR
 
     @classmethod
     def from_params(cls, params: Dict[str, Any]) -> RecoverRequest:
@@ -71,6 +80,10 @@ class RecoverRequest:
             repository=params["repository"],
             begin=params["begin"],
             point=params["point"],
+            access=params["access"],
+            vddk_libdir=params["vddk_libdir"],
+            device_dir=params["device_dir"],
+            sysfs_dir=params["sysfs_dir"],
         )
 
 
@@ -88,10 +101,21 @@ def recover_vm(request: RecoverRequest, check_mode: bool) -> Dict[str, Any]:
             return {"changed": False, "recovered": [], "run": None, "warnings": []}
         with store.lock(new_run_id(), "vadp_recover"):
             records = len(store.runs())
-            recovered = recover(session, store, vm)
+            recovered = recover(
+                session,
+                store,
+                vm,
+                device_dir=request.device_dir,
+                sysfs_dir=request.sysfs_dir,
+                vddk_libdir=request.vddk_libdir,
+            )
             ended = records - len(store.runs())
             run = begin_run(store, vm, request.point) if request.begin and vm is not None else None
             begun = run is not None and not run["complete"]
+            if request.access and begun and run is not None and vm is not None:
+                begun_run = store.run(run["id"])
+                if begun_run is not None:
+                    run["access"] = access.prepare(session, begun_run, vm, request.vddk_libdir)
             return {
                 "changed": bool(recovered) or ended > 0 or begun,
                 "recovered": recovered,
@@ -122,7 +146,9 @@ def _look_only(
     session: Session, store: Optional[VmStore], vm: Optional[VmRef], request: RecoverRequest
 ) -> Dict[str, Any]:
     """Check mode: what would be recovered; nothing is touched, the lock neither."""
-    recovered = recover(session, store, vm, check_mode=True) if store is not None else []
+    recovered: List[Recovered] = []
+    if store is not None:
+        recovered = recover(session, store, vm, True, device_dir=request.device_dir, sysfs_dir=request.sysfs_dir)
     run = _run_to_begin(store, vm, request.point) if request.begin and vm is not None else None
     ended = store is not None and not all(_is_kept(run) for run in store.runs())
     return {
@@ -137,7 +163,7 @@ def begin_run(store: VmStore, vm: VmRef, point: Optional[str]) -> Dict[str, Any]
     """Begin a run of role vm_backup, unless the point exists. Under the VM's lock.
 
     :param point: its name; None for a new one, named by the time.
-    :returns: {id, repository_id, vm_moid, point, complete, snapshot_name, snapshot_description}.
+    :returns: {id, repository_id, vm_moid, point, complete, snapshot_name, snapshot_description, access}.
     """
     facts = _run_to_begin(store, vm, point)
     if not facts["complete"]:
@@ -159,21 +185,39 @@ def _run_to_begin(store: Optional[VmStore], vm: VmRef, point: Optional[str]) -> 
         "complete": complete,
         "snapshot_name": f"openvadp {name}"[:_SNAPSHOT_NAME_LIMIT],
         "snapshot_description": marker_text(repository_id, run_id, name),
+        "access": None,
     }
 
 
-def recover(session: Session, store: VmStore, vm: Optional[VmRef], check_mode: bool = False) -> List[Recovered]:
+def recover(
+    session: Session,
+    store: VmStore,
+    vm: Optional[VmRef],
+    check_mode: bool = False,
+    *,
+    device_dir: str = DEVICE_DIR,
+    sysfs_dir: str = SYSFS_DIR,
+    vddk_libdir: Optional[str] = None,
+) -> List[Recovered]:
     """Remove what runs of this repository left of a VM; idempotent. Under the VM's lock, unless in check mode.
 
-    :param vm: None if the VM is gone: then only this machine and the repository are looked at.
+    :param vm: None if the VM is gone: then only this machine, the proxies and the repository are looked at.
     :param check_mode: list only.
+    :param device_dir: where attached disks have links by their ids, on this machine.
     :returns: what was found: [{what, id, action}], in the order in which it was removed.
     :raises VadpError: something could not be removed.
     """
     runs = store.runs()
     found = _processes(runs, check_mode)
+    if not check_mode:
+        access.clean_up(session, runs, vddk_libdir)
+    found += _attachments(session, runs, check_mode, device_dir, sysfs_dir)
+    for run in runs:
+        found += https.recover_leases(session, run, check_mode=check_mode)
     if vm is not None:
         found += _snapshots(session, store, vm, runs, check_mode)
+    for identity, action in access.end(session, vm, runs, vddk_libdir, check_mode):
+        found.append(_item("access", identity, action, check_mode))
     found += _temporary_files(store, runs, check_mode)
     if not check_mode:
         for run in runs:
@@ -193,6 +237,7 @@ def _warnings(store: VmStore) -> List[str]:
         if kinds:
             warnings.append(
                 f"Run {run.run_id} of {run.data['started']} was left as it is: it has not ended its {', '.join(kinds)}."
+                + "".join(f" {intent['problem']}." for intent in run.intents() if intent.get("problem"))
             )
     return warnings
 
@@ -241,6 +286,19 @@ def _end(pid: int, started: int, name: str) -> None:
         reason="it waits in the kernel, perhaps for a file system that does not answer",
         remedy="See that the repository's file system answers, then run again",
     )
+
+
+# Attachments
+
+
+def _attachments(
+    session: Session, runs: List[Run], check_mode: bool, device_dir: str, sysfs_dir: str
+) -> List[Recovered]:
+    """Disks that are still attached to a proxy: what a run recorded, the way that it recorded it."""
+    found: List[Recovered] = []
+    for run in runs:
+        found += hotadd.recover(session, run, sysfs_dir=sysfs_dir, device_dir=device_dir, check_mode=check_mode)
+    return found
 
 
 # Snapshots

@@ -12,7 +12,7 @@ from typing import Any, Dict, List, Mapping, Optional
 from ..errors import InputError
 from ..repository.chain import MODES
 from ..repository.layout import check_point_name
-from ..transport.planner import check_transports
+from ..transport.request import DEVICE_DIR, SYSFS_DIR, check_transport_options
 from ..vsphere.inventory import vm_selection
 from ..vsphere.session import Connection
 
@@ -60,7 +60,15 @@ class ExportRequest:
     transports: List[str] = field(default_factory=lambda: ["san", "hotadd", "nbdssl", "nbd", "https"])
     require_transport: bool = False
     vddk_libdir: Optional[str] = None
+    device_dir: str = DEVICE_DIR
+    sysfs_dir: str = SYSFS_DIR
+    proxy_name: Optional[str] = None
+    proxy_uuid: Optional[str] = None
+    proxy_moid: Optional[str] = None
+    proxy_physical: bool = False
     nfc_port: int = 902
+    nfc_host_limit: Optional[int] = None
+    wire_compression: str = "none"
     rate_limit: Optional[int] = None
     compression: str = "zstd"
     io_timeout: int = 180
@@ -85,7 +93,6 @@ class ExportRequest:
         """:raises InputError: an option makes no sense; nothing was touched."""
         if self.point is not None:
             check_point_name(self.point)
-        check_transports(self.transports)
         for name, value, choices in (("mode", self.mode, MODES), ("compression", self.compression, COMPRESSIONS)):
             if value not in choices:
                 raise InputError(f"The option {name} has no such value", subject=value)
@@ -93,13 +100,11 @@ class ExportRequest:
             raise InputError("The snapshot is not named", remedy="Give either snapshot_moid or snapshot_name")
         if self.disks is not None and not self.disks:
             raise InputError("No disk is asked for", reason="the list 'disks' is empty", remedy="Leave it out for all")
-        for name, number, low, high in (
-            ("parallel_disks", self.parallel_disks, 1, 16),
-            ("io_timeout", self.io_timeout, 1, 86400),
-            ("nfc_port", self.nfc_port, 1, 65535),
-        ):
-            if not low <= number <= high:
-                raise InputError(f"The option {name} is out of range", subject=str(number), remedy=f"{low} to {high}")
+        check_transport_options(self)
+        if not 1 <= self.parallel_disks <= 16:
+            raise InputError(
+                "The option parallel_disks is out of range", subject=str(self.parallel_disks), remedy="1 to 16"
+            )
         if not os.path.isabs(self.repository):
             raise InputError(
                 "The repository's path is not absolute",

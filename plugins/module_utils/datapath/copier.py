@@ -42,6 +42,10 @@ _STATUS_BYTES = 256 << 20
 _ZERO_BYTES = 32 << 20
 # Zeros shorter than this are not worth a request of their own.
 _ZERO_GRANULE = CLUSTER_BYTES
+# What was copied is noted request by request; so many notes become areas at a time.
+_NOTES = 65536
+# How long the target may take to answer for what it was sent before the source failed.
+_SETTLE_SECONDS = 30.0
 _WAKE_SECONDS = 0.25
 _PROGRESS_SECONDS = 0.5
 _BURST_SECONDS = 0.25
@@ -247,11 +251,15 @@ class _Copy:
         self.drop_zeros = drop_zeros
         self.failure: Optional[VadpError] = None
         self.lost_side: Optional[_Side] = None
+        self.copied = Extents.of([])
+        self.notes: List[Tuple[int, int]] = []
+        self.settling = False
         self.result = CopyResult()
         self.poller = select.poll()
         self.by_fd: Dict[int, Tuple[_Side, _Connection]] = {}
         # What callbacks leave for the loop: (function, its arguments).
         self.completed: Deque[Tuple[Callable[..., None], Tuple[Any, ...]]] = deque()
+        self.capacity = 0
         self.now = time.monotonic()
         self.last_progress = self.now
         self.done_bytes = 0
@@ -265,6 +273,8 @@ class _Copy:
             self.failure = error
 
     def fail_side(self, side: _Side, doing: str, reason: str, number: int = 0, **details: Any) -> None:
+        if self.settling and side is self.source:
+            return  # it has failed already
         lost = number in _LOST
         if self.failure is None and (lost or number == errno.ETIMEDOUT):
             self.lost_side = side
@@ -412,6 +422,43 @@ class _Copy:
         if self.on_progress is not None and self.now - self.last_progress >= _PROGRESS_SECONDS:
             self.last_progress = self.now
             self.on_progress(self.done_bytes, self.total_bytes)
+
+    # What was done
+
+    def note(self, offset: int, length: int) -> None:
+        """The target has a range for good, and the hashes have it too."""
+        self.notes.append((offset, length))
+        if len(self.notes) >= _NOTES:
+            self._add_notes()
+
+    def _add_notes(self) -> None:
+        self.copied = self.copied.union(Extents.of(self.notes))
+        self.notes = []
+
+    def settle(self) -> Optional[Extents]:
+        """After the source failed: what was copied, so that another source can go on from there.
+
+        All that was sent to the target has to be answered for first: what may or may not be there can't be written
+        again (a compressed cluster is written once) and is in the hashes already. None if the target does not answer,
+        or fails too.
+        """
+        failure, self.failure = self.failure, None
+        self.settling = True
+        sources, self.source.connections = self.source.connections, []
+        for connection in sources:
+            if connection.fd in self.by_fd:
+                self._forget(connection)
+        deadline = time.monotonic() + min(_SETTLE_SECONDS, self.io_timeout)
+        self._drain()
+        while self.failure is None and self.target.in_flight and time.monotonic() < deadline:
+            self.turn()
+        settled = self.failure is None and not self.target.in_flight
+        self.source.connections = sources
+        self.failure = failure
+        if not settled:
+            return None
+        self._add_notes()
+        return self.copied.clip(self.capacity)
 
     def submit(
         self,
@@ -655,6 +702,7 @@ class _Copy:
         slot.pending -= 1
         if not slot.pending:
             self.done_bytes += slot.read_bytes
+            self.note(slot.offset, slot.length)
             self.free.append(slot)
 
     def _zeros(self, offset: int, length: int, known: bool) -> None:
@@ -664,22 +712,29 @@ class _Copy:
         if self.hashes is not None and not self.whole_disk:
             self.hashes.add_zeros(offset, inside)
         if self.drop_zeros:
-            self.done_bytes += inside
+            self._zeroed((offset, length))
         elif self.zeros is None:
-            self._submit_zero(offset, length, self._zeroed, inside)
+            self._submit_zero(offset, length, self._zeroed, (offset, length))
         else:
             self.result.bytes_written += length
             buffer = nbd.Buffer.from_buffer(self.zeros.memory[:length])
-            self.submit(self.target, "Writing to", "aio_pwrite", (buffer, offset), offset, self._zeroed, inside)
+            self.submit(
+                self.target, "Writing to", "aio_pwrite", (buffer, offset), offset, self._zeroed, (offset, length)
+            )
 
-    def _zeroed(self, count: int) -> None:
-        self.done_bytes += count
+    def _zeroed(self, area: Tuple[int, int]) -> None:
+        offset, length = area
+        self.done_bytes += min(length, self.capacity - offset)
+        self.note(offset, length)
 
     def _flush(self) -> None:
         if self.failure is None and self.target.handle.can_flush():
-            self.submit(self.target, "Flushing", "aio_flush", (), 0, self._zeroed, 0)
+            self.submit(self.target, "Flushing", "aio_flush", (), 0, self._flushed, None)
             while self.failure is None and self.target.in_flight:
                 self.turn()
+
+    def _flushed(self, what: None) -> None:
+        return
 
 
 def copy(
@@ -720,7 +775,8 @@ def copy(
         explicit zeros (an overlay, an existing disk).
     :param cancel: set by another thread to end the copy within a second.
     :raises DataPathError: names the side that failed first, in ``details`` with ``side``, ``errno`` and ``offset``;
-        retryable if a server died or fell silent.
+        retryable if a server died or fell silent. If it was the source, ``copied`` is what another one need not read
+        again: in the target, and in the hashes. None where nothing can be said of that.
     """
     if zeros not in ("drop", "write"):
         raise ValueError(f"zeros is 'drop' or 'write', not {zeros!r}")
@@ -747,6 +803,9 @@ def copy(
             job.prepare(capacity_bytes, areas, align_bytes, request_bytes)
             job.run()
             finished = job.failure is None
+        if isinstance(job.failure, DataPathError) and job.failure.details.get("side") == source.name:
+            job.failure.copied = job.settle()
+            job.failure.done = job.result
     finally:
         job.disconnect(_GOODBYE_SECONDS if finished else _LEAVE_SECONDS)
         job.close()

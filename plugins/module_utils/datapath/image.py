@@ -199,7 +199,7 @@ def serve(
     :param writable: otherwise read-only; a writable image is locked against every other user.
     :param compress: writes are compressed. They must then cover whole clusters, each cluster once.
     :param connections: how many clients may be connected at once.
-    :param format: what the image is ("qcow2" or "raw"); never guessed, for a guest could forge it.
+    :param format: what the image is ("qcow2", "raw" or "vmdk"); never guessed, for a guest could forge it.
     :raises DamagedError: the chain leaves the image's folder (qcow2).
     :raises DataPathError: qemu-nbd could not serve, or did not end well after writing.
     """

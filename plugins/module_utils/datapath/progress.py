@@ -2,8 +2,8 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 """Progress of each disk, as JSON lines in a file that somebody else follows.
 
-``{"disk", "label", "state", "done_bytes", "total_bytes", "bytes_per_second", "seconds"}``; ``state`` is "running" until
-the disk's last line. Each line is appended whole, by one write.
+``{"disk", "label", "state", "done_bytes", "total_bytes", "bytes_per_second", "seconds"}``; ``state`` is "running", or
+"waiting for ..." with what is waited for, until the disk's last line. Each line is appended whole, by one write.
 """
 
 from __future__ import annotations
@@ -81,15 +81,23 @@ class DiskProgress:
         self._total_bytes = total_bytes
         self._started = clock()
         self._last = float("-inf")
+        self._waits = False
         self._write("running")
 
     def update(self, done_bytes: int, total_bytes: Optional[int] = None) -> None:
         """So much is done; a line is written at most every 0.5 s. *total_bytes* replaces what was known."""
         self._done_bytes = done_bytes
+        if self._waits:
+            self._started, self._waits = self._clock(), False
         if total_bytes is not None:
             self._total_bytes = total_bytes
         if self._clock() - self._last >= INTERVAL_SECONDS:
             self._write("running")
+
+    def wait(self, state: str) -> None:
+        """The disk waits, as *state* says ("waiting for ..."); time and speed count from the end of that."""
+        self._waits = True
+        self._write(state)
 
     def finish(self, state: str) -> None:
         """The disk's last line, with its final *state* ("done", "failed", ...)."""

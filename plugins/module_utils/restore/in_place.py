@@ -23,11 +23,13 @@ from ..datapath.progress import Progress
 from ..errors import DataPathError, InputError, TransportError, VadpError, VsphereError
 from ..libraries import vim
 from ..repository import trust
-from ..repository.layout import VmStore
+from ..repository.layout import PART, VmStore
 from ..repository.runs import Run, new_run_id
-from ..transport.endpoints import Endpoint, open_vddk
-from ..transport.planner import WRITE, DiskFacts, Plan, ProxyFacts, plan
-from ..transport.vddk import Vddk, look_for_library
+from ..transport.endpoints import Endpoint
+from ..transport.facts import disk_facts, proxy_facts
+from ..transport.hotadd import recover
+from ..transport.opener import OpenContext, all_failed, open_disk, same_way_failed
+from ..transport.planner import WRITE, Candidate, DiskFacts, Plan, ProxyFacts, plan
 from ..vsphere.disks import Disk, disks_of, is_multi_writer
 from ..vsphere.inventory import VmRef, find_vm
 from ..vsphere.session import Session
@@ -47,6 +49,18 @@ class DiskTarget:
     source: PointDisk
     disk: Disk
     transport: Plan
+    facts: DiskFacts
+
+
+@dataclass(frozen=True)
+class _Written:
+    """How a disk was written in the end. :param reasons: why by none of the transports before."""
+
+    result: CopyResult
+    transport: str
+    method: str
+    reasons: List[str]
+    notes: List[str]
 
 
 @dataclass(frozen=True)
@@ -59,7 +73,7 @@ class _Job:
     store: VmStore
     run: Run
     intent: int
-    vddk: Vddk
+    context: OpenContext
     request: RestoreRequest
     run_dir: RuntimeDir
     progress: Progress
@@ -78,27 +92,50 @@ def restore_point(request: RestoreRequest, check_mode: bool) -> Dict[str, Any]:
     point = open_point(request)
     with Session.connect(request.connection) as session:
         vm = _find_target(session, point, request)
-        vddk, problem = look_for_library(request.vddk_libdir)
-        proxy = ProxyFacts(vddk=vddk, vddk_problem=problem, is_vcenter=session.is_vcenter)
-        targets = _look(session, vm, point, request, proxy)
+        targets, proxy = _look(session, vm, point, request)
         with Progress(None if check_mode else request.progress_file) as progress:
             require_intact(point, progress)
             if check_mode:
                 return _result(point, vm, [_entry(target, vm, "it would be written") for target in targets])
-            if vddk is None:
-                raise TransportError("The disks can't be written", reason=problem)
             store = _journal_store(point, vm, targets)
             run_id = new_run_id()
             with store.lock(run_id, "vadp_disk_restore"):
+                # What a restore that crashed left attached is in the way.
+                for earlier in store.runs():
+                    recover(
+                        session,
+                        earlier,
+                        sysfs_dir=request.sysfs_dir,
+                        device_dir=request.device_dir,
+                        check_mode=False,
+                    )
                 # The check of the point may have taken long.
-                targets = _look(session, vm, point, request, proxy)
+                targets, proxy = _look(session, vm, point, request)
                 run = store.create_run(None, vm_moid=vm.moid, vm_name=vm.name, run_id=run_id)
                 try:
                     with RuntimeDir(run_id) as run_dir:
-                        restored = _restore(session, vm, point, targets, store, run, vddk, request, run_dir, progress)
+                        context = OpenContext(
+                            session=session,
+                            vm=vm,
+                            snapshot_moid=None,
+                            vddk=proxy.vddk,
+                            proxy=proxy,
+                            proxy_vm=proxy.vm.ref if proxy.vm else None,
+                            nfc_port=request.nfc_port,
+                            io_timeout=request.io_timeout,
+                            run_dir=run_dir,
+                            run=run,
+                            device_dir=request.device_dir,
+                            sysfs_dir=request.sysfs_dir,
+                            wire_compression=request.wire_compression,
+                            nfc_host_limit=request.nfc_host_limit,
+                            stage_dir=store.path,
+                        )
+                        restored = _restore(point, targets, store, context, request, progress)
                 finally:
-                    # As long as every disk is either what it was or wholly restored, there is nothing to remember.
-                    if not _half_written(run):
+                    # As long as every disk is either what it was or wholly restored, and nothing is attached, there is
+                    # nothing to remember.
+                    if not _half_written(run) and not run.intents("attachment"):
                         run.remove()
     return _result(point, vm, restored)
 
@@ -127,7 +164,7 @@ def _journal_store(point: Point, vm: VmRef, targets: List[DiskTarget]) -> VmStor
     return own if tracked or own.path.is_dir() else point.store
 
 
-def _look(session: Session, vm: VmRef, point: Point, request: RestoreRequest, proxy: ProxyFacts) -> List[DiskTarget]:
+def _look(session: Session, vm: VmRef, point: Point, request: RestoreRequest) -> Tuple[List[DiskTarget], ProxyFacts]:
     """Find the disks that are written. :raises VsphereError: with everything that speaks against it."""
     state = vm_state(session, vm)
     obstacles = _vm_obstacles(state)
@@ -153,14 +190,13 @@ def _look(session: Session, vm: VmRef, point: Point, request: RestoreRequest, pr
             reason="; ".join(obstacles),
             details={"obstacles": obstacles},
         )
-    return [
-        DiskTarget(
-            source,
-            disk,
-            plan(DiskFacts(disk.label, disk.file), proxy, request.transports, WRITE, request.require_transport),
-        )
-        for source, disk in pairs
-    ]
+    facts = disk_facts(session, vm, [disk for _source, disk in pairs])
+    proxy = proxy_facts(session, request, vm, facts, WRITE)
+    targets = []
+    for source, disk in pairs:
+        chosen = plan(facts[disk.key], proxy, request.transports, WRITE, request.require_transport)
+        targets.append(DiskTarget(source, disk, chosen, facts[disk.key]))
+    return targets, proxy
 
 
 def _vm_obstacles(state: VmState) -> List[str]:
@@ -207,18 +243,15 @@ def _disk_obstacles(source: PointDisk, disk: Disk, devices: Dict[int, Any]) -> L
 
 
 def _restore(
-    session: Session,
-    vm: VmRef,
     point: Point,
     targets: List[DiskTarget],
     store: VmStore,
-    run: Run,
-    vddk: Vddk,
+    context: OpenContext,
     request: RestoreRequest,
-    run_dir: RuntimeDir,
     progress: Progress,
 ) -> List[Dict[str, Any]]:
     """Under the VM's lock. The run's record is on the disk before anything is opened."""
+    vm, run = context.vm, context.run
     keys = [target.disk.key for target in targets]
     intent = run.record(
         "restore",
@@ -229,7 +262,7 @@ def _restore(
         disks=keys,
         half_written=[],
     )
-    job = _Job(session, vm, point, store, run, intent, vddk, request, run_dir, progress)
+    job = _Job(context.session, vm, point, store, run, intent, context, request, context.run_dir, progress)
     restored = [_restore_disk(target, job) for target in targets]
     run.done(intent)
     _forget_earlier(store, vm, run, keys)
@@ -263,17 +296,11 @@ def _restore_disk(target: DiskTarget, job: _Job) -> Dict[str, Any]:
     begun = time.monotonic()
     source, request = target.source, job.request
     report = job.progress.disk(source.key, source.label, source.capacity_bytes)
+    job.context.on_wait = report.wait
     state = "failed"
     try:
         with image.serve(source.layer, run_dir=job.run_dir) as reader, job.run.recorded(reader):
-            with _open(target, job, writable=True) as disk:
-                # Before the first write (VADP facts 12), but not for a disk that can't be written at all.
-                _mark_untrusted(target, job)
-                job.run.update(job.intent, half_written=[target.disk.key])
-                result = _write(reader.uri, disk, target, job, report.update)
-                transport = disk.transport
-            if request.verify:
-                _verify(reader.uri, target, job)
+            written = _write_disk(reader.uri, target, job, report.update)
         job.run.update(job.intent, half_written=[])
         state = "done"
     except VadpError as error:
@@ -288,8 +315,8 @@ def _restore_disk(target: DiskTarget, job: _Job) -> Dict[str, Any]:
         target,
         job.vm,
         "its whole content was written",
-        transport=transport,
-        bytes_read=result.bytes_read,
+        written=written,
+        bytes_read=written.result.bytes_read,
         bytes_written=source.capacity_bytes,
         seconds=round(time.monotonic() - begun, 3),
         verified=True if request.verify else None,
@@ -307,20 +334,58 @@ def _mark_untrusted(target: DiskTarget, job: _Job) -> None:
         )
 
 
+def _write_disk(reader_uri: str, target: DiskTarget, job: _Job, on_progress: Any) -> _Written:
+    """Write the disk by the first transport of its plan that does it, and read it back by the same one.
+
+    Where one fails, the next writes the whole disk anew: what the first one has written is known to nobody.
+
+    :raises VadpError: none could, or what failed was not the transport.
+    """
+    failed: Dict[str, VadpError] = {}
+    told: Dict[str, str] = {}
+    for candidate in target.transport.usable():
+        alike = next(
+            (name for name, error in failed.items() if same_way_failed(candidate.transport, name, error)), None
+        )
+        if alike is not None:
+            told[candidate.transport] = f"not tried: it goes the way of {alike}, which failed"
+            continue
+        begun: List[str] = []
+        try:
+            with _open(target, job, candidate, writable=True) as disk:
+                # Before the first write (VADP facts 12), but not for a disk that can't be written at all.
+                _mark_untrusted(target, job)
+                job.run.update(job.intent, half_written=[target.disk.key])
+                begun.append(disk.transport)
+                result = _write(reader_uri, disk, target, job, on_progress)
+            begun.append("written")
+            if job.request.verify:
+                _verify(reader_uri, target, job, candidate)
+        except VadpError as error:
+            if len(begun) > 1 or not _is_transport(error, bool(begun)):
+                raise
+            failed[candidate.transport] = error
+            told[candidate.transport] = f"it failed: {error.what}" + (f": {error.reason}" if error.reason else "")
+            continue
+        reasons = target.transport.reasons(candidate.transport, told)
+        return _Written(result, candidate.transport, candidate.method, reasons, list(candidate.notes))
+    raise all_failed("written", failed)
+
+
+def _is_transport(error: VadpError, begun: bool) -> bool:
+    """Whether it was the transport that failed, so that another one may do it."""
+    if not begun:
+        return isinstance(error, (TransportError, VsphereError))
+    cause = error if isinstance(error, DataPathError) else error.__cause__
+    return isinstance(cause, DataPathError) and cause.details.get("side") == "target"
+
+
 @contextmanager
-def _open(target: DiskTarget, job: _Job, writable: bool) -> Iterator[Endpoint]:
+def _open(target: DiskTarget, job: _Job, candidate: Candidate, writable: bool) -> Iterator[Endpoint]:
     """The current leaf of a VM without snapshots (VADP facts 40)."""
-    with open_vddk(
-        job.session,
-        job.vm,
-        file=target.disk.file,
-        snapshot_moid=None,
-        transports=[target.transport.chosen],
-        writable=writable,
-        vddk=job.vddk,
-        nfc_port=job.request.nfc_port,
-        run_dir=job.run_dir,
-        io_timeout=job.request.io_timeout,
+    stage = job.context.stage_dir / f"restore-{target.disk.key}{PART}{job.run.run_id}"
+    with open_disk(
+        job.context, target.disk, target.facts, candidate, writable=writable, stage=stage
     ) as endpoint, job.run.recorded(endpoint.child):
         if endpoint.size_bytes != target.source.capacity_bytes:
             raise TransportError(
@@ -350,12 +415,13 @@ def _write(reader_uri: str, disk: Endpoint, target: DiskTarget, job: _Job, on_pr
         raise disk.explain(error) from error
 
 
-def _verify(reader_uri: str, target: DiskTarget, job: _Job) -> None:
+def _verify(reader_uri: str, target: DiskTarget, job: _Job, candidate: Candidate) -> None:
     """Read the disk back through a second, read-only endpoint (VADP facts 29), so that no cache answers."""
     report = job.progress.disk(target.source.key, f"{target.source.label}, read back", target.source.capacity_bytes)
+    job.context.on_wait = report.wait
     state = "failed"
     try:
-        with _open(target, job, writable=False) as disk:
+        with _open(target, job, candidate, writable=False) as disk:
             try:
                 difference = first_difference(
                     reader_uri,
@@ -382,15 +448,21 @@ def _verify(reader_uri: str, target: DiskTarget, job: _Job) -> None:
 
 
 def _entry(
-    target: DiskTarget, vm: VmRef, reason: str, transport: Optional[str] = None, **measured: Any
+    target: DiskTarget, vm: VmRef, reason: str, written: Optional[_Written] = None, **measured: Any
 ) -> Dict[str, Any]:
+    """:param written: how; without it, as it is planned."""
+    plan_ = target.transport
+    if written is None:
+        written = _Written(CopyResult(), plan_.chosen, plan_.method, plan_.reasons(), plan_.notes(plan_.chosen))
     return {
         "key": target.source.key,
         "label": target.source.label,
         "target": f"{vm.name}/{target.disk.label}",
         "format": None,
-        "transport": transport or target.transport.chosen,
-        "transport_reasons": target.transport.reasons(),
+        "transport": written.transport,
+        "method": written.method,
+        "transport_reasons": written.reasons,
+        "transport_notes": written.notes,
         "bytes_read": measured.get("bytes_read", 0),
         "bytes_written": measured.get("bytes_written", 0),
         "seconds": measured.get("seconds", 0.0),

@@ -10,7 +10,7 @@ from typing import Any, Dict, List, Mapping, Optional
 
 from ..datapath.image import FORMATS
 from ..errors import InputError
-from ..transport.planner import check_transports
+from ..transport.request import DEVICE_DIR, SYSFS_DIR, check_transport_numbers, check_transport_options
 from ..vsphere.session import Connection
 
 FILE = "file"
@@ -59,7 +59,15 @@ class RestoreRequest:
     transports: List[str] = field(default_factory=lambda: ["hotadd", "nbdssl", "nbd", "https"])
     require_transport: bool = False
     vddk_libdir: Optional[str] = None
+    device_dir: str = DEVICE_DIR
+    sysfs_dir: str = SYSFS_DIR
+    proxy_name: Optional[str] = None
+    proxy_uuid: Optional[str] = None
+    proxy_moid: Optional[str] = None
+    proxy_physical: bool = False
     nfc_port: int = 902
+    nfc_host_limit: Optional[int] = None
+    wire_compression: str = "none"
     io_timeout: int = 180
     rate_limit: Optional[int] = None
 
@@ -87,12 +95,7 @@ class RestoreRequest:
                 subject=self.repository,
                 remedy="Give the whole path, from / on",
             )
-        for number, low, high, name in (
-            (self.io_timeout, 1, 86400, "io_timeout"),
-            (self.nfc_port, 1, 65535, "nfc_port"),
-        ):
-            if not low <= number <= high:
-                raise InputError(f"The option {name} is out of range", subject=str(number), remedy=f"{low} to {high}")
+        check_transport_numbers(self)
         keys = [choice.key for choice in self.disks]
         twice = sorted({key for key in keys if keys.count(key) > 1})
         if twice:
@@ -130,7 +133,7 @@ class RestoreRequest:
             raise InputError("The option rate_limit is for target=in_place")
 
     def _check_in_place(self) -> None:
-        check_transports(self.transports)
+        check_transport_options(self)
         if self.dest is not None:
             raise InputError("The option dest is for target=file", subject=self.dest)
         targets = [choice.key if choice.target_key is None else choice.target_key for choice in self.disks]

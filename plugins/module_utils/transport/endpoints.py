@@ -18,12 +18,17 @@ from urllib.parse import quote
 from ..datapath.processes import Child, RuntimeDir
 from ..errors import DataPathError, TransportError, VadpError
 from ..libraries import nbd
-from .vddk import Vddk, choose_thumbprint, temporary_folder, write_config
+from .vddk import Vddk, choose_thumbprint, numbers, temporary_folder, write_config
 from .vix_errors import decode_log, last_error_line
 
 if TYPE_CHECKING:
     from ..vsphere.inventory import VmRef
     from ..vsphere.session import Session
+
+#: VADP facts 24: what VDDK's modes over the LAN can compress with.
+WIRE_COMPRESSIONS = ("none", "zlib", "fastlz", "skipz")
+LAN_MODES = ("nbdssl", "nbd")
+_COMPRESSION_FROM_PLUGIN = (1, 24)
 
 _START_TIMEOUT = 60
 _STOP_TIMEOUT = 10
@@ -41,7 +46,8 @@ _GUARDED = (
     '(trap "" TERM; read -r line || { sleep "$2"; kill -s KILL -- "-$$"; })'
     ' <"/proc/self/fd/$1" >/dev/null 2>&1 & shift 2; exec "$@"'
 )
-_GUARD_SECONDS = 3
+#: So long at most does a server outlive a module that was killed.
+GUARD_SECONDS = 3
 
 _numbers = itertools.count(1)
 
@@ -51,9 +57,11 @@ class Endpoint:
     """A disk that is being served.
 
     :param uri: for libnbd and qemu.
-    :param transport: the mode that VDDK really uses.
+    :param transport: the mode that is really used.
     :param log_path: nbdkit's and VDDK's log, mode 0600, gone with the runtime folder.
     :param size_bytes: the size of the disk as it is served.
+    :param method: how the transport is done: ``vddk``, ``proxy_hotadd``, ``folder``, ``export_lease``.
+    :param copy_options: how the copier should ask this server: keywords of :func:`..datapath.copier.copy`.
     """
 
     uri: str
@@ -62,6 +70,8 @@ class Endpoint:
     size_bytes: int
     subject: str
     child: Child = field(repr=False)
+    method: str = ""
+    copy_options: Dict[str, int] = field(default_factory=dict)
 
     def check(self) -> None:
         """:raises TransportError: the server died; the reason is read from its log."""
@@ -100,6 +110,8 @@ def open_vddk(
     nfc_port: int,
     run_dir: RuntimeDir,
     io_timeout: int,
+    san_devices: Sequence[str] = (),
+    wire_compression: str = "none",
 ) -> Iterator[Endpoint]:
     """Serve one disk through VDDK; the disk is opened once before this returns, so that errors surface here.
 
@@ -111,12 +123,14 @@ def open_vddk(
     :param snapshot_moid: the snapshot that is read; None for a VM without snapshots.
     :param transports: the modes that are allowed, the preferred one first.
     :param io_timeout: seconds; bounds the open, a request and all its retries together.
+    :param san_devices: the devices that mode san may open.
+    :param wire_compression: of what crosses the LAN, see :data:`WIRE_COMPRESSIONS`; other modes don't know it.
     :raises TransportError: the disk can't be opened (thumbprint, port 902, credentials, licence, ...), or VDDK uses
         a mode that is not in *transports* (VADP facts 42).
     """
     folder = Path(run_dir.path)
     config = folder / f"vddk-{next(_numbers)}.conf"
-    write_config(config, vddk=vddk, io_timeout=io_timeout, tmp_folder=temporary_folder())
+    write_config(config, vddk=vddk, io_timeout=io_timeout, tmp_folder=temporary_folder(), san_devices=san_devices)
     connection = session.connection
     try:
         argv = vddk_argv(
@@ -133,6 +147,7 @@ def open_vddk(
             vddk=vddk,
             nfc_port=nfc_port,
             io_timeout=io_timeout,
+            wire_compression=wire_compression,
         )
         secrets = {"password": connection.password}
         with serve_nbdkit(argv, subject=file, run_dir=run_dir, io_timeout=io_timeout, secrets=secrets) as endpoint:
@@ -144,7 +159,7 @@ def open_vddk(
                     reason=f"it uses {mode or 'one that its log does not name'}, allowed is {', '.join(transports)}",
                     remedy="Allow that transport, or make the other one work on this machine",
                 )
-            endpoint.transport = str(mode)
+            endpoint.transport, endpoint.method = str(mode), "vddk"
             yield endpoint
     finally:
         config.unlink()
@@ -158,6 +173,7 @@ def serve_nbdkit(
     run_dir: RuntimeDir,
     io_timeout: int,
     transport: str = "",
+    method: str = "",
     secrets: Optional[Mapping[str, str]] = None,
 ) -> Iterator[Endpoint]:
     """Run one nbdkit on a private socket; its disk is opened once before this returns, so that errors surface here.
@@ -167,7 +183,7 @@ def serve_nbdkit(
 
     :param arguments: what follows the options that every nbdkit of ours gets: filters, the plugin, its parameters.
     :param subject: the disk, for messages.
-    :param transport: of the endpoint, where it is known before.
+    :param transport, method: of the endpoint, where they are known before.
     :param secrets: parameters of the plugin that it takes as ``name=-FD``: they go through pipes, never into an
         argument, an environment or a file (VADP facts 41).
     :raises TransportError: it does not start, or the disk can't be opened; the reason is read from its log.
@@ -184,7 +200,7 @@ def serve_nbdkit(
                 pass_fds.append(_secret_pipe(parameter, secret))
                 handed_over.callback(os.close, pass_fds[-1])
                 argv.append(f"{parameter}=-{pass_fds[-1]}")
-            guarded = ["sh", "-c", _GUARDED, "sh", str(guard_fd), str(_GUARD_SECONDS), *argv]
+            guarded = ["sh", "-c", _GUARDED, "sh", str(guard_fd), str(GUARD_SECONDS), *argv]
             child = Child.start(guarded, log_path=str(log), name=f"nbdkit of {subject}", pass_fds=pass_fds)
         except BaseException:
             os.close(our_end)
@@ -195,7 +211,7 @@ def serve_nbdkit(
         except DataPathError as error:
             raise _log_error("The server of the disk's data did not start", subject, log) from error
         size = _first_connection(child, socket, subject, log, io_timeout)
-        yield Endpoint(f"nbd+unix:///?socket={quote(str(socket))}", transport, log, size, subject, child)
+        yield Endpoint(f"nbd+unix:///?socket={quote(str(socket))}", transport, log, size, subject, child, method)
     finally:
         try:
             child.stop(_STOP_TIMEOUT)
@@ -220,6 +236,7 @@ def vddk_argv(
     vddk: Vddk,
     nfc_port: int,
     io_timeout: int,
+    wire_compression: str = "none",
 ) -> List[str]:
     """The arguments of an nbdkit for VDDK, but for the password.
 
@@ -243,6 +260,14 @@ def vddk_argv(
             reason=f"nbdkit's VDDK plugin {vddk.plugin} has no parameter nfchostport",
             remedy="Leave nfc_port at 902, or install a newer plugin",
         )
+    if wire_compression != "none" and set(transports) <= set(LAN_MODES):
+        if numbers(vddk.plugin) < _COMPRESSION_FROM_PLUGIN:
+            raise TransportError(
+                "What crosses the LAN can't be compressed",
+                reason=f"nbdkit's VDDK plugin {vddk.plugin} has no parameter compression",
+                remedy="Leave wire_compression at none, or install nbdkit 1.24 or newer",
+            )
+        argv.append(f"compression={wire_compression}")
     return argv + ["minblock=512", "maxdata=2M", f"retries={retries_within(io_timeout)}", "retry-delay=1"]
 
 
@@ -255,6 +280,12 @@ def mode_used(log_text: str) -> Optional[str]:
     """The transport mode that the plugin's debug log names last (VADP facts 42)."""
     found = re.findall(r"debug: transport mode: (\S+)", log_text)
     return found[-1] if found else None
+
+
+def serving_host(log_text: str) -> Optional[str]:
+    """The ESXi host that VDDK's log names last as the disk's (VADP facts 19); a name or an address."""
+    found = re.findall(r"Opened '.*@([^@'\s]+):\d+'", log_text)
+    return found[-1].strip("[]") if found else None
 
 
 def _first_connection(child: Child, socket: Path, subject: str, log: Path, timeout: int) -> int:

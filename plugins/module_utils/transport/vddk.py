@@ -11,7 +11,7 @@ import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Mapping, Optional, Tuple
+from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 from ..datapath.processes import run_tool, tool_result
 from ..errors import DataPathError, TransportError
@@ -21,11 +21,15 @@ __all__ = [
     "Finding",
     "Vddk",
     "choose_thumbprint",
+    "connection_bytes",
     "decode_log",
     "find_library",
     "last_error_line",
     "look_for_library",
+    "numbers",
+    "private_folder",
     "temporary_folder",
+    "version_problem",
     "write_config",
 ]
 
@@ -34,10 +38,14 @@ _PROBE_TIMEOUT = 60
 # VADP facts 40: which thumbprint `thumbprint=` takes, by the major version of VDDK; any other version takes SHA-1.
 THUMBPRINT_OF_VERSION = {9: "sha256"}
 
-# VADP facts 21: 16 x 64 KiB x 4 = 4 MiB a connection; versions before 7 do not know these keys.
+# VADP facts 21: 16 x 64 KiB x 4 = 4 MiB a connection; older versions do not know these keys, and take 1 x 64 KiB x 4.
 AIO_BUFFER_64K = 16
 AIO_BUFFER_COUNT = 4
-AIO_FROM_VERSION = 7
+AIO_FROM_VERSION = (7, 0, 3)
+_DEFAULT_CONNECTION_BYTES = 4 * 65536
+
+# VADP facts 36: what the list of LUNs is called.
+ALLOW_LIST_FROM_VERSION = 8
 
 # VADP facts 22: milliseconds for the default io_timeout of 180 s; they scale with it.
 _TIMEOUTS_MS = {
@@ -47,6 +55,10 @@ _TIMEOUTS_MS = {
     "vixDiskLib.nfc.WriteTimeoutMs": 600000,
 }
 _DEFAULT_IO_TIMEOUT = 180
+
+# VADP facts 37: a VDDK is for vSphere N-2 to N+1 in this row.
+_RELEASES = [(5, 5), (6, 0), (6, 5), (6, 7), (7, 0), (8, 0), (9, 0)]
+_VMFS6_FROM_VERSION = (6, 5)
 
 _MACHINES = {3: "x86 (32 bit)", 40: "ARM", 62: "x86-64", 183: "aarch64", 21: "ppc64", 22: "s390", 243: "RISC-V"}
 _X86_64 = 62
@@ -120,20 +132,82 @@ def choose_thumbprint(thumbprints: Mapping[str, str], vddk: Vddk) -> str:
     return thumbprints[THUMBPRINT_OF_VERSION.get(vddk.major, "sha1")]
 
 
-def write_config(path: str | Path, *, vddk: Vddk, io_timeout: int, tmp_folder: str | Path) -> None:
-    """Write VDDK's configuration file (VADP facts 21, 22, 44).
+def version_problem(vddk_version: str, server_version: str, vmfs_major: Optional[int] = None) -> Optional[str]:
+    """Why this VDDK is not for this server, as a clause; None if it is (VADP facts 36, 37).
+
+    :param vddk_version: as :class:`Vddk` has it; where only the major version is known, the best is thought of it.
+    :param server_version: of vCenter or ESXi ("8.0.3").
+    :param vmfs_major: of the datastore, for SAN.
+    """
+    vddk, server = numbers(vddk_version), numbers(server_version)
+    if not vddk or not server:
+        return None
+    newest = vddk if len(vddk) > 1 else (vddk[0], 99)
+    if vmfs_major is not None and vmfs_major >= 6 and newest < _VMFS6_FROM_VERSION:
+        return f"VMFS-6 needs VDDK 6.5 or newer, and this is VDDK {vddk_version}"
+    oldest = vddk if len(vddk) > 1 else (vddk[0], 0)
+    low, high = max(0, _release(oldest) - 2), _release(newest) + 1
+    if low <= _release(server) <= high:
+        return None
+    return (
+        f"VDDK {vddk_version} is for vSphere {_release_name(low)} to {_release_name(high)},"
+        f" and the server is {server_version}"
+    )
+
+
+def _release(version: Tuple[int, ...]) -> int:
+    """The place of a version in the row of vSphere's releases; those to come are taken for x.0."""
+    known = max((index for index, first in enumerate(_RELEASES) if first <= version), default=0)
+    return known + max(0, version[0] - _RELEASES[-1][0])
+
+
+def _release_name(place: int) -> str:
+    last = len(_RELEASES) - 1
+    major, minor = _RELEASES[place] if place <= last else (_RELEASES[-1][0] + place - last, 0)
+    return f"{major}.{minor}"
+
+
+def write_config(
+    path: str | Path,
+    *,
+    vddk: Vddk,
+    io_timeout: int,
+    tmp_folder: str | Path,
+    san_devices: Sequence[str] = (),
+) -> None:
+    """Write VDDK's configuration file (VADP facts 21, 22, 36, 44).
 
     :param io_timeout: seconds; the time-outs of VDDK scale with it.
     :param tmp_folder: fixed for this machine and user, or a clean-up after a crash finds nothing.
+    :param san_devices: the only devices that mode san may open; of no meaning for the other modes.
     """
     scale = io_timeout / _DEFAULT_IO_TIMEOUT
     lines = [f'tmpDirectory="{tmp_folder}"']
     lines += [f"{key}={max(1000, round(value * scale))}" for key, value in sorted(_TIMEOUTS_MS.items())]
     lines += ["vixDiskLib.nfc.LogLevel=2", "vixDiskLib.transport.LogLevel=3"]
-    if vddk.major >= AIO_FROM_VERSION:
+    if _has_aio(vddk):
         lines.append(f"vixDiskLib.nfcAio.Session.BufSizeIn64KB={AIO_BUFFER_64K}")
         lines.append(f"vixDiskLib.nfcAio.Session.BufCount={AIO_BUFFER_COUNT}")
+    if san_devices:
+        option = "allowList" if vddk.major >= ALLOW_LIST_FROM_VERSION else "whitelist"
+        lines.append(f'vixDiskLib.transport.san.{option}="{",".join(san_devices)}"')
     Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def connection_bytes(vddk: Vddk) -> int:
+    """What a connection to an ESXi host takes of that host's memory for disk data (VADP facts 20, 21)."""
+    return AIO_BUFFER_64K * 65536 * AIO_BUFFER_COUNT if _has_aio(vddk) else _DEFAULT_CONNECTION_BYTES
+
+
+def _has_aio(vddk: Vddk) -> bool:
+    """Of a version 7 whose rest is not known, the older is meant: its open would fail, or not, with these keys."""
+    return numbers(vddk.version) >= AIO_FROM_VERSION
+
+
+def numbers(version: str) -> Tuple[int, ...]:
+    """``8.0.3`` as (8, 0, 3); what follows the numbers does not count."""
+    found = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(int(number) for number in found.group(0).split(".")) if found else ()
 
 
 def temporary_folder(parent: str | Path = "/var/tmp") -> Path:
@@ -141,17 +215,33 @@ def temporary_folder(parent: str | Path = "/var/tmp") -> Path:
 
     :raises TransportError: something of that name is there and is not a folder of this user alone.
     """
-    path = Path(parent) / f"openvadp-vddk-{os.getuid()}"
-    try:
-        path.mkdir(mode=0o700)
-    except FileExistsError:
-        pass
-    except OSError as error:
-        raise TransportError("VDDK's temporary folder can't be made", subject=str(path), reason=str(error)) from error
-    found = path.lstat()
+    return private_folder("openvadp-vddk", "VDDK's temporary folder", parent=parent)
+
+
+def private_folder(stem: str, what: str, parent: str | Path = "/var/tmp", path: Optional[Path] = None) -> Path:
+    """A folder that is always the same for one user of this machine, and nobody else's; made where it is not there.
+
+    :param stem: its name begins so, and ends with the user's number.
+    :param what: what messages call it.
+    :param path: the folder itself, if it has another name.
+    :raises TransportError: something of that name is there and is not a folder of this user alone.
+    """
+    path = path or Path(parent) / f"{stem}-{os.getuid()}"
+    while True:
+        try:
+            path.mkdir(mode=0o700)
+        except FileExistsError:
+            pass
+        except OSError as error:
+            raise TransportError(f"{what} can't be made", subject=str(path), reason=str(error)) from error
+        try:
+            found = path.lstat()
+            break
+        except FileNotFoundError:
+            continue  # another process has just removed it
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise TransportError(
-            "VDDK's temporary folder can't be trusted",
+            f"{what} can't be trusted",
             subject=str(path),
             reason="it is not a folder that belongs to this user alone",
             remedy="Remove it, and run again",

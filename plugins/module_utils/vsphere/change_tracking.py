@@ -16,6 +16,8 @@ from .inventory import VmRef
 from .session import Session
 from .snapshots import MARKER, VM_PATHS, Snapshot, VmState, create_snapshot, remove_snapshot, vm_state_of
 
+TRACKING_PATHS = (*VM_PATHS, "config.changeTrackingEnabled", "capability.changeTrackingSupported")
+
 _PURPOSE = "change tracking"
 _DESCRIPTION = json.dumps({"by": MARKER, "purpose": _PURPOSE}, sort_keys=True)
 
@@ -51,7 +53,11 @@ class Tracking:
 
 def state(session: Session, vm: VmRef) -> Tracking:
     """Change tracking as it is; one call."""
-    values = session.read(vm.obj, *VM_PATHS, "config.changeTrackingEnabled", "capability.changeTrackingSupported")
+    return state_of(session.read(vm.obj, *TRACKING_PATHS))
+
+
+def state_of(values: Dict[str, Any]) -> Tracking:
+    """:func:`state` of properties that were read already; they hold at least ``TRACKING_PATHS``."""
     known = vm_state_of(values)
     disks = disks_of(known.devices)
     tracked = [disk for disk in disks if disk.included]

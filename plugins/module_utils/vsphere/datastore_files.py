@@ -7,7 +7,8 @@ from __future__ import annotations
 import contextlib
 import http.client
 import io
-from typing import IO, Iterator, Optional
+import re
+from typing import IO, Dict, Iterator, NamedTuple, Optional
 from urllib.parse import quote
 
 from ..errors import NotFoundError, PrivilegeError, VsphereError
@@ -59,6 +60,30 @@ def http_get(session: Session, path: str, datacenter: str) -> bytes:
     return data
 
 
+class RangeAnswer(NamedTuple):
+    """A part of a file, and the size of the whole."""
+
+    data: bytes
+    total_bytes: int
+
+
+def http_range(session: Session, path: str, datacenter: str, offset: int, length: int) -> Optional[RangeAnswer]:
+    """A part of a file; None where the server ignores ranges. :raises NotFoundError: :raises VsphereError:"""
+    headers = {"Range": f"bytes={offset}-{offset + length - 1}"}
+
+    def get() -> Optional[RangeAnswer]:
+        with _request(session, "GET", path, datacenter, headers=headers) as response:
+            if response.status != 206:
+                return None
+            stated = re.match(r"bytes (\d+)-(\d+)/(\d+)$", response.headers.get("Content-Range", ""))
+            if stated is None or int(stated.group(1)) != offset:
+                return None
+            return RangeAnswer(response.read(length + 1), int(stated.group(3)))
+
+    answer: Optional[RangeAnswer] = session.call(get, what="The file was not read", subject=path, idempotent=True)
+    return answer
+
+
 def http_put(session: Session, path: str, datacenter: str, source: bytes | IO[bytes]) -> None:
     """Write a file, an existing one included.
 
@@ -71,19 +96,24 @@ def http_put(session: Session, path: str, datacenter: str, source: bytes | IO[by
 
 @contextlib.contextmanager
 def _request(
-    session: Session, method: str, path: str, datacenter: str, body: Optional[IO[bytes]] = None
+    session: Session,
+    method: str,
+    path: str,
+    datacenter: str,
+    body: Optional[IO[bytes]] = None,
+    headers: Optional[Dict[str, str]] = None,
 ) -> Iterator[http.client.HTTPResponse]:
     what = "The file was not written" if method == "PUT" else "The file was not read"
 
     def send() -> http.client.HTTPResponse:
         # A connection of its own: a download may last, and pyVmomi's are for short calls.
-        headers = {"Cookie": session.cookie}
+        sent = dict(headers or {}, Cookie=session.cookie)
         if body is not None:
             size = body.seek(0, io.SEEK_END)
-            headers.update({"Content-Length": str(size), "Content-Type": "application/octet-stream"})
+            sent.update({"Content-Length": str(size), "Content-Type": "application/octet-stream"})
             body.seek(0)
         connection.close()
-        connection.request(method, folder_url(path, datacenter), body=body, headers=headers)
+        connection.request(method, folder_url(path, datacenter), body=body, headers=sent)
         response = connection.getresponse()
         if response.status == 401:
             # The login has ended; `call` renews it and comes back.
@@ -96,7 +126,12 @@ def _request(
     try:
         response = session.call(send, what=what, subject=path, idempotent=True)
         if response.status == 404:
-            raise NotFoundError("There is no such file", subject=path, reason=f"datacenter {datacenter}: HTTP 404")
+            raise NotFoundError(
+                "There is no such file",
+                subject=path,
+                reason=f"datacenter {datacenter}: HTTP 404",
+                details={"http_status": 404},
+            )
         if response.status == 403:
             privilege = "Datastore.FileManagement" if method == "PUT" else "Datastore.Browse"
             raise PrivilegeError(
@@ -104,15 +139,16 @@ def _request(
                 subject=path,
                 reason=f"HTTP 403; the user may lack the privilege {privilege}",
                 remedy="Give the user's role that privilege on the datastore",
-                details={"privileges": {privilege: ""}},
+                details={"privileges": {privilege: ""}, "http_status": 403},
             )
-        if response.status not in (200, 201, 204):
+        if response.status not in (200, 201, 204, 206):
             raise VsphereError(
                 what,
                 subject=path,
                 reason=f"HTTP {response.status} {response.reason}",
                 remedy="Look at the free space and the state of the datastore" if method == "PUT" else None,
                 retryable=response.status >= 500,
+                details={"http_status": response.status},
             )
         yield response
     finally:

@@ -23,6 +23,9 @@ _CONTROLLERS = {
     "VirtualNVMEController": "nvme",
 }
 
+#: Its type -> class of a controller.
+CONTROLLER_CLASSES = {kind: name for name, kind in _CONTROLLERS.items()}
+
 
 @dataclass
 class Disk:
@@ -31,7 +34,7 @@ class Disk:
     ``file`` is ``backing.fileName`` verbatim (VADP facts 14), ``change_id`` opaque (facts 3, 4; ``None``: the next
     backup of this disk is a full one), ``controller`` {type, key, bus} with a type out of pvscsi, lsilogic,
     lsilogic-sas, buslogic, ide, sata, nvme. ``included`` says whether a snapshot holds the disk, ``skip_reason`` why
-    it doesn't.
+    it doesn't. ``chained`` says that the file stands upon another one, its parent.
     """
 
     key: int
@@ -48,9 +51,12 @@ class Disk:
     thin: Optional[bool] = None
     mode: Optional[str] = None
     encrypted: bool = False
+    chained: bool = False
 
     def to_dict(self) -> Dict[str, Any]:
-        return asdict(self)
+        values = asdict(self)
+        del values["chained"]  # of this moment only
+        return values
 
 
 def split_datastore_path(path: str) -> List[str]:
@@ -95,6 +101,7 @@ def _disk(device: Any, controller: Any) -> Disk:
         thin=getattr(backing, "thinProvisioned", None),
         mode=getattr(backing, "diskMode", None),
         encrypted=getattr(backing, "keyId", None) is not None,
+        chained=getattr(backing, "parent", None) is not None,
     )
 
 

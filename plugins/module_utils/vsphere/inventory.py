@@ -40,6 +40,7 @@ class VmRef:
     bios_uuid: str
     datacenter_path: str = ""
     template: bool = False
+    datacenter_moid: str = ""
 
     def __str__(self) -> str:
         return f"VM '{self.name}' ({self.moid})"
@@ -219,7 +220,7 @@ def _is_secondary(props: Dict[str, Any]) -> bool:
 def _reference(obj: Any, props: Dict[str, Any], known: Dict[str, Tuple[Any, Dict[str, Any]]]) -> VmRef:
     parts = [props.get("name") or obj._moId]
     datacenter_depth = 0
-    datacenter = ""
+    datacenter = datacenter_moid = ""
     upper = props.get("parent") or props.get("parentVApp")
     while upper is not None and upper._moId in known:
         above, above_props = known[upper._moId]
@@ -229,6 +230,7 @@ def _reference(obj: Any, props: Dict[str, Any], known: Dict[str, Tuple[Any, Dict
         parts.append(above_props.get("name") or above._moId)
         if isinstance(above, vim.Datacenter):
             datacenter = parts[-1]
+            datacenter_moid = above._moId
             datacenter_depth = len(parts)
     return VmRef(
         obj=obj,
@@ -240,6 +242,7 @@ def _reference(obj: Any, props: Dict[str, Any], known: Dict[str, Tuple[Any, Dict
         bios_uuid=props.get("config.uuid") or "",
         datacenter_path="/".join(reversed(parts[datacenter_depth - 1 :])) if datacenter else "",
         template=bool(props.get("config.template")),
+        datacenter_moid=datacenter_moid,
     )
 
 

@@ -172,6 +172,11 @@ class Tls:
             self.context.verify_mode = ssl.CERT_NONE
 
     @property
+    def certificate(self) -> bytes:
+        """The certificate (DER) that the last connection was verified with."""
+        return self._certificate
+
+    @property
     def thumbprints(self) -> Dict[str, str]:
         """``sha1`` and ``sha256`` of the certificate that the last connection was verified with."""
         return {
@@ -257,7 +262,8 @@ def _network_error(connection: Connection, error: OSError) -> VsphereError:
 class Session:
     """One login; a context manager that logs out at its end. Usable from several threads.
 
-    ``connection``, ``content`` (``vim.ServiceInstanceContent``), ``about``, ``stub``, ``clock``, ``sleep`` are public.
+    ``connection``, ``content`` (``vim.ServiceInstanceContent``), ``about``, ``stub``, ``clock``, ``sleep`` are public;
+    ``key`` names the login to vCenter's own calls about sessions.
 
     :param stub: a pyVmomi stub adapter that is not logged in.
     """
@@ -279,6 +285,7 @@ class Session:
         self.reconnect_timeout = RECONNECT_TIMEOUT
         self._login_lock = threading.Lock()
         self._logins = 0
+        self.key: Optional[str] = None
         self._last_call = clock()
         self._closing = threading.Event()
         self._keep_alive: Optional[threading.Thread] = None
@@ -367,7 +374,8 @@ class Session:
             ) from error
 
     def _login(self) -> None:
-        self.content.sessionManager.Login(self.connection.username, self.connection.password, None)
+        session = self.content.sessionManager.Login(self.connection.username, self.connection.password, None)
+        self.key = getattr(session, "key", None)
         self._logins += 1
 
     def renew_login(self, seen: int) -> None:

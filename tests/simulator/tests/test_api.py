@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import urllib.parse
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,13 @@ class Started:
 
     def http(self) -> http.client.HTTPSConnection:
         return http.client.HTTPSConnection(self.info["host"], self.info["port"], context=self.context(), timeout=20)
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Ask the simulator for nothing until the condition holds."""
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < deadline
+            self.control.call("attachments")
 
     def stop(self, number: int = signal.SIGTERM) -> None:
         self.control.close()
@@ -169,7 +177,7 @@ def test_every_property_of_every_object_can_be_read(sim):
                 getattr(obj, info.name)
                 read += 1
     assert read > 500
-    assert {vm.name for vm in view.view if isinstance(vm, vim.VirtualMachine)} == {"app01", "restore01"}
+    assert {vm.name for vm in view.view if isinstance(vm, vim.VirtualMachine)} == {"app01", "restore01", "proxy01"}
 
 
 def test_every_method_takes_what_its_description_says():
@@ -816,5 +824,39 @@ def test_the_standard_inventory_is_as_strict_as_it_says(tmp_path):
         assert now[2001].backing.diskMode == "independent_persistent"
         assert now[2002].backing.compatibilityMode == "physicalMode"
         assert not [one for one in sim.vm("new01").layoutEx.file if one.type == "nvram"]
+        view = content.viewManager.CreateContainerView(content.rootFolder, [vim.Datastore], True)
+        kinds = {one.name: (one.summary.type, type(one.info).__name__.rsplit(".", 1)[-1]) for one in view.view}
+        assert kinds["vsan01"] == ("vsan", "VsanDatastoreInfo") and kinds["vvol01"] == ("VVOL", "VvolDatastoreInfo")
+        assert kinds["vmfs01"] == ("VMFS", "VmfsDatastoreInfo") and kinds["nfs01"] == ("NFS", "NasDatastoreInfo")
+        assert disks(sim.vm("ide01").config)[3000].controllerKey == 200
+        assert disks(sim.vm("thick01").config)[2000].backing.thinProvisioned is False
+        crypt = sim.vm("crypt01")
+        assert crypt.config.keyId.keyId == disks(crypt.config)[2000].backing.keyId.keyId
+        off = sim.vm("off01")
+        assert (off.runtime.powerState, off.snapshot, off.datastore[0].name) == ("poweredOff", None, "nfs01")
+
+        def refused(name, machine, fault):
+            device = Disk(
+                key=-1,
+                controllerKey=1000,
+                backing=Disk.FlatVer2BackingInfo(
+                    fileName=next(iter(disks(sim.vm(name).config).values())).backing.fileName,
+                    diskMode="independent_nonpersistent",
+                ),
+            )
+            change = vim.vm.device.VirtualDeviceSpec(operation="add", device=device)
+            with pytest.raises(fault):
+                done(sim.vm(machine).ReconfigVM_Task(vim.vm.ConfigSpec(deviceChange=[change])))
+
+        refused("onvsan01", "proxy01", vim.fault.InvalidDeviceBacking)
+        refused("crypt01", "proxy01", vim.fault.InvalidDeviceBacking)
+        refused("shared01", "db01", vim.fault.InaccessibleDatastore)
+        refused("crypt01", "db01", vim.fault.InvalidDeviceBacking)
+        assert fetch(sim, "onvsan01/onvsan01-flat.vmdk", query="?dcPath=DC0&dsName=vsan01")[0] == 404
+        assert fetch(sim, "onvvol01/onvvol01-flat.vmdk", query="?dcPath=DC0&dsName=vvol01")[0] == 404
+        status, data, unused = fetch(
+            sim, "off01/off01-flat.vmdk", headers={"Range": "bytes=510-511"}, query="?dcPath=DC0&dsName=nfs01"
+        )
+        assert (status, data) == (206, b"\x55\xaa")
     finally:
         sim.stop()

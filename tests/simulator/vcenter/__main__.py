@@ -71,6 +71,7 @@ def main() -> None:
         "ca_path": str(simulator.ca_path),
         "vddk_libdir": str(vddk_libdir),
         "device_dir": str(simulator.device_dir),
+        "sysfs_dir": str(simulator.sysfs_dir),
         "nfc_port": simulator.nfc.port,
         "control_socket": str(control_socket),
         "state": str(state),

@@ -25,6 +25,7 @@ from typing import Any
 from pyVmomi import vmodl
 
 from .model import SimulatorError
+from .proxy import fill_units
 from .storage import StorageError
 
 PIECE = 1 << 20
@@ -64,6 +65,11 @@ class ControlServer:
             "clear_injections": simulator.clear_injections,
             "calls": simulator.calls,
             "state": simulator.state,
+            "set_lun": simulator.proxy.set_lun,
+            "proxy": simulator.proxy.set_identity,
+            "fill_units": self._fill_units,
+            "attachments": simulator.proxy.attachments,
+            "crash_proxy": simulator.proxy.crash,
         }
 
     def start(self) -> None:
@@ -239,6 +245,9 @@ class ControlServer:
 
     def _set_tools(self, vm: str, running: bool) -> None:
         self._simulator.set_tools(self._simulator.find_vm(vm), running)
+
+    def _fill_units(self, vm: str, leave: int | None = None, controllers: int = 4) -> dict[str, int]:
+        return fill_units(self._simulator.find_vm(vm), leave, controllers)
 
 
 def _pieces(content: bytes | None, pattern: dict[str, Any] | None) -> Iterator[tuple[int, bytes]]:

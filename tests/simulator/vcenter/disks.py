@@ -201,6 +201,9 @@ def create_snapshot(vm: VirtualMachine, name: str, description: str, memory: boo
     simulator, store = vm.simulator, vm.simulator.storage
     check_snapshot(vm, memory)
     frozen = [disk for disk in vm.disks if in_snapshots(disk)]
+    for disk in frozen:
+        if [owner for owner in store.writers(disk.backing.fileName) if owner != f"vm:{vm.moid}"]:
+            raise storage.Locked(f"{disk.backing.fileName} is written by another VM")
     children: dict[int, str] = {}
     for disk in frozen:
         children[disk.key] = next_delta(vm, disk.backing.fileName, set(children.values()))
@@ -352,6 +355,7 @@ def revert(vm: VirtualMachine, moid: str, suppress_power_on: bool) -> None:
             vm.intent = None
             vm.consolidation_needed = bool(collapsible(vm))
             vm.save()
+    simulator.proxy.sync(vm)
 
 
 # --- power and locks ------------------------------------------------------------------------------------------------
@@ -411,6 +415,7 @@ def power(vm: VirtualMachine, state: str) -> None:
         if state == "poweredOn":
             vm.boot_time = simulator.clock()
         vm.touch()
+    simulator.proxy.sync(vm)
 
 
 def nvram_path(vm: VirtualMachine) -> str:

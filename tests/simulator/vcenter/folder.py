@@ -146,15 +146,17 @@ def _get(handler: "Handler", path: str) -> None:
         )
         handler.answer(200, f"<html><ul>{names}</ul></html>\n".encode(), "text/html; charset=utf-8")
         return
-    if not local.is_file() or (kind == "vsan" and _is_extent(path)):
+    if not local.is_file() or (kind.lower() in ("vsan", "vvol") and _is_extent(path)):
         raise _Refused(404, "404 Not Found\n")
     _refuse_running(handler, path)
     with open(local, "rb") as stream:
         size = os.fstat(stream.fileno()).st_size
-        start, length, partial = _range(handler.headers.get("Range"), size)
+        ranges = simulator.settings.folder_ranges  # some servers ignore them
+        start, length, partial = _range(handler.headers.get("Range") if ranges else None, size)
         handler.send_response(206 if partial else 200)
         handler.send_header("Content-Type", "application/octet-stream")
-        handler.send_header("Accept-Ranges", "bytes")
+        if ranges:
+            handler.send_header("Accept-Ranges", "bytes")
         handler.send_header("Content-Length", str(length))
         if partial:
             handler.send_header("Content-Range", f"bytes {start}-{start + length - 1}/{size}")
@@ -162,6 +164,9 @@ def _get(handler: "Handler", path: str) -> None:
         if handler.command == "HEAD":
             return
         stream.seek(start)
+        if length > 1 and simulator.settings.take("folder_cuts"):
+            handler.wfile.write(stream.read(min(length // 2, CHUNK)))
+            raise DropConnection
         while length:
             data = stream.read(min(length, CHUNK))
             if not data:

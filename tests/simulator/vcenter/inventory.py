@@ -270,8 +270,18 @@ class Datastore(Entity):
                     total += os.stat(os.path.join(parent, name)).st_blocks * 512
         return total
 
+    def free_bytes(self) -> int:
+        if self.simulator.storage.is_full(self.name):
+            return 0
+        return max(0, self.capacity_bytes - self.used_bytes())
+
     def hosts(self) -> list[Host]:
         return [host for host in self.simulator.inventory.all(Host) if self.name in host.datastores]
+
+    @property
+    def lun(self) -> str:
+        """The canonical name of a VMFS datastore's extent."""
+        return "mpx.vmhba0:C0:T0:L0" if self.local else f"naa.60003ff{self.uuid.replace('-', '')[7:]}"
 
     def _url(self) -> str:
         return f"ds:///vmfs/volumes/{self.uuid}/"
@@ -283,7 +293,7 @@ class Datastore(Entity):
             name=self.name,
             url=self._url(),
             capacity=self.capacity_bytes,
-            freeSpace=max(0, self.capacity_bytes - self.used_bytes()),
+            freeSpace=self.free_bytes(),
             uncommitted=0,
             accessible=any(host.connected for host in hosts),
             multipleHostAccess=len(hosts) > 1,
@@ -295,7 +305,7 @@ class Datastore(Entity):
         common = {
             "name": self.name,
             "url": self._url(),
-            "freeSpace": max(0, self.capacity_bytes - self.used_bytes()),
+            "freeSpace": self.free_bytes(),
             "maxFileSize": 62 << 40,
             "timestamp": self.simulator.start_time,
         }
@@ -304,7 +314,12 @@ class Datastore(Entity):
                 type="NFS", name=self.name, capacity=self.capacity_bytes, remoteHost="nas", remotePath=f"/{self.name}"
             )
             return vim.host.NasDatastoreInfo(nas=nas, **common)
-        extent = vim.host.ScsiDisk.Partition(diskName=f"naa.{self.uuid.replace('-', '')}", partition=1)
+        if self.kind == "vsan":
+            return vim.host.VsanDatastoreInfo(membershipUuid=self.uuid, **common)
+        if self.kind == "VVOL":
+            container = vim.host.VvolVolume(type="VVOL", name=self.name, capacity=self.capacity_bytes, scId=self.uuid)
+            return vim.host.VvolDatastoreInfo(vvolDS=container, **common)
+        extent = vim.host.ScsiDisk.Partition(diskName=self.lun, partition=1)
         vmfs = vim.host.VmfsVolume(
             type="VMFS",
             name=self.name,
@@ -380,6 +395,10 @@ def in_snapshots(device: Any) -> bool:
     if is_rdm(device) and device.backing.compatibilityMode == "physicalMode":
         return False
     return not (device.backing.diskMode or "persistent").startswith("independent")
+
+
+def is_encrypted(device: Any) -> bool:
+    return getattr(device.backing, "keyId", None) is not None
 
 
 class SnapshotRecord:
@@ -527,6 +546,7 @@ class VirtualMachine(Entity):
                     thinProvisioned=disk.backing.thinProvisioned,
                     uuid=disk.backing.uuid,
                     datastore=disk.backing.datastore,
+                    keyId=disk.backing.keyId,
                 )
                 backing = backing.parent
             if current:
@@ -712,6 +732,8 @@ class VirtualMachine(Entity):
             names += ["PowerOnVM_Task", "CreateSnapshot_Task", "CreateSnapshotEx_Task", "RevertToCurrentSnapshot_Task"]
         if self.access:
             names.append("RelocateVM_Task")
+        if any(lease.vm is self for lease in list(self.simulator.leases.values())):
+            names += ["PowerOnVM_Task", "MigrateVM_Task", "RelocateVM_Task", "Destroy_Task", "UnregisterVM"]
         return soap.array(str, names)
 
     def p_resourceConfig(self) -> Any:
@@ -876,6 +898,16 @@ class Inventory:
             if one.name == name:
                 return one
         raise vim.fault.InvalidDatastorePath(datastorePath=f"[{name}]", name=name)
+
+    def is_encrypted(self, path: str) -> bool:
+        """Whether a disk file belongs to an encrypted disk of any VM."""
+        with self.simulator.lock:
+            return any(
+                path in vm.chain(disk.backing.fileName)
+                for vm in self.all(VirtualMachine)
+                for disk in vm.disks
+                if is_encrypted(disk)
+            )
 
     def vm_of_snapshot(self, moid: str) -> VirtualMachine:
         for vm in self.all(VirtualMachine):

@@ -8,7 +8,8 @@ the user, ``open`` checks what vCenter checks, takes the lock and answers with t
 ``log`` holds lines for the library's log.
 
 The NFC port greets in plain text as the real one does. The double sends ``NFC <ticket> <mode> <buffer bytes>``, gets
-``200 ...`` or ``5xx <vix number> ...``, and then there are requests and replies, little-endian::
+``200 ...`` or ``5xx <vix number> ...`` (a disk by san or hotadd is had so from the vCenter port: no host has a part in
+it), and then there are requests and replies, little-endian::
 
     request  u32 magic, u16 type, u16 0, u64 id, u64 offset, u64 length, u64 chunk      (a write's data follows)
     reply    u32 magic, u32 vix number, u64 id, u64 length                              (length bytes follow)
@@ -27,7 +28,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import storage as storage_module
+from .advanced import AdvancedModes, CannotAttach
+from .inventory import disks_in
 from .model import SimulatorError
+from .proxy import Node
 
 GREETING = (
     b"220 VMware Authentication Daemon Version 1.10: SSL Required, ServerDaemonProtocol:SOAP, "
@@ -81,10 +85,13 @@ class Grant:
     vm: str
     write: bool
     capacity: int
-    opener: storage_module.Opener
+    opener: storage_module.Opener | None
     expires: float
     taken: bool = False
     memory: int = 0
+    machine: Any = None  # the VM whose disk it is
+    user: Any = None
+    node: Node | None = None  # by hotadd: the device here
 
 
 @dataclass
@@ -139,6 +146,8 @@ class NfcService:
         self.port = 0
         self._lock = threading.Condition()
         self._hosts: dict[str, HostPort] = {}
+        self._local = {name: HostPort(name) for name in ("san", "hotadd")}  # what the machine reads by itself
+        self.advanced = AdvancedModes(simulator)
         self._grants: dict[str, Grant] = {}
         self._entries: set[socket.socket] = set()
         self._faults: list[Fault] = []
@@ -271,19 +280,62 @@ class NfcService:
             pass  # the connection is gone
         finally:
             if grant is not None:
-                self._release(host, grant)
+                self._release(host, grant, closed=False)
             with self._lock:
                 host.connections.discard(sock)
             sock.close()
 
-    def _release(self, host: HostPort, grant: Grant) -> None:
-        """The disk is closed: its lock is free, and its place at the host. Once is enough, twice does no harm."""
-        grant.opener.close()
+    def _release(self, host: HostPort, grant: Grant, closed: bool) -> None:
+        """The disk is closed: its lock is free, and its place at the host. Once is enough, twice does no harm.
+
+        :param closed: as it ought to be; a disk by hotadd of a process that just ended stays attached.
+        """
+        if grant.opener is not None:
+            grant.opener.close()
         with self._lock:
-            if self._grants.pop(grant.ticket, None) is not None:
+            known = self._grants.pop(grant.ticket, None) is not None
+            if known:
                 host.disks -= 1
                 host.memory -= grant.memory
                 self._lock.notify_all()
+        if known and grant.node is not None:
+            if closed:
+                with contextlib.suppress(CannotAttach):
+                    self.advanced.detach(grant.user, grant.node)
+            else:
+                self.advanced.abandon(grant.node)
+
+    def serve_local(self, sock: socket.socket, line: str) -> None:
+        """A disk by san or hotadd: the words of the NFC port, and no host has a part in it."""
+        words = line.split(" ")
+        host = self._local.get(words[2]) if len(words) == 4 else None
+        grant = None
+        try:
+            if host is None:
+                raise Refused(VIX_INVALID_ARG, "neither san nor hotadd")
+            with self._lock:
+                host.connections.add(sock)
+            grant = self._redeem(host, line)
+            sock.sendall(b"200 ready\r\n")
+            self._serve_disk(host, sock, grant)
+        except Refused as refusal:
+            sock.sendall(f"503 {refusal.vix} {refusal}\r\n".encode())
+        finally:
+            if host is not None:
+                if grant is not None:
+                    self._release(host, grant, closed=False)
+                with self._lock:
+                    host.connections.discard(sock)
+                    self._lock.notify_all()
+
+    def reset_machine(self) -> None:
+        """The machine that reads by san and hotadd is reset: its processes are gone."""
+        with self._lock:
+            doomed = [sock for host in self._local.values() for sock in host.connections]
+        for sock in doomed:
+            _shut(sock)
+        with self._lock:
+            self._lock.wait_for(lambda: not any(host.connections for host in self._local.values()), 10)
 
     def _wait_out(self, host: HostPort) -> None:
         with self._lock:
@@ -300,6 +352,8 @@ class NfcService:
                 raise Refused(VIX_AUTHENTICATION_FAIL, "the ticket is not known")
 
             def room() -> bool:
+                if host.name in self._local:
+                    return True
                 return (self.max_connections is None or host.disks < self.max_connections) and (
                     self.memory_bytes is None or host.memory + memory <= self.memory_bytes
                 )
@@ -336,7 +390,11 @@ class NfcService:
             vix, answer = 0, memoryview(b"")
             try:
                 self.fail_as_told(_KINDS.get(kind, ""), host.name, grant.path)
-                if kind == READ:
+                if host.name == "san" and kind in (READ, WRITE):
+                    self._check_lun(grant)
+                if grant.node is not None and kind in (READ, WRITE):
+                    answer = self._transfer(host, grant, kind, offset, view)
+                elif kind == READ:
                     if self.max_request_bytes is not None and length > self.max_request_bytes:
                         raise Refused(VIX_OUT_OF_MEMORY, f"NFC error 5: {length} bytes")
                     self.simulator.storage.read_into(grant.path, offset, view)
@@ -354,7 +412,8 @@ class NfcService:
                     areas = self.simulator.storage.allocated(grant.path, offset, length, max(chunk, 512))
                     answer = memoryview(b"".join(struct.pack("<QQ", *area) for area in areas))
                 elif kind == CLOSE:
-                    self._release(host, grant)  # before the answer: whoever has closed finds the disk unlocked
+                    # before the answer: whoever has closed finds the disk unlocked
+                    self._release(host, grant, closed=True)
                 elif kind != FLUSH:
                     raise Refused(VIX_NOT_SUPPORTED)
             except Refused as refusal:
@@ -362,6 +421,31 @@ class NfcService:
             except storage_module.StorageError as error:
                 vix = _vix_of(error)
             _send(sock, REPLY.pack(MAGIC, vix, number, len(answer)), answer)
+
+    def _check_lun(self, grant: Grant) -> None:
+        if not self.advanced.lun_is_visible(grant.machine, grant.path):
+            raise Refused(VIX_FAIL)
+
+    def _transfer(self, host: HostPort, grant: Grant, kind: int, offset: int, view: memoryview) -> memoryview:
+        """Read or write an attached disk through its device. -> what was read."""
+        assert grant.node is not None
+        if offset + len(view) > grant.capacity:
+            raise Refused(VIX_OUTOFRANGE)
+        if kind == WRITE and not grant.write:
+            raise Refused(VIX_FILE_READ_ONLY)
+        try:
+            with open(self.simulator.proxy.device(grant.node), "rb" if kind == READ else "r+b", buffering=0) as device:
+                device.seek(offset)
+                if kind == WRITE:
+                    device.write(view)
+                    host.bytes_written += len(view)
+                    return memoryview(b"")
+                if device.readinto(view) != len(view):
+                    raise Refused(VIX_FAIL)
+        except OSError:
+            raise Refused(VIX_FAIL) from None
+        host.bytes_read += len(view)
+        return view
 
     def _pause(self, length: int) -> None:
         seconds = self.delay + (length / self.bytes_per_second if self.bytes_per_second else 0.0)
@@ -480,19 +564,8 @@ class NfcService:
                 "bytes_per_second": self.bytes_per_second,
                 "serve": self.serve,
                 "faults": [vars(fault).copy() for fault in self._faults],
-                "hosts": {
-                    host.name: {
-                        "connections": host.disks,
-                        "peak": host.peak,
-                        "opened": host.opened,
-                        "refused": host.refused,
-                        "memory_bytes": host.memory,
-                        "bytes_read": host.bytes_read,
-                        "bytes_written": host.bytes_written,
-                        "cut": host.cut,
-                    }
-                    for host in self._hosts.values()
-                },
+                "hosts": {host.name: _figures(host) for host in self._hosts.values()},
+                "local": {host.name: _figures(host) for host in self._local.values()},
                 "disks": [
                     {"host": grant.host, "vm": grant.vm, "path": grant.path, "write": grant.write}
                     for grant in self._grants.values()
@@ -501,7 +574,7 @@ class NfcService:
 
     def reset_peaks(self) -> None:
         with self._lock:
-            for host in self._hosts.values():
+            for host in [*self._hosts.values(), *self._local.values()]:
                 host.peak, host.opened, host.refused = host.disks, 0, 0
 
     def _named(self, host: str | None) -> list[HostPort]:
@@ -524,6 +597,9 @@ class NfcService:
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             while (line := _read_line(sock, 1 << 16)) is not None:
+                if line.startswith("NFC "):
+                    self.serve_local(sock, line)
+                    return
                 sock.sendall(json.dumps(entry.answer(line), ensure_ascii=False).encode() + b"\n")
         except (OSError, ValueError):
             pass  # the connection is gone
@@ -563,7 +639,10 @@ class NfcService:
             if grant is None or grant.taken:
                 return
             del self._grants[ticket]
-        grant.opener.close()
+        if grant.opener is not None:
+            grant.opener.close()
+        if grant.node is not None:
+            self.advanced.abandon(grant.node)
 
 
 class _Entry:
@@ -588,6 +667,7 @@ class _Entry:
                 "open": self._open,
                 "prepare": self._prepare,
                 "end": self._end,
+                "cleanup": self._cleanup,
             }.get(request.get("op"))
             if operation is None:
                 raise Refused(VIX_NOT_SUPPORTED)
@@ -641,26 +721,38 @@ class _Entry:
         vm = self._vm(request["vmx"])
         privilege = "DiskRandomAccess" if write else "DiskRandomRead"
         self._require(f"VirtualMachine.Provisioning.{privilege}", VIX_HOST_USER_PERMISSIONS)
-        mode, log = _choose_mode(request["transports"])
+        if vm.config.keyId is not None:
+            self._require("Cryptographer.Access", VIX_HOST_USER_PERMISSIONS)
         try:
             with simulator.vm_lock(vm):
                 self._check_path(vm, path, snapshot, write)
-                host = service.choose_host(vm, storage_module.Storage.split_path(path)[0], snapshot)
-                service.fail_as_told("open", host.name, path)
+            mode, node, log = self._choose_mode(vm, request)
+            with simulator.vm_lock(vm):
+                if mode not in ("san", "hotadd"):
+                    self._check_path(vm, path, snapshot, write)
+                    name = service.choose_host(vm, storage_module.Storage.split_path(path)[0], snapshot).name
+                else:
+                    name = mode
+                if mode != "hotadd":
+                    service.fail_as_told("open", name, path)
                 ticket = secrets.token_hex(16)
                 info = simulator.storage.info(path)
                 links = len(simulator.storage.chain(path))
-                opener = simulator.storage.open(path, f"nfc:{vm.moid}", write)
+                opener = None if node is not None else simulator.storage.open(path, f"nfc:{vm.moid}", write)
         except storage_module.StorageError as error:
             raise Refused(_vix_of(error), f"VixDiskLibVim: {error}") from None
         expires = time.monotonic() + TICKET_SECONDS
-        service.add_grant(Grant(ticket, host.name, path, vm.moid, write, info.capacity_bytes, opener, expires))
+        grant = Grant(ticket, name, path, vm.moid, write, info.capacity_bytes, opener, expires)
+        grant.machine, grant.user, grant.node = vm, self._user, node
+        service.add_grant(grant)
         self._tickets.append(ticket)
         simulator.record_call(self._user.name, "VixDiskLib_Open", vm.moid, changing=write)
         digits = info.uuid.replace("-", "").lower()
         uuid = " ".join(digits[at : at + 2] for at in range(0, len(digits), 2))
         return {
-            "host": host.name,
+            "host": name,
+            "device": str(simulator.proxy.dev_dir / node.name) if node is not None else "",
+            "ide": int(self._on_ide(vm, path, snapshot)),
             "ticket": ticket,
             "mode": mode,
             "sectors": info.capacity_bytes // 512,
@@ -669,6 +761,47 @@ class _Entry:
             "uuid": f"{uuid[:23]}-{uuid[24:]}",
             "log": log,
         }
+
+    def _choose_mode(self, vm: Any, request: dict[str, Any]) -> tuple[str, Node | None, list[str]]:
+        """The first mode of the list that can be had; silently nbdssl if none can (VADP facts 42).
+
+        -> (mode, the device of a disk by hotadd, lines for the log)
+        """
+        path, transports, snapshot = request["path"], request["transports"], request["snapshot"] or None
+        write, advanced = not request["read_only"], self._service.advanced
+        wanted = [mode for mode in transports.split(":") if mode]
+        unknown = [mode for mode in wanted if mode not in MODES]
+        if unknown:
+            raise Refused(VIX_INVALID_ARG, f"VixDiskLib: transport modes {transports}: {unknown[0]} is not known.")
+        log = []
+        for mode in wanted or ["san", "hotadd", "nbdssl"]:
+            if mode in ("nbdssl", "nbd"):
+                return mode, None, log
+            problem: str | None = "the disk is not a local file"
+            if mode == "san":
+                problem = advanced.san_problem(vm, path, write, request.get("allow", ""), request.get("deny", ""))
+                if problem is None:
+                    return mode, None, log
+            elif mode == "hotadd":
+                problem = advanced.hotadd_problem(vm, path, snapshot)
+                if problem is None:
+                    self._service.fail_as_told("open", mode, path)
+                    try:
+                        node = advanced.attach(self._user, vm, path, write, request.get("tmp", ""))
+                    except CannotAttach as error:
+                        problem = str(error)
+                    else:
+                        return mode, node, log
+            log.append(
+                f"VixDiskLib: VixDiskLib_OpenEx: Mode {mode} cannot be used for this disk ({problem}). "
+                "Trying the next one."
+            )
+        return "nbdssl", None, log
+
+    def _on_ide(self, vm: Any, path: str, snapshot: str | None) -> bool:
+        config = vm.snapshot(snapshot).config if snapshot else vm.config
+        keys = {one.controllerKey for one in disks_in(config.hardware.device) if one.backing.fileName == path}
+        return bool(keys & {200, 201})
 
     def _check_path(self, vm: Any, path: str, snapshot: str | None, write: bool) -> None:
         """Only what vCenter gives out: the snapshot's own files verbatim, else the VM's (VADP facts 14, 40)."""
@@ -705,6 +838,11 @@ class _Entry:
     def _end(self, request: dict[str, Any]) -> dict[str, Any]:
         return self._access(request, "Global.EnableMethods", self._simulator.end_access)
 
+    def _cleanup(self, request: dict[str, Any]) -> dict[str, Any]:
+        vm = self._vm(request["vmx"]) if request["vmx"] else None
+        cleaned, remaining = self._service.advanced.cleanup(self._user, vm, request["tmp"])
+        return {"cleaned": cleaned, "remaining": remaining}
+
     def _access(self, request: dict[str, Any], privilege: str, call: Any) -> dict[str, Any]:
         if not 0 < len(request["identity"]) <= 50:
             raise Refused(VIX_INVALID_ARG, "VixDiskLibVim: the identity has 1 to 50 characters.")
@@ -722,18 +860,17 @@ def _independent(disk: Any) -> bool:
     return str(disk.mode or "").startswith("independent")
 
 
-def _choose_mode(transports: str) -> tuple[str, list[str]]:
-    """The first mode of the list that can be had; silently nbdssl if none can (VADP facts 42)."""
-    wanted = [mode for mode in transports.split(":") if mode]
-    unknown = [mode for mode in wanted if mode not in MODES]
-    if unknown:
-        raise Refused(VIX_INVALID_ARG, f"VixDiskLib: transport modes {transports}: {unknown[0]} is not known.")
-    log = []
-    for mode in wanted or ["nbdssl"]:
-        if mode in ("nbdssl", "nbd"):
-            return mode, log
-        log.append(f"VixDiskLib: VixDiskLib_OpenEx: Mode {mode} cannot be used for this disk. Trying the next one.")
-    return "nbdssl", log
+def _figures(host: HostPort) -> dict[str, Any]:
+    return {
+        "connections": host.disks,
+        "peak": host.peak,
+        "opened": host.opened,
+        "refused": host.refused,
+        "memory_bytes": host.memory,
+        "bytes_read": host.bytes_read,
+        "bytes_written": host.bytes_written,
+        "cut": host.cut,
+    }
 
 
 def _vix_of(error: storage_module.StorageError) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyVmomi import vim
 
-from . import disks, images, networking, vmspec
+from . import disks, images, networking, proxy, vmspec
 from .inventory import Cluster, Datacenter, Datastore, Folder, Host, Network, ResourcePool, VirtualMachine
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ DATASTORES: dict[str, dict[str, Any]] = {
     "vmfs01": {"type": "VMFS", "hosts": ["127.0.1.1", "127.0.1.2"]},
     "nfs01": {"type": "NFS", "hosts": ["127.0.1.1", "127.0.1.2"]},
     "local01": {"type": "VMFS", "hosts": ["127.0.1.1"], "local": True},
+    "vsan01": {"type": "vsan", "hosts": ["127.0.1.1", "127.0.1.2"]},
+    "vvol01": {"type": "VVOL", "hosts": ["127.0.1.1", "127.0.1.2"]},
     "vmfs11": {"type": "VMFS", "hosts": ["127.0.1.3"]},
 }
 
@@ -87,6 +89,8 @@ class Seeder:
         self.datastore("datastore-12", "vmfs01", "group-s5")
         self.datastore("datastore-13", "nfs01", "group-s5")
         self.datastore("datastore-14", "local01", "group-s5")
+        self.datastore("datastore-17", "vsan01", "group-s5")
+        self.datastore("datastore-18", "vvol01", "group-s5")
         self.inventory.add(Network(self.simulator, "network-15", "VM Network", "group-n6"))
         self.inventory.add(Network(self.simulator, "network-16", "Backup Network", "group-n6"))
         self.distributed_switch("dvs-17", "DSwitch0", "group-n6", ["host-10", "host-11"])
@@ -117,9 +121,11 @@ class Seeder:
         running: bool = False,
         started: bool = True,
         template: bool = False,
+        ide: bool = False,
+        encrypted: bool = False,
         extra: dict[str, str] | None = None,
     ) -> VirtualMachine:
-        """One VM. A disk is {kind, bytes, mode, rdm, datastore}."""
+        """One VM. A disk is {kind, bytes, mode, rdm, datastore, thin}."""
         vm = VirtualMachine(self.simulator, f"vm-{number}", name, folder)
         vm.host, vm.pool = host, None if template else pool
         directory = directory or name
@@ -134,6 +140,9 @@ class Seeder:
         )
         config.template = template
         config.extraConfig.extend(vim.option.OptionValue(key=key, value=text) for key, text in (extra or {}).items())
+        if encrypted:
+            config.keyId = vmspec.key_id(stable_uuid(f"vm-{number} key"))
+        config.flags.diskUuidEnabled = proxy.enable_uuid(config)
         devices = config.hardware.device
         devices.append(vmspec.scsi_controller(1000, 0, shared_bus))
         devices.append(vmspec.network_card(4000, self.inventory.get(network), stable_uuid(f"vm-{number} mac")))
@@ -143,21 +152,26 @@ class Seeder:
             suffix = f"_{index}" if index else ""
             path = f"[{where}] {directory}/{directory}{suffix}.vmdk"
             info = self.simulator.storage.create_disk(
-                path, spec["bytes"], uuid=stable_uuid(f"vm-{number} disk {index}")
+                path,
+                spec["bytes"],
+                thin=spec.get("thin", True),
+                uuid=stable_uuid(f"vm-{number} disk {index}"),
             )
             if spec["kind"] != "empty":
                 self.simulator.storage.adopt(path, images.image(spec["kind"], spec["bytes"]))
-            devices.append(
-                vmspec.disk(
-                    2000 + index,
-                    1000,
-                    index,
-                    info,
-                    self.inventory.datastore(where, vm_place(self, folder)).ref,
-                    mode=spec.get("mode", "persistent"),
-                    rdm=spec.get("rdm"),
-                )
+            disk = vmspec.disk(
+                (3000 if ide else 2000) + index,
+                200 if ide else 1000,
+                index,
+                info,
+                self.inventory.datastore(where, vm_place(self, folder)).ref,
+                mode=spec.get("mode", "persistent"),
+                rdm=spec.get("rdm"),
+                label=f"Hard disk {index + 1}",
             )
+            if encrypted:
+                disk.backing.keyId = vmspec.key_id(stable_uuid(f"vm-{number} key"))
+            devices.append(disk)
         vm.power_state = "poweredOn" if running else "poweredOff"
         vm.tools_running = running
         vm.boot_time = self.simulator.start_time if running else None
@@ -183,6 +197,7 @@ def seed(simulator: "Simulator", vms: str) -> None:
     seeder.infrastructure()
     if vms == "minimal":
         _pair(seeder, 64 * MIB, "empty", 16 * MIB + 67 * 512)
+        _proxy(seeder, MIB)
     elif vms == "standard":
         _standard(seeder)
     else:
@@ -199,6 +214,11 @@ def _pair(seeder: Seeder, first: int, second_kind: str, second: int) -> None:
         running=True,
     )
     seeder.vm(102, "restore01", [{"kind": "empty", "bytes": first}, {"kind": "empty", "bytes": second}], host="host-11")
+
+
+def _proxy(seeder: Seeder, size: int) -> None:
+    """The machine that backups run on: a VM with a PVSCSI controller that sees its disks' UUIDs."""
+    seeder.vm(109, proxy.PROXY, [{"kind": "empty", "bytes": size}], running=True, extra={"disk.EnableUUID": "TRUE"})
 
 
 def _standard(seeder: Seeder) -> None:
@@ -226,7 +246,7 @@ def _standard(seeder: Seeder) -> None:
     double = stable_uuid("duplicate bios")
     seeder.vm(107, "copy01", [{"kind": "empty", "bytes": 16 * MIB}], bios_uuid=double)
     seeder.vm(108, "copy02", [{"kind": "empty", "bytes": 16 * MIB}], bios_uuid=double)
-    seeder.vm(109, "proxy01", [{"kind": "empty", "bytes": 16 * MIB}], running=True, extra={"disk.EnableUUID": "TRUE"})
+    _proxy(seeder, 16 * MIB)
     seeder.vm(110, "template01", [{"kind": "ext4", "bytes": 64 * MIB}], template=True, started=False)
     seeder.vm(111, "new01", [{"kind": "empty", "bytes": 16 * MIB}], started=False)
     seeder.vm(
@@ -248,6 +268,12 @@ def _standard(seeder: Seeder) -> None:
         pool="resgroup-28",
         network="network-31",
     )
+    seeder.vm(115, "off01", [{"kind": "ext4", "bytes": 64 * MIB}], datastore="nfs01")
+    seeder.vm(116, "thick01", [{"kind": "ext4", "bytes": 64 * MIB, "thin": False}])
+    seeder.vm(117, "ide01", [{"kind": "ext4", "bytes": 64 * MIB}], ide=True, firmware="bios")
+    seeder.vm(118, "crypt01", [{"kind": "ext4", "bytes": 64 * MIB}], encrypted=True, running=True)
+    seeder.vm(119, "onvsan01", [{"kind": "ext4", "bytes": 64 * MIB}], datastore="vsan01", running=True)
+    seeder.vm(120, "onvvol01", [{"kind": "ext4", "bytes": 64 * MIB}], datastore="vvol01", host="host-11")
 
 
 def add_hosts(simulator: "Simulator", count: int, dvswitch: str | None = None) -> list[str]:

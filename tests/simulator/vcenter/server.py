@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any
 
 from . import folder, methods, nfc, soap
+from .methods import leases
 from .services import DropConnection, Session, as_fault
 
 if TYPE_CHECKING:
@@ -162,6 +163,8 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, soap.service_versions(), "text/xml; charset=utf-8")
         elif path.startswith("/folder"):
             folder.serve(self)
+        elif path.startswith("/nfc/"):
+            leases.serve(self)
         elif path == "/":
             self.text(200, "A simulated vCenter of openvadp.backup.\n")
         else:

@@ -103,6 +103,15 @@ class Settings:
     page_bytes: int | None = None
     dhcp_delay: float | None = 0.3  # until a VMkernel NIC gets its address; None: never
     dhcp_subnet: str = "10.66.0.0/24"
+    device_delay: float = 0.0
+    # export leases, and /folder (methods/leases.py, folder.py)
+    lease_timeout: float = 300.0
+    lease_thumbprint: str = "sha1"
+    lease_host: str = "*"
+    lease_bytes_per_second: float | None = None
+    lease_cuts: int = 0
+    folder_ranges: bool = True
+    folder_cuts: int = 0
 
     def set(self, values: dict[str, Any]) -> dict[str, Any]:
         known = {one.name for one in fields(self)}
@@ -111,6 +120,13 @@ class Settings:
                 raise SimulatorError(f"no such setting: {name} (there are {', '.join(sorted(known))})")
             setattr(self, name, value)
         return {name: getattr(self, name) for name in sorted(known)}
+
+    def take(self, name: str) -> bool:
+        """One of what a setting counts, as long as there is any."""
+        if not getattr(self, name):
+            return False
+        setattr(self, name, getattr(self, name) - 1)
+        return True
 
 
 # --- calls ----------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from . import certificates, disks, networking, seed
 from .inventory import Datastore, Host, Inventory, VirtualMachine, disks_in, is_rdm
 from .model import Kept, Managed, SimulatorError, now, to_json, write_atomically
 from .networking import DistributedSwitch
+from .proxy import ProxyMachine
 from .services import (
     BACKUP_PRIVILEGES,
     AuthenticationFailed,
@@ -71,8 +72,6 @@ class Simulator:
     ) -> None:
         self.state_dir = Path(state_dir).resolve()
         self.state_dir.mkdir(parents=True, exist_ok=True)
-        self.device_dir = self.state_dir / "devices"
-        self.device_dir.mkdir(exist_ok=True)
         self.start_time = now()
         self.lock = threading.RLock()  # inventory, sessions' objects, tasks' infos
         self.change = threading.Condition()  # something that a filter may watch has changed
@@ -88,7 +87,10 @@ class Simulator:
         self.sessions = Sessions(self)
         self.tasks = Tasks(self)
         self.events = Events(self)
+        self.leases: dict[str, Any] = {}  # export leases that are held, by their ticket
         self.services: dict[str, Managed] = {}  # the objects of fixed moids, once somebody has asked
+        self.proxy = ProxyMachine(self)
+        self.device_dir, self.sysfs_dir = self.proxy.device_dir, self.proxy.sysfs_dir
         self._last_time = self.start_time
         self._meta_path = self.state_dir / "vcenter.json"
 
@@ -123,6 +125,7 @@ class Simulator:
             self._load_meta(passwords or {})
             self.inventory.load()
             self.storage_check()
+        self.proxy.start()
 
     # what is kept besides the inventory
 

@@ -618,6 +618,9 @@ class Storage:
         else:
             self._full.discard(datastore)
 
+    def is_full(self, datastore: str) -> bool:
+        return datastore in self._full
+
     @contextlib.contextmanager
     def stun(self) -> Iterator[None]:
         """Nobody else reads or writes anything meanwhile: a snapshot of several disks is of one moment.
@@ -777,6 +780,12 @@ class Storage:
                     member.openers.append(opener)
             return opener
 
+    def writers(self, path: str) -> list[str]:
+        """Who of the VMs has this disk open for writing."""
+        disk = self._disk(path)
+        with self._locks:
+            return [opener.owner for opener in disk.openers if opener.write and opener.owner.startswith("vm:")]
+
     def _close_opener(self, opener: Opener) -> None:
         with self._locks:
             for disk in opener._chain:
@@ -900,6 +909,10 @@ class Storage:
     def _check_range(disk: _Disk, offset: int, length: int) -> None:
         if offset < 0 or length < 0 or offset + length > disk.capacity:
             raise OutOfRange(f"{disk.path}: [{offset}, +{length}) is outside of {disk.capacity} bytes")
+
+    def check_space(self, path: str) -> None:
+        """:raises NoSpace: the datastore of a path is full."""
+        self._check_space(path)
 
     def _check_space(self, path: str) -> None:
         if self._full and self.split_path(path)[0] in self._full:

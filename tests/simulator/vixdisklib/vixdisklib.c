@@ -59,7 +59,8 @@ struct connection {
 struct handle {
   struct connection *connection;
   unsigned users; /* calls that are inside; guarded by registry */
-  char *path, *host, *mode, *uuid, *parent, *url;
+  char *path, *host, *mode, *uuid, *parent, *url, *device;
+  bool local, ide; /* local: by san or hotadd, without a host's help */
   uint64_t sectors;
   int links;
   bool read_only;
@@ -78,6 +79,7 @@ struct handle {
 static struct {
   bool initialised;
   uint64_t buffer_64k, buffer_count;
+  char *tmp, *san_allow, *san_deny;
   int accept_ms, request_ms, read_ms, write_ms;
 } settings;
 
@@ -224,6 +226,15 @@ copy (const char *text)
 /* InitEx and Exit */
 
 static void
+forget_texts (void)
+{
+  free (settings.tmp);
+  free (settings.san_allow);
+  free (settings.san_deny);
+  settings.tmp = settings.san_allow = settings.san_deny = NULL;
+}
+
+static void
 take_setting (const char *key, const char *value)
 {
   static const struct {
@@ -235,8 +246,23 @@ take_setting (const char *key, const char *value)
     { "vixDiskLib.nfc.ReadTimeoutMs", &settings.read_ms },
     { "vixDiskLib.nfc.WriteTimeoutMs", &settings.write_ms },
   };
+  static const struct {
+    const char *key;
+    char **text;
+  } texts[] = {
+    { "tmpDirectory", &settings.tmp },
+    { "vixDiskLib.transport.san.allowList", &settings.san_allow },
+    { "vixDiskLib.transport.san.whitelist", &settings.san_allow },
+    { "vixDiskLib.transport.san.denyList", &settings.san_deny },
+    { "vixDiskLib.transport.san.blacklist", &settings.san_deny },
+  };
   size_t i;
 
+  for (i = 0; i < sizeof texts / sizeof texts[0]; i++)
+    if (strcmp (key, texts[i].key) == 0) {
+      free (*texts[i].text);
+      *texts[i].text = copy (value);
+    }
   if (strcmp (key, "vixDiskLib.nfcAio.Session.BufSizeIn64KB") == 0)
     settings.buffer_64k = strtoull (value, NULL, 10);
   else if (strcmp (key, "vixDiskLib.nfcAio.Session.BufCount") == 0)
@@ -317,6 +343,7 @@ VixDiskLib_InitEx (uint32_t major, uint32_t minor, LogFunc *log, LogFunc *warn, 
     complain ("VixDiskLib: there is no version %u.%u", major, minor);
     return VIX_E_INVALID_ARG;
   }
+  forget_texts ();
   settings.buffer_64k = 1;
   settings.buffer_count = 4;
   settings.accept_ms = settings.request_ms = 180000;
@@ -325,6 +352,9 @@ VixDiskLib_InitEx (uint32_t major, uint32_t minor, LogFunc *log, LogFunc *warn, 
   say ("VMware VixDiskLib (8.0.3) test double, API %u.%u, libdir %s", major, minor, lib_dir != NULL ? lib_dir : "-");
   if (config_file != NULL && *config_file != '\0')
     error = read_config (config_file);
+  /* without a fixed folder for them nobody finds the traces of this process again */
+  if (settings.tmp == NULL && asprintf (&settings.tmp, "/tmp/vmware-%ld", (long) getpid ()) == -1)
+    settings.tmp = NULL;
   settings.initialised = error == VIX_OK;
   return error;
 }
@@ -340,6 +370,7 @@ VixDiskLib_Exit (void)
     complain ("VixDiskLib: VixDiskLib_Exit: a %s was not given back", names[object->kind]);
   pthread_mutex_unlock (&registry);
   settings.initialised = false;
+  forget_texts ();
 }
 
 EXPORT char *
@@ -997,6 +1028,7 @@ free_handle (struct handle *h)
   free (h->uuid);
   free (h->parent);
   free (h->url);
+  free (h->device);
   pthread_mutex_destroy (&h->lock);
   pthread_mutex_destroy (&h->send_lock);
   pthread_cond_destroy (&h->changed);
@@ -1034,21 +1066,28 @@ connect_to_host (struct handle *h, const char *ticket)
   unsigned number;
   int behind = 0;
 
-  say ("NBD_ClientOpen: attempting to create connection to %s", h->url);
-  h->fd = tcp_connect (h->host, c->nfc_port, settings.accept_ms, &error);
-  if (h->fd == -1)
-    return refused_by_host (h, strerror (errno));
-  answer = receive_line (h->fd, settings.accept_ms);
-  if (answer == NULL || strncmp (answer, "220 ", 4) != 0) {
-    free (answer);
-    return refused_by_host (h, "no greeting");
+  if (h->local) {
+    h->fd = tcp_connect (c->server, c->port, settings.accept_ms, &error);
+    if (h->fd == -1)
+      return VIX_E_FAIL;
   }
-  free (answer);
+  else {
+    say ("NBD_ClientOpen: attempting to create connection to %s", h->url);
+    h->fd = tcp_connect (h->host, c->nfc_port, settings.accept_ms, &error);
+    if (h->fd == -1)
+      return refused_by_host (h, strerror (errno));
+    answer = receive_line (h->fd, settings.accept_ms);
+    if (answer == NULL || strncmp (answer, "220 ", 4) != 0) {
+      free (answer);
+      return refused_by_host (h, "no greeting");
+    }
+    free (answer);
+  }
   snprintf (line, sizeof line, "NFC %s %s %llu\r\n", ticket, h->mode,
             (unsigned long long) (settings.buffer_64k * 65536 * settings.buffer_count));
   answer = send_all (h->fd, line, strlen (line)) ? receive_line (h->fd, settings.accept_ms) : NULL;
   if (answer == NULL)
-    return refused_by_host (h, "no answer");
+    return h->local ? VIX_E_FAIL : refused_by_host (h, "no answer");
   if (strncmp (answer, "200 ", 4) != 0) {
     error = sscanf (answer, "503 %u %n", &number, &behind) == 1 ? number : VIX_E_NETWORK_CONN_REFUSED;
     if (error == VIX_E_NETWORK_CONN_REFUSED)
@@ -1078,11 +1117,16 @@ open_at_vcenter (struct handle *h, int fd, char **ticket)
   add_field (&request, "snapshot", c->snapshot);
   add_field (&request, "transports", c->transports);
   add_field (&request, "path", h->path);
+  add_field (&request, "tmp", settings.tmp);
+  add_field (&request, "allow", settings.san_allow);
+  add_field (&request, "deny", settings.san_deny);
   text_add (&request, h->read_only ? ", \"read_only\": true" : ", \"read_only\": false");
   answer = ask (fd, &request, &error);
   if (answer == NULL)
     return error;
   *ticket = json_string (answer, "ticket");
+  h->device = json_string (answer, "device");
+  h->ide = json_number (answer, "ide", 0) != 0;
   h->host = json_string (answer, "host");
   h->mode = json_string (answer, "mode");
   h->uuid = json_string (answer, "uuid");
@@ -1092,6 +1136,14 @@ open_at_vcenter (struct handle *h, int fd, char **ticket)
   free (answer);
   if (*ticket == NULL || h->host == NULL || h->mode == NULL || h->uuid == NULL || h->parent == NULL || h->sectors == 0)
     return VIX_E_FAIL;
+  h->local = strcmp (h->mode, "san") == 0 || strcmp (h->mode, "hotadd") == 0;
+  if (h->local) {
+    if (h->device != NULL && *h->device)
+      h->url = copy (h->device);
+    else if (asprintf (&h->url, "san://%s%s", c->snapshot, h->path) == -1)
+      h->url = NULL;
+    return h->url != NULL ? VIX_OK : VIX_E_OUT_OF_MEMORY;
+  }
   if (asprintf (&h->url, "vpxa-nfc%s://%s@%s:%u", strcmp (h->mode, "nbdssl") == 0 ? "ssl" : "", h->path, h->host,
                 c->nfc_port) == -1) {
     h->url = NULL;
@@ -1250,7 +1302,7 @@ VixDiskLib_GetInfo (void *handle, Info **result)
   info->biosGeo = (Geometry) { cylinders < 65535 ? cylinders : 65535, 255, 63 };
   info->physGeo = info->biosGeo;
   info->capacity = h->sectors;
-  info->adapterType = 3; /* SCSI, LSI Logic */
+  info->adapterType = h->ide ? 1 : 3; /* 3: SCSI, LSI Logic */
   info->numLinks = h->links;
   info->uuid = copy (h->uuid);
   info->parentFileNameHint = *h->parent ? copy (h->parent) : NULL;
@@ -1331,23 +1383,35 @@ VixDiskLib_EndAccess (const ConnectParams *params, const char *identity)
   return access_call (params, "VixDiskLib_EndAccess", "end", identity);
 }
 
-/* What a crashed process left: nothing, as nbd and nbdssl leave nothing. vmxSpec may be NULL. */
+/* What crashed processes of the same tmpDirectory left: the disks that hotadd attached. vmxSpec may be NULL: of all VMs.
+ * nbd, nbdssl and san leave nothing. */
 EXPORT VixError
 VixDiskLib_Cleanup (const ConnectParams *params, uint32_t *cleaned, uint32_t *remaining)
 {
+  struct text request = { 0 };
   struct connection *c;
   VixError error = make_connection (params, false, "VixDiskLib_Cleanup", &c);
+  char *answer = NULL;
   int fd;
 
   if (error != VIX_OK)
     return error;
   error = log_in (c, &fd);
   if (error == VIX_OK) {
+    text_add (&request, "{\"op\": \"cleanup\"");
+    add_field (&request, "vmx", c->vmx);
+    add_field (&request, "tmp", settings.tmp);
+    answer = ask (fd, &request, &error);
     close (fd);
+  }
+  if (answer != NULL) {
     if (cleaned != NULL)
-      *cleaned = 0;
+      *cleaned = json_number (answer, "cleaned", 0);
     if (remaining != NULL)
-      *remaining = 0;
+      *remaining = json_number (answer, "remaining", 0);
+    say ("VixDiskLib: VixDiskLib_Cleanup: %u VMs cleaned up, %u remain.", (unsigned) json_number (answer, "cleaned", 0),
+         (unsigned) json_number (answer, "remaining", 0));
+    free (answer);
   }
   free_connection (c);
   return error;

@@ -12,7 +12,7 @@ from .. import disks, storage
 from ..inventory import Datastore, Host, ResourcePool, VirtualMachine, datastore_of, disks_in, folder_of
 from ..model import Managed
 from ..services import Task
-from . import Context, find_object, method
+from . import Context, find_object, leases, method
 
 
 def _refuse_template(vm: VirtualMachine) -> None:
@@ -28,6 +28,9 @@ def _power_task(context: Context, vm: VirtualMachine, target: str, allowed: tupl
             existingState=vm.power_state,
             msg=f"The attempted operation cannot be performed in the current state ({vm.power_state}).",
         )
+
+    if target == "poweredOn":
+        leases.refuse_held(vm)
 
     def body(task: Task) -> None:
         with vm.lock:
@@ -80,6 +83,7 @@ def reload(context: Context, entity: Managed) -> None:
 
 
 def _must_be_off(vm: VirtualMachine) -> None:
+    leases.refuse_held(vm)
     if vm.power_state != "poweredOff":
         raise vim.fault.InvalidPowerState(requestedState="poweredOff", existingState=vm.power_state)
 
@@ -175,6 +179,7 @@ def mark_as_vm(context: Context, vm: VirtualMachine, pool: Any, host: Any) -> No
 def relocate(context: Context, vm: VirtualMachine, spec: Any, priority: Any) -> Any:
     """A Storage vMotion: the VM's files get other paths; content, UUIDs and change ids stay."""
     simulator = context.simulator
+    leases.refuse_held(vm)
     if vm.access:
         raise vim.fault.MethodDisabled(source=vm.access[0], msg=f"The method is disabled by '{vm.access[0]}'")
     target: Any = find_object(context, spec.datastore._moId, "Datastore") if spec.datastore is not None else None

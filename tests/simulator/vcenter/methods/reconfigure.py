@@ -10,7 +10,7 @@ from typing import Any
 
 from pyVmomi import vim, vmodl
 
-from .. import disks, storage, vmspec
+from .. import disks, proxy, storage, vmspec
 from ..inventory import VirtualMachine, datastore_of, folder_of, is_rdm
 from ..services import Task
 from . import Context, method
@@ -26,7 +26,6 @@ MODES = (
     "independent_nonpersistent",
     "append",
 )
-SCSI_UNITS = {False: 16, True: 64}  # an ordinary controller, a PVSCSI one on newer hardware
 
 
 def required_privileges(vm: VirtualMachine, spec: Any) -> list[str]:
@@ -57,6 +56,8 @@ def required_privileges(vm: VirtualMachine, spec: Any) -> list[str]:
             need("EditDevice" if change.operation == "edit" else "AddRemoveDevice")
         elif change.operation == "add":
             need("RawDevice" if is_rdm(change.device) else "AddNewDisk" if change.fileOperation else "AddExistingDisk")
+            if not change.fileOperation and vm.simulator.inventory.is_encrypted(change.device.backing.fileName or ""):
+                needed["Cryptographer.AddDisk"] = None
         elif change.operation == "remove":
             need("RemoveDisk")
         else:
@@ -86,6 +87,12 @@ def reconfigure(context: Context, vm: VirtualMachine, spec: Any) -> Any:
         raise vim.fault.ConcurrentAccess()
     if vm.is_template and (spec.deviceChange or spec.changeTrackingEnabled is not None):
         raise vmodl.fault.NotSupported(msg="The operation is not supported on a template.")
+
+    return start(context, vm, spec)
+
+
+def start(context: Any, vm: VirtualMachine, spec: Any) -> Any:
+    """The task of a reconfiguration that the caller may do."""
 
     def body(task: Task) -> None:
         with vm.lock:
@@ -133,6 +140,7 @@ def apply(vm: VirtualMachine, spec: Any) -> None:
         disks.stun_cycle(vm)
         with simulator.lock:
             vm.touch()
+    simulator.proxy.sync(vm)
 
 
 def check_tracking(vm: VirtualMachine, spec: Any) -> None:
@@ -280,8 +288,7 @@ class Devices:
         used = {one.unitNumber for one in self.devices if one.controllerKey == controller.key}
         if isinstance(controller, device.VirtualSCSIController):
             used.add(7)
-            pvscsi = isinstance(controller, device.ParaVirtualSCSIController) and self.vm.hardware_version >= 14
-            count = SCSI_UNITS[pvscsi]
+            count = proxy.scsi_units(self.vm, controller)
         elif isinstance(controller, device.VirtualIDEController):
             count = 2
         else:
@@ -324,7 +331,10 @@ class Devices:
         elif change.fileOperation:
             raise _invalid(index, "fileOperation")
         else:
+            self._check_attachable(index, path)
             info = self._existing(path)
+            if "nonpersistent" in mode:
+                self.store.check_space(path)  # the redo log lies beside the disk
         datastore = self.vm.simulator.inventory.datastore(datastore_of(info.path), self.vm).ref
         labels = {one.deviceInfo.label for one in self.devices if isinstance(one, device.VirtualDisk)}
         number = next(number for number in range(1, 1000) if f"Hard disk {number}" not in labels)
@@ -381,6 +391,27 @@ class Devices:
             return self.store.info(path)
         except storage.NotFound:
             raise vim.fault.FileNotFound(file=path) from None
+
+    def _check_attachable(self, index: int, path: str) -> None:
+        """Whether this VM can have an existing disk at all (VADP facts 28); locks are taken when all is known."""
+        inventory = self.vm.simulator.inventory
+        where = inventory.datastore(datastore_of(path), self.vm)
+        host = inventory.get(self.vm.host)
+        if where.name not in host.datastores:
+            raise vim.fault.InaccessibleDatastore(
+                datastore=where.ref, name=where.name, msg=f"The datastore {where.name} is not mounted on {host.name}."
+            )
+        if any(isinstance(one, device.VirtualDisk) and one.backing.fileName == path for one in self.devices):
+            raise vim.fault.FileLocked(file=path, msg=f"The VM has the disk {path} already.")
+        if inventory.is_encrypted(path) and self.vm.config.keyId is None:
+            raise vim.fault.InvalidDeviceBacking(
+                deviceIndex=index, property="backing.keyId", msg=f"{path} is encrypted, the virtual machine is not."
+            )
+        home = inventory.datastore(datastore_of(self.vm.config.files.vmPathName), self.vm)
+        if where.kind == "vsan" and home.kind != "vsan":
+            raise vim.fault.InvalidDeviceBacking(
+                deviceIndex=index, property="backing.datastore", msg=f"{path} is on vSAN, the virtual machine is not."
+            )
 
     # remove, edit
 

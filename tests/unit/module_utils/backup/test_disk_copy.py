@@ -5,23 +5,30 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import threading
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional, Sequence
 
+import blake3
 import pytest
 from ansible_collections.openvadp.backup.plugins.module_utils.backup import disk_copy
-from ansible_collections.openvadp.backup.plugins.module_utils.backup.disk_copy import CopyJob, copy_disks
+from ansible_collections.openvadp.backup.plugins.module_utils.backup.disk_copy import CopyJob, Reading, copy_disks
 from ansible_collections.openvadp.backup.plugins.module_utils.backup.disk_plan import DiskPlan
 from ansible_collections.openvadp.backup.plugins.module_utils.backup.request import ExportRequest
 from ansible_collections.openvadp.backup.plugins.module_utils.datapath.extents import Extents
 from ansible_collections.openvadp.backup.plugins.module_utils.datapath.hashes import read_hashes
 from ansible_collections.openvadp.backup.plugins.module_utils.datapath.processes import Child, RuntimeDir
 from ansible_collections.openvadp.backup.plugins.module_utils.datapath.progress import Progress
-from ansible_collections.openvadp.backup.plugins.module_utils.errors import DataPathError, VadpError
+from ansible_collections.openvadp.backup.plugins.module_utils.errors import (
+    DataPathError,
+    TransportError,
+    VadpError,
+    VsphereError,
+)
 from ansible_collections.openvadp.backup.plugins.module_utils.repository.layout import (
     Repository,
     VmStore,
@@ -29,8 +36,8 @@ from ansible_collections.openvadp.backup.plugins.module_utils.repository.layout 
 )
 from ansible_collections.openvadp.backup.plugins.module_utils.repository.runs import Run, new_run_id
 from ansible_collections.openvadp.backup.plugins.module_utils.transport.endpoints import Endpoint
-from ansible_collections.openvadp.backup.plugins.module_utils.transport.planner import Candidate, Plan
-from ansible_collections.openvadp.backup.plugins.module_utils.transport.vddk import Vddk
+from ansible_collections.openvadp.backup.plugins.module_utils.transport.opener import OpenContext
+from ansible_collections.openvadp.backup.plugins.module_utils.transport.planner import Candidate, DiskFacts, Plan
 from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.disks import Disk
 from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.session import Connection
 
@@ -46,8 +53,12 @@ class World:
         (folder / "repository").mkdir()
         self.folder = folder
         self.store: VmStore = Repository.open(str(folder / "repository"), create=True).vm(UUID)
+        # By file, or by transport and file.
         self.filters: Dict[str, List[str]] = {}
+        self.refused: Dict[str, VadpError] = {}
         self.opened: List[str] = []
+        self.tried: List[str] = []
+        self.readings: Dict[int, Reading] = {}
         self.children: List[Child] = []
 
     def disk(self, key: int, data: bytes) -> Disk:
@@ -56,12 +67,19 @@ class World:
         return Disk(key, f"Hard disk {key - 1999}", str(path), "d", len(data), f"uuid-{key}", None, True, None)
 
     @contextmanager
-    def open(self, session: Any, vm: Any, **options: Any) -> Iterator[Endpoint]:
-        self.opened.append(options["file"])
-        stem = f"{options['run_dir'].path}/source-{len(self.opened)}"
-        argv = ["nbdkit", "-f", "-r", "-U", f"{stem}.sock", *self.filters.get(options["file"], [])]
+    def open(
+        self, context: OpenContext, disk: Disk, facts: DiskFacts, candidate: Candidate, *, writable: bool, stage: Path
+    ) -> Iterator[Endpoint]:
+        assert not writable
+        self.opened.append(disk.file)
+        self.tried.append(candidate.transport)
+        if candidate.transport in self.refused:
+            raise self.refused[candidate.transport]
+        stem = f"{context.run_dir.path}/source-{len(self.opened)}"
+        filters = self.filters.get(f"{candidate.transport} {disk.file}", self.filters.get(disk.file, []))
+        argv = ["nbdkit", "-f", "-r", "-U", f"{stem}.sock", *filters]
         child = Child.start(
-            [*argv[:5], *[word for word in argv[5:] if word.startswith("--")], "file", options["file"]]
+            [*argv[:5], *[word for word in argv[5:] if word.startswith("--")], "file", disk.file]
             + [word for word in argv[5:] if not word.startswith("--")],
             log_path=f"{stem}.log",
             name="source",
@@ -69,10 +87,9 @@ class World:
         self.children.append(child)
         try:
             child.wait_for_socket(f"{stem}.sock", 20)
-            size = Path(options["file"]).stat().st_size
-            yield Endpoint(
-                f"nbd+unix:///?socket={stem}.sock", "nbdssl", Path(f"{stem}.log"), size, options["file"], child
-            )
+            size = Path(disk.file).stat().st_size
+            uri = f"nbd+unix:///?socket={stem}.sock"
+            yield Endpoint(uri, candidate.transport, Path(f"{stem}.log"), size, disk.file, child)
         finally:
             child.stop(5)
 
@@ -80,18 +97,17 @@ class World:
         request = ExportRequest(Connection("vc", "u", "p"), {}, "/r", snapshot_name="s", io_timeout=20, **options)
         with RuntimeDir(run.run_id) as run_dir, Progress(str(self.folder / "progress")) as progress:
             job = CopyJob(
-                session=SimpleNamespace(),  # type: ignore[arg-type]
                 vm="VM 'app01' (vm-16)",  # type: ignore[arg-type]
-                snapshot_moid="snapshot-1",
                 store=self.store,
                 run=run,
                 point=point,
-                vddk=Vddk("/", "8", "1"),
+                context=SimpleNamespace(run_dir=run_dir, stage_dir=self.store.path),  # type: ignore[arg-type]
                 request=request,
                 run_dir=run_dir,
                 progress=progress,
                 cancel=threading.Event(),
                 rate_limit=None,
+                readings=self.readings,
             )
             return copy_disks(plans, job)
 
@@ -108,13 +124,21 @@ class World:
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     world = World(tmp_path)
-    monkeypatch.setattr(disk_copy, "open_vddk", world.open)
+    monkeypatch.setattr(disk_copy, "open_disk", world.open)
     with world.store.lock(new_run_id(), "test"):
         yield world
 
 
-def _plan(disk: Disk, mode: str = "full", parent: Optional[str] = None, areas: Optional[Extents] = None) -> DiskPlan:
-    return DiskPlan(disk, mode, parent, "because", areas, Plan([Candidate("nbdssl", True)], "nbdssl"))
+def _plan(
+    disk: Disk,
+    mode: str = "full",
+    parent: Optional[str] = None,
+    areas: Optional[Extents] = None,
+    transports: Sequence[str] = ("nbdssl",),
+) -> DiskPlan:
+    candidates = [Candidate(name, True, [], "vddk") for name in transports]
+    transport = Plan([Candidate("san", False, ["no LUN"]), *candidates], transports[0], "vddk")
+    return DiskPlan(disk, mode, parent, "because", areas, transport, DiskFacts(disk.label, disk.file))
 
 
 def _pattern(seed: int, length: int) -> bytes:
@@ -218,3 +242,83 @@ def test_a_dead_server_is_told(world: World, monkeypatch: pytest.MonkeyPatch) ->
         world.copy(world.store.create_run("one"), [_plan(disk)], "one")
     assert caught.value.details["error"]["details"]["side"] == "source"
     assert not world.store.part_files()
+
+
+@pytest.mark.parametrize("refusal", [TransportError("VDDK does not use it"), VsphereError("The disk was not attached")])
+def test_a_transport_that_does_not_open_is_left_for_the_next(world: World, refusal: VadpError) -> None:
+    disk = world.disk(2000, _pattern(1, CAPACITY))
+    world.refused["hotadd"] = refusal
+    entry = world.copy(world.store.create_run("one"), [_plan(disk, transports=["hotadd", "nbdssl"])], "one")[2000]
+    assert world.raw(2000, "one") == _pattern(1, CAPACITY)
+    assert entry["transport"] == "nbdssl"
+    reading = world.readings[2000]
+    assert (reading.transport, reading.method) == ("nbdssl", "vddk")
+    assert reading.reasons == ["san: no LUN", f"hotadd: it failed: {refusal.what}"]
+
+
+@pytest.mark.parametrize("compression", ["zstd", "none"])
+@pytest.mark.parametrize("mode", ["full", "incremental"])
+def test_a_transport_that_breaks_in_the_middle_is_left_for_the_next(world: World, mode: str, compression: str) -> None:
+    """What it has read stays, and the next one reads the rest; the hashes cover all of it once."""
+    before = _pattern(1, 32 << 20)
+    disk = world.disk(2000, before)
+    world.copy(world.store.create_run("one"), [_plan(disk)], "one", compression=compression)
+    after = os.urandom(8 << 20) + bytes(8 << 20) + before[16 << 20 :]
+    disk = world.disk(2000, after)
+    failing = world.folder / "fails"
+    world.filters[f"hotadd {disk.file}"] = [
+        "--filter=error",
+        "--filter=log",
+        "error-pread=EIO",
+        "error-pread-rate=20%",
+        f"logfile={failing}",
+    ]
+    changed = Extents.of([(0, 16 << 20)])
+    plan = _plan(disk, transports=["hotadd", "nbdssl"])
+    if mode == "incremental":
+        plan = _plan(disk, mode, "one", changed, ["hotadd", "nbdssl"])
+    entry = world.copy(world.store.create_run("two"), [plan], "two", compression=compression)[2000]
+    assert world.raw(2000, "two") == after
+    assert entry["transport"] == "nbdssl" and world.tried[-2:] == ["hotadd", "nbdssl"]
+    assert entry["bytes_read"] >= (changed.total_bytes if mode == "incremental" else len(after) - (8 << 20))
+    assert world.readings[2000].reasons[1].startswith("hotadd: it ")
+    pieces = list(read_hashes(str(world.store.hashes_path(2000, "two")))[1])
+    covered = Extents.of((offset, length) for offset, length, _hash in pieces)
+    for offset, length, digest in pieces:
+        assert blake3.blake3(after[offset : offset + length]).hexdigest() == digest
+    assert covered == (
+        changed if mode == "incremental" else covered.union(Extents.of([(0, 8 << 20), (16 << 20, 16 << 20)]))
+    )
+    assert not world.store.part_files()
+
+
+def test_when_all_transports_fail_each_says_why(world: World) -> None:
+    disk = world.disk(2000, _pattern(1, CAPACITY))
+    world.refused = {"hotadd": TransportError("No unit", reason="all taken"), "https": TransportError("No lease")}
+    with pytest.raises(TransportError) as caught:
+        world.copy(world.store.create_run("one"), [_plan(disk, transports=["hotadd", "https"])], "one")
+    text = str(caught.value)
+    assert "by any of the transports" in text and "hotadd: No unit: all taken" in text and "https: No lease" in text
+    assert "Hard disk 1" in text and not world.store.part_files()
+
+
+def test_nbd_is_not_tried_where_nbdssl_could_not_reach_the_host(world: World) -> None:
+    disk = world.disk(2000, _pattern(1, CAPACITY))
+    finding = {"finding": {"code": 14009, "meaning": "refused", "evidence": ""}}
+    world.refused["nbdssl"] = TransportError("The disk can't be opened", reason="refused", details=finding)
+    plan = _plan(disk, transports=["nbdssl", "nbd", "https"])
+    world.copy(world.store.create_run("one"), [plan], "one")
+    assert world.tried == ["nbdssl", "https"]
+    assert world.readings[2000].reasons[2] == "nbd: not tried: it goes the way of nbdssl, which failed"
+
+
+def test_a_failing_target_is_no_reason_for_another_transport(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = world.disk(2000, _pattern(1, CAPACITY))
+
+    def refuse(*args: Any, **options: Any) -> Any:
+        raise DataPathError("Writing to the target failed", details={"side": "target", "errno": "ENOSPC"})
+
+    monkeypatch.setattr(disk_copy, "copy", refuse)
+    with pytest.raises(DataPathError, match="Make room"):
+        world.copy(world.store.create_run("one"), [_plan(disk, transports=["hotadd", "nbdssl"])], "one")
+    assert world.tried == ["hotadd"]

@@ -68,3 +68,17 @@ def test_without_a_path_or_with_a_full_disk_nothing_happens():
         disk = Progress(path).disk(1, "x", 2)
         disk.update(1)
         disk.finish("done")
+
+
+def test_time_and_speed_count_from_the_end_of_a_wait(tmp_path):
+    path, clock = tmp_path / "progress", Clock()
+    with Progress(str(path), clock) as progress:
+        disk = progress.disk(2000, "Hard disk 1", 1000)
+        disk.wait("waiting for a connection to esx01")
+        clock.now += 60
+        disk.update(0)
+        clock.now += 2
+        disk.update(1000)
+    lines = lines_of(path)
+    assert [line["state"] for line in lines] == ["running", "waiting for a connection to esx01", "running", "running"]
+    assert (lines[-1]["seconds"], lines[-1]["bytes_per_second"]) == (2.0, 500)

@@ -15,6 +15,7 @@ from ansible_collections.openvadp.backup.plugins.module_utils.transport import e
 from ansible_collections.openvadp.backup.plugins.module_utils.transport.endpoints import (
     mode_used,
     retries_within,
+    serving_host,
     vddk_argv,
 )
 from ansible_collections.openvadp.backup.plugins.module_utils.transport.vddk import Vddk
@@ -84,6 +85,44 @@ def test_the_mode_is_the_one_that_the_log_names_last() -> None:
         == "nbdssl"
     )
     assert mode_used("nbdkit: debug: nothing") is None
+
+
+@pytest.mark.parametrize(
+    ("url", "host"),
+    [
+        ("vpxa-nfcssl://[NFS01] vm-101/vm-101.vmdk@esx01.domain.local:902", "esx01.domain.local"),
+        ("vpxa-nfc://[ds 1] it's@home/a.vmdk@10.0.0.7:902", "10.0.0.7"),
+        ("vpxa-nfcssl://[ds] a/a.vmdk@[fe80::1]:902", "fe80::1"),
+    ],
+)
+def test_the_serving_host_is_the_one_that_the_log_names_last(url: str, host: str) -> None:
+    line = "nbdkit: vddk[1]: debug: DISKLIB-LIB   : Opened '%s' (0x1e): custom, 131072 sectors / 64 MB.\n"
+    assert serving_host(line % "vpxa-nfcssl://[ds] a/a.vmdk@esx99:902" + line % url + "more\n") == host
+
+
+def test_a_log_without_an_opened_disk_names_no_serving_host() -> None:
+    assert serving_host("VixDiskLib: VixDiskLib_OpenEx: Open a disk: [ds] a/a.vmdk@b, flags 0x4.\n") is None
+
+
+@pytest.mark.parametrize(
+    ("transports", "compression", "argument"),
+    [
+        (["nbdssl"], "fastlz", ["compression=fastlz"]),
+        (["nbd"], "zlib", ["compression=zlib"]),
+        (["nbdssl", "nbd"], "skipz", ["compression=skipz"]),
+        (["nbdssl"], "none", []),
+        (["san"], "zlib", []),
+        (["hotadd"], "zlib", []),
+    ],
+)
+def test_what_crosses_the_lan_is_compressed(transports: List[str], compression: str, argument: List[str]) -> None:
+    argv = _argv(transports=transports, wire_compression=compression)
+    assert [word for word in argv if word.startswith("compression=")] == argument
+
+
+def test_an_old_plugin_does_not_compress() -> None:
+    with pytest.raises(TransportError, match="wire_compression"):
+        _argv(vddk=Vddk("/opt/vddk", "7", "1.22.1"), wire_compression="zlib")
 
 
 def test_a_secret_goes_through_a_pipe(tmp_path: Path) -> None:

@@ -12,9 +12,11 @@ from ansible_collections.openvadp.backup.plugins.module_utils.transport import v
 from ansible_collections.openvadp.backup.plugins.module_utils.transport.vddk import (
     Vddk,
     choose_thumbprint,
+    connection_bytes,
     find_library,
     look_for_library,
     temporary_folder,
+    version_problem,
     write_config,
 )
 
@@ -95,6 +97,60 @@ def test_the_time_outs_scale(tmp_path: Path, io_timeout: int, read_ms: int) -> N
     assert "vixDiskLib.nfcAio.Session.BufCount=4" in lines
     write_config(path, vddk=Vddk("/", "6.7", "1"), io_timeout=io_timeout, tmp_folder="/var/tmp/x")
     assert "nfcAio" not in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("version", "has_keys"), [("7", False), ("7.0.2", False), ("7.0.3", True), ("8", True), ("9.0.0", True)]
+)
+def test_the_buffers_are_set_where_they_are_known(tmp_path: Path, version: str, has_keys: bool) -> None:
+    path, library = tmp_path / "vddk.conf", Vddk("/", version, "1")
+    write_config(path, vddk=library, io_timeout=180, tmp_folder="/var/tmp/x")
+    assert ("nfcAio.Session.BufSizeIn64KB=16" in path.read_text()) is has_keys
+    assert connection_bytes(library) == (4 << 20 if has_keys else 256 << 10)
+
+
+@pytest.mark.parametrize(
+    ("library", "server", "fits"),
+    [
+        ("8.0.3", "8.0.3", True),
+        ("8.0.3", "7.0.2", True),
+        ("8.0.0", "6.7.0", True),
+        ("8.0.3", "6.5.0", False),
+        ("8.0.3", "9.0.0", True),
+        ("8.0.3", "10.0.0", False),
+        ("8", "8.0.1", True),
+        ("9.0.0", "7.0.3", True),
+        ("9.0.0", "6.7.0", False),
+        ("9", "10.0.0", True),
+        ("7.0.3", "8.0.0", True),
+        ("7.0.3", "9.0.0", False),
+        ("6.7.3", "8.0.0", False),
+        ("6.7.3", "7.0.0", True),
+        ("6.5.0", "6.0.0", True),
+        ("6", "7.0.0", True),
+        ("6", "8.0.0", False),
+        ("", "8.0.0", True),
+        ("8.0.3", "unknown", True),
+    ],
+)
+def test_the_library_is_for_two_releases_back_and_one_ahead(library: str, server: str, fits: bool) -> None:
+    problem = version_problem(library, server)
+    assert (problem is None) is fits, problem
+    if problem is not None:
+        assert library in problem and server in problem
+
+
+def test_the_problem_names_the_releases() -> None:
+    assert version_problem("8.0.3", "6.5.0") == ("VDDK 8.0.3 is for vSphere 6.7 to 9.0, and the server is 6.5.0")
+    assert "to 10.0" in str(version_problem("9.0.0", "6.5.0"))
+
+
+@pytest.mark.parametrize(
+    ("library", "major", "fits"), [("6.0.3", 6, False), ("6.5.0", 6, True), ("6", 6, True), ("6.0.3", 5, True)]
+)
+def test_vmfs_6_needs_a_library_of_its_time(library: str, major: int, fits: bool) -> None:
+    problem = version_problem(library, "6.5.0", vmfs_major=major)
+    assert (problem is None) is fits, problem
 
 
 def test_the_temporary_folder_is_always_the_same_and_ours_alone(tmp_path: Path) -> None:

@@ -40,6 +40,15 @@ def test_a_line_says_how_far_how_fast_and_how_long() -> None:
     ]
 
 
+def test_a_line_says_what_a_disk_waits_for() -> None:
+    parts = [record(0, 0.0), record(0, 0.1, state="waiting for a connection to esx01"), record(0, 0.0)]
+    assert lines_of(*parts) == [
+        "app01: Hard disk 1: 0 % of 192.0 MiB",
+        "app01: Hard disk 1: waiting for a connection to esx01",
+        "app01: Hard disk 1: 0 % of 192.0 MiB",
+    ]
+
+
 def test_lines_come_at_the_start_every_five_seconds_or_ten_percent_and_at_the_end() -> None:
     one = 192 * MIB // 100
     parts = [

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""A disk as an endpoint, by the transport and the method that a plan names."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Callable, ContextManager, Iterator, Mapping, Optional
+
+from ..datapath.processes import RuntimeDir
+from ..errors import DataPathError, RepositoryError, TransportError, VadpError
+from . import budget
+from .endpoints import LAN_MODES, Endpoint, open_vddk
+from .hotadd import open_hotadd
+from .hotadd_plan import READ, WRITE
+from .https import open_folder, open_lease
+from .planner import BY_ATTACHING, BY_FOLDER, BY_LEASE, BY_VDDK, Candidate, DiskFacts, ProxyFacts
+from .san import allow_list
+from .vddk import Vddk
+
+if TYPE_CHECKING:
+    from ..repository.runs import Run
+    from ..vsphere.disks import Disk
+    from ..vsphere.inventory import VmRef
+    from ..vsphere.session import Session
+
+_HANDSHAKE = 14006
+
+
+@dataclass
+class OpenContext:
+    """What the disks of a run have in common.
+
+    :param snapshot_moid: the snapshot that is read; None for a VM without snapshots.
+    :param proxy_vm: this machine, if it is a VM of the same vCenter.
+    :param stage_dir: a folder for large temporary files, on the repository's file system.
+    :param cancel: when it is set, waiting for a connection ends.
+    :param on_wait: called with what is waited for before a disk can be opened.
+    """
+
+    session: Session
+    vm: VmRef
+    snapshot_moid: Optional[str]
+    vddk: Optional[Vddk]
+    proxy: ProxyFacts
+    proxy_vm: Optional[VmRef]
+    nfc_port: int
+    io_timeout: int
+    run_dir: RuntimeDir
+    run: Run
+    device_dir: str
+    sysfs_dir: str
+    wire_compression: str
+    nfc_host_limit: Optional[int]
+    stage_dir: Path
+    cancel: Optional[threading.Event] = None
+    on_wait: Optional[Callable[[str], None]] = None
+
+
+def open_disk(
+    context: OpenContext,
+    disk: Disk,
+    facts: DiskFacts,
+    candidate: Candidate,
+    *,
+    writable: bool,
+    stage: Path,
+) -> ContextManager[Endpoint]:
+    """Serve one disk as *candidate* of its plan says; errors of opening surface when the context is entered.
+
+    :param stage: where a large temporary file of this disk may lie meanwhile.
+    :raises TransportError: it can't be opened by this transport.
+    """
+    if candidate.method == BY_VDDK:
+        return _by_vddk(context, disk, facts, candidate.transport, writable)
+    if candidate.method == BY_ATTACHING:
+        return _by_attaching(context, disk, writable)
+    if candidate.method == BY_FOLDER and not writable:
+        return _by_folder(context, disk)
+    if candidate.method == BY_LEASE and not writable:
+        return _by_lease(context, disk, stage)
+    doing = "writes" if writable else "reads"
+    raise TransportError(
+        f"Nothing {doing} a disk by {candidate.transport} in this way",
+        subject=disk.file,
+        reason=candidate.method or "it has no method",
+    )
+
+
+@contextlib.contextmanager
+def _by_vddk(context: OpenContext, disk: Disk, facts: DiskFacts, transport: str, writable: bool) -> Iterator[Endpoint]:
+    if context.vddk is None:
+        raise TransportError("VDDK is not there", subject=disk.file, reason=context.proxy.vddk_problem)
+    extents = facts.datastore.extents if transport == "san" and facts.datastore is not None else ()
+    with contextlib.ExitStack() as stack:
+        slot, attached = None, None
+        if transport == "hotadd" and context.proxy_vm is not None:
+            attached = stack.enter_context(_VddkAttachment(context, context.proxy_vm, disk, writable))
+        if transport in LAN_MODES:
+            slot = stack.enter_context(_connection(context, context.vddk, facts))
+        endpoint = stack.enter_context(
+            open_vddk(
+                context.session,
+                context.vm,
+                file=disk.file,
+                snapshot_moid=context.snapshot_moid,
+                transports=[transport],
+                writable=writable,
+                vddk=context.vddk,
+                nfc_port=context.nfc_port,
+                run_dir=context.run_dir,
+                io_timeout=context.io_timeout,
+                san_devices=allow_list(extents, context.proxy.luns),
+                wire_compression=context.wire_compression,
+            )
+        )
+        if slot is not None:
+            slot.opened(endpoint)
+        if attached is not None:
+            attached.endpoint = endpoint
+        yield endpoint
+
+
+class _VddkAttachment:
+    """What VDDK attaches by itself stands in the run's record until its server has ended in order and detached it."""
+
+    def __init__(self, context: OpenContext, proxy: VmRef, disk: Disk, writable: bool) -> None:
+        self.endpoint: Optional[Endpoint] = None
+        self._run = context.run
+        self._intent = context.run.record(
+            "attachment",
+            method=BY_VDDK,
+            proxy_moid=proxy.moid,
+            file=disk.file,
+            disk_uuid=disk.uuid,
+            vm_moid=context.vm.moid,
+            access=WRITE if writable else READ,
+        )
+
+    def __enter__(self) -> _VddkAttachment:
+        return self
+
+    def __exit__(self, *_exc: Any) -> None:
+        if self.endpoint is not None and self.endpoint.child.returncode == 0:
+            with contextlib.suppress(RepositoryError):  # a later change of the record says so too
+                self._run.done(self._intent)
+
+
+def _connection(context: OpenContext, vddk: Vddk, facts: DiskFacts) -> ContextManager[budget.Slot]:
+    """The permission to open one more disk on the hosts that may serve this one (VADP facts 19, 20).
+
+    Of a snapshot any host of the datastore may, without one it is the VM's own.
+    """
+    hosts = facts.datastore.hosts if facts.datastore is not None else ()
+    own = facts.vm.host_moid if facts.vm is not None else None
+    if context.snapshot_moid is None and any(host.moid == own for host in hosts):
+        hosts = tuple(host for host in hosts if host.moid == own)
+    names = [host.name for host in hosts] or [context.session.connection.hostname]
+    return budget.for_disk(
+        context.session,
+        names,
+        vddk,
+        limit=context.nfc_host_limit,
+        subject=facts.label,
+        cancel=context.cancel,
+        on_wait=context.on_wait,
+    )
+
+
+def _by_attaching(context: OpenContext, disk: Disk, writable: bool) -> ContextManager[Endpoint]:
+    if context.proxy_vm is None:
+        raise TransportError(
+            "The disk can't be hot-added",
+            subject=disk.file,
+            reason="this machine is no virtual machine of this vCenter",
+        )
+    return open_hotadd(
+        context.session,
+        context.proxy_vm,
+        disk,
+        writable=writable,
+        run=context.run,
+        run_dir=context.run_dir,
+        device_dir=context.device_dir,
+        sysfs_dir=context.sysfs_dir,
+        io_timeout=context.io_timeout,
+        vm=context.vm,
+    )
+
+
+def _by_folder(context: OpenContext, disk: Disk) -> ContextManager[Endpoint]:
+    return open_folder(context.session, context.vm, disk, run_dir=context.run_dir, io_timeout=context.io_timeout)
+
+
+def _by_lease(context: OpenContext, disk: Disk, stage: Path) -> ContextManager[Endpoint]:
+    cancel = context.cancel
+
+    def on_progress(done: int, total: int) -> None:
+        if cancel is not None and cancel.is_set():
+            raise DataPathError("The disk was not downloaded", subject=disk.file, reason="another disk failed")
+
+    if context.snapshot_moid is None:
+        raise TransportError("Only a snapshot is exported", subject=disk.file, reason="there is none")
+    return open_lease(
+        context.session,
+        context.vm,
+        context.snapshot_moid,
+        disk,
+        run=context.run,
+        run_dir=context.run_dir,
+        stage=stage,
+        io_timeout=context.io_timeout,
+        on_progress=on_progress,
+    )
+
+
+def same_way_failed(transport: str, failed: str, error: VadpError) -> bool:
+    """Whether *transport* would meet what *failed* has met.
+
+    nbdssl and nbd go to the same port of the same hosts with the same rights; what VDDK's log told of one is true for
+    the other, but for what TLS is to blame for.
+    """
+    if transport not in LAN_MODES or failed not in LAN_MODES:
+        return False
+    finding = error.details.get("finding")
+    return finding is not None and finding["code"] != _HANDSHAKE
+
+
+def all_failed(doing: str, failed: Mapping[str, VadpError]) -> VadpError:
+    """What to tell when the last transport failed too: of one, its own words.
+
+    :param doing: read or written.
+    :param failed: transport -> its error, in the order of the attempts; at least one.
+    """
+    errors = list(failed.values())
+    if len(errors) == 1:
+        return errors[0]
+    return TransportError(
+        f"The disk can't be {doing} by any of the transports",
+        reason=" | ".join(f"{name}: {error.what}: {error.reason}" for name, error in failed.items()),
+        remedy=next((error.remedy for error in errors if error.remedy), None),
+        retryable=any(error.retryable for error in errors),
+        details={**errors[0].details, "failures": {name: error.to_result() for name, error in failed.items()}},
+    )

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""The options of doc fragment ``transport``, checked before anything is touched.
+
+A request that carries them is any object with attributes of their names.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from ..errors import InputError
+from .endpoints import WIRE_COMPRESSIONS
+from .planner import check_transports
+from .proxy import check_options
+
+DEVICE_DIR = "/dev/disk/by-id"
+SYSFS_DIR = "/sys"
+
+
+def check_transport_options(request: Any) -> None:
+    """:raises InputError: an option makes no sense."""
+    check_transports(request.transports)
+    check_transport_numbers(request)
+    check_options(request.proxy_name, request.proxy_uuid, request.proxy_moid, request.proxy_physical)
+    if request.wire_compression not in WIRE_COMPRESSIONS:
+        raise InputError("The option wire_compression has no such value", subject=request.wire_compression)
+    for option, path, default in (
+        ("device_dir", request.device_dir, DEVICE_DIR),
+        ("sysfs_dir", request.sysfs_dir, SYSFS_DIR),
+    ):
+        # A machine without disks has no /dev/disk/by-id; what somebody wrote has to be there.
+        if not os.path.isabs(path) or (path != default and not os.path.isdir(path)):
+            raise InputError(
+                f"The option {option} names no folder",
+                subject=path,
+                reason="there is no such folder" if os.path.isabs(path) else "it is not an absolute path",
+                remedy=f"Leave it out for {default}",
+            )
+
+
+def check_transport_numbers(request: Any) -> None:
+    """:raises InputError: a port, a time or a limit is out of range."""
+    for option, number, low, high in (
+        ("io_timeout", request.io_timeout, 1, 86400),
+        ("nfc_port", request.nfc_port, 1, 65535),
+        ("nfc_host_limit", request.nfc_host_limit, 1, 50),
+    ):
+        if number is not None and not low <= number <= high:
+            raise InputError(f"The option {option} is out of range", subject=str(number), remedy=f"{low} to {high}")

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""The privileges that each task needs, and on what (VADP facts 48): the one table, which the docs repeat.
+
+``docs/ports-and-privileges.md`` and the roles in ``docs/roles`` are tested against it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Dict, Iterable, List, Tuple
+
+# Tasks
+BACKUP = "backup"
+VDDK = "vddk"
+ACCESS = "access"
+HOTADD = "hotadd"
+HTTPS = "https"
+ENCRYPTED = "encrypted"
+ENCRYPTED_HOTADD = "encrypted_hotadd"
+RESTORE = "restore"
+NEW_VM = "new_vm"
+LAN = "backup_lan"
+
+TASKS: Dict[str, str] = {
+    BACKUP: "snapshots and change tracking: every backup",
+    VDDK: "reading through VDDK: san, hotadd, nbdssl, nbd",
+    ACCESS: "the access calls of VDDK (vadp_access)",
+    HOTADD: "attaching disks to the proxy VM: hotadd",
+    HTTPS: "reading without VDDK: https",
+    ENCRYPTED: "encrypted virtual machines",
+    ENCRYPTED_HOTADD: "encrypted virtual machines by hotadd",
+    RESTORE: "writing into the disks of a virtual machine",
+    NEW_VM: "restoring as a new virtual machine",
+    LAN: "setting up the backup LAN",
+}
+
+# What a privilege is asked for on.
+VM = "virtual machine"
+PROXY = "proxy VM"
+DATASTORE = "datastore"
+VCENTER = "vCenter"
+FOLDER = "folder"
+POOL = "resource pool"
+NETWORK = "network"
+HOST = "host"
+
+# The transports of the planner, and the tasks of each beside the backup itself.
+OF_TRANSPORT: Dict[str, Tuple[str, ...]] = {
+    "san": (VDDK,),
+    "hotadd": (HOTADD,),
+    "nbdssl": (VDDK,),
+    "nbd": (VDDK,),
+    "https": (HTTPS,),
+}
+
+
+@dataclass(frozen=True)
+class Privilege:
+    """A privilege: its id, what it is needed on, for which tasks, and what for."""
+
+    name: str
+    on: str
+    tasks: Tuple[str, ...]
+    purpose: str
+
+
+PRIVILEGES: Tuple[Privilege, ...] = (
+    Privilege("VirtualMachine.State.CreateSnapshot", VM, (BACKUP,), "make the snapshot that is read"),
+    Privilege("VirtualMachine.State.RemoveSnapshot", VM, (BACKUP,), "remove it, and consolidate"),
+    Privilege("VirtualMachine.Config.ChangeTracking", VM, (BACKUP,), "switch changed block tracking on, query it"),
+    Privilege("VirtualMachine.Provisioning.DiskRandomRead", VM, (VDDK, RESTORE), "read the disks"),
+    Privilege("VirtualMachine.Provisioning.GetVmFiles", VM, (BACKUP, VDDK, HTTPS), "read the machine's files"),
+    Privilege("VirtualMachine.Provisioning.DiskRandomAccess", VM, (RESTORE,), "write the disks"),
+    Privilege("Datastore.Browse", DATASTORE, (BACKUP, VDDK, HTTPS), "find the machine's files"),
+    Privilege("Datastore.FileManagement", DATASTORE, (BACKUP, VDDK, HTTPS), "read files of a datastore (NVRAM, disks)"),
+    Privilege("Global.DisableMethods", VCENTER, (ACCESS,), "stop Storage vMotion meanwhile"),
+    Privilege("Global.EnableMethods", VCENTER, (ACCESS,), "allow it again"),
+    Privilege("VirtualMachine.Config.AddExistingDisk", PROXY, (HOTADD,), "attach a disk"),
+    Privilege("VirtualMachine.Config.AddNewDisk", PROXY, (HOTADD,), "attach a disk with a redo log"),
+    Privilege("VirtualMachine.Config.RemoveDisk", PROXY, (HOTADD,), "detach it"),
+    Privilege("VirtualMachine.Config.Settings", PROXY, (HOTADD,), "change the proxy's settings"),
+    Privilege("VirtualMachine.Config.Resource", PROXY, (HOTADD,), "change the proxy's resources"),
+    Privilege("VirtualMachine.Config.AddRemoveDevice", PROXY, (HOTADD,), "add a controller when all units are taken"),
+    Privilege("Datastore.AllocateSpace", DATASTORE, (HOTADD, NEW_VM), "redo logs and new disks"),
+    Privilege("VApp.Export", VM, (HTTPS,), "the export lease of a running machine"),
+    Privilege("Cryptographer.Access", VM, (ENCRYPTED,), "read an encrypted disk; the backup of it is plaintext"),
+    Privilege("Cryptographer.AddDisk", PROXY, (ENCRYPTED_HOTADD,), "attach an encrypted disk"),
+    Privilege("VApp.Import", POOL, (NEW_VM,), "the import lease"),
+    Privilege("VirtualMachine.Inventory.Create", FOLDER, (NEW_VM,), "make the machine"),
+    Privilege("Resource.AssignVMToPool", POOL, (NEW_VM,), "put it into a resource pool"),
+    Privilege("Network.Assign", NETWORK, (NEW_VM,), "connect its network cards"),
+    Privilege("Host.Config.Network", HOST, (LAN,), "VMkernel NICs, switches and port groups of a host"),
+    Privilege("DVSwitch.Modify", NETWORK, (LAN,), "Network I/O Control of a distributed switch"),
+    Privilege("DVPortgroup.Create", NETWORK, (LAN,), "make a distributed port group"),
+    Privilege("DVPortgroup.Modify", NETWORK, (LAN,), "change it"),
+)
+
+# The roles that the docs offer: for backups alone, and for restores too.
+ROLES: Dict[str, Tuple[str, ...]] = {
+    "openvadp-backup": (BACKUP, VDDK, ACCESS, HOTADD, HTTPS, ENCRYPTED, ENCRYPTED_HOTADD),
+    "openvadp-restore": (BACKUP, VDDK, ACCESS, HOTADD, HTTPS, ENCRYPTED, ENCRYPTED_HOTADD, RESTORE, NEW_VM),
+}
+
+
+def needed(tasks: Iterable[str]) -> List[Privilege]:
+    """The privileges of any of *tasks*, in the order of the table."""
+    wanted = set(tasks)
+    return [privilege for privilege in PRIVILEGES if wanted.intersection(privilege.tasks)]
+
+
+def role(name: str) -> List[str]:
+    """The ids of a role of ``ROLES``, sorted."""
+    return sorted({privilege.name for privilege in needed(ROLES[name])})

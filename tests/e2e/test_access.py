@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""VDDK's access calls: Storage vMotion is held off while a machine is backed up, and never afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, List
+
+import pytest
+from harness import MIB, Backups, Running, Simulator
+from modules import Modules
+
+METHOD = "RelocateVM_Task"
+VM = "app01"
+LONG = 120
+
+
+@pytest.fixture
+def backups(own_simulator: Simulator, modules: Modules) -> Backups:
+    """Backups of app01, in full."""
+    return modules.backups
+
+
+def prepared(simulator: Simulator) -> List[str]:
+    """The identities that hold Storage vMotion of app01 off."""
+    return list(simulator.vm(VM)["prepared"])
+
+
+def wait_for(condition: Callable[[], Any], running: Running) -> None:
+    deadline = time.monotonic() + LONG
+    while not condition():
+        assert running.process.poll() is None, running.wait()
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.05)
+
+
+def kill_all(pid: int) -> None:
+    """SIGKILL for a process and all that it has started."""
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in task.read_text().split():
+            kill_all(int(child))
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def role(backups: Backups, point: str, **options: Any) -> Running:
+    variables = backups.variables(point=point, mode="full", disks=["2001"], **options)
+    return backups.ansible.start("openvadp.backup.backup", hosts=[VM], variables=variables)
+
+
+def access(modules: Modules, state: str, **options: Any) -> Dict[str, Any]:
+    options.setdefault("vddk_libdir", modules.simulator.facts["vddk_libdir"])
+    return modules.run("vadp_access", **{**modules.named, "state": state, **options})
+
+
+def note(outcome: Any) -> str:
+    """The notes in a backup's summary."""
+    kept = outcome.result("set_fact", task="Keep the result for the summary")
+    return " ".join(kept["ansible_facts"]["vm_backup_result"]["notes"])
+
+
+def test_prepared_and_ended_and_again(modules: Modules) -> None:
+    simulator = modules.simulator
+    options = {"identity": "the tests' own"}
+    looked = access(modules, "prepared", _ansible_check_mode=True, **options)
+    assert (looked["changed"], looked["storage_vmotion_disabled"]) == (True, True) and prepared(simulator) == []
+    first = access(modules, "prepared", **options)
+    assert (first["changed"], first["storage_vmotion_disabled"]) == (True, True), first
+    assert prepared(simulator) == ["the tests' own"]
+    assert access(modules, "prepared", **options)["changed"] is False
+    other = access(modules, "ended")
+    assert other["storage_vmotion_disabled"] is True and "another identity" in str(other["warnings"])
+    assert access(modules, "ended", _ansible_check_mode=True, **options)["changed"] is True
+    last = access(modules, "ended", **options)
+    assert (last["changed"], last["storage_vmotion_disabled"], prepared(simulator)) == (True, False, [])
+    assert access(modules, "ended", **options)["changed"] is False
+    cleaned = access(modules, "cleaned")
+    assert (cleaned["changed"], cleaned["left_over"]) == (False, {"cleaned": 0, "remaining": 0})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"identity": "x" * 51}, "1 to 50"),
+        ({"identity": ""}, "1 to 50"),
+        ({"identity": "two\nlines"}, "1 to 50"),
+        ({"vddk_libdir": "/nonexistent"}, "VDDK is not there"),
+        ({"password": "wrong"}, "password"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(modules: Modules, options: Dict[str, Any], words: str) -> None:
+    result = access(modules, "prepared", **options)
+    assert result["failed"] and words in result["msg"], result
+    assert prepared(modules.simulator) == []
+
+
+def test_a_missing_privilege_is_named(modules: Modules) -> None:
+    simulator = modules.simulator
+    user = simulator.facts["backup_username"]
+    simulator.control.call("set_privileges", username=user, remove=["Global.DisableMethods"])
+    result = access(modules, "prepared")
+    assert result["failed"] and "Global.DisableMethods" in result["msg"], result
+    assert simulator.facts["backup_password"] not in str(result)
+
+
+def test_storage_vmotion_is_held_off_during_a_backup_and_not_after(own_simulator: Simulator, backups: Backups) -> None:
+    own_simulator.write(VM, 2001, 0, length=MIB)
+    own_simulator.control.call("nfc", delay=0.5)
+    running = role(backups, "one")
+    wait_for(lambda: own_simulator.control.call("nfc")["disks"], running)
+    assert len(prepared(own_simulator)) == 1
+    own_simulator.control.call("nfc", delay=0)
+    outcome = running.wait().ok()
+    assert prepared(own_simulator) == [] and note(outcome) == ""
+    assert not list(backups.repository.glob("vms/*/runs/*.json"))
+
+
+def test_a_backup_that_fails_ends_it(own_simulator: Simulator, backups: Backups) -> None:
+    own_simulator.control.call("nfc", open_faults={"count": -1, "vix": 13})
+    role(backups, "one").wait().failed()
+    assert prepared(own_simulator) == [] and own_simulator.snapshots(VM) == []
+    assert not list(backups.repository.glob("vms/*/runs/*.json"))
+
+
+def test_the_next_run_makes_up_for_a_crash(own_simulator: Simulator, backups: Backups) -> None:
+    own_simulator.write(VM, 2001, 0, length=4 * MIB)
+    own_simulator.control.call("nfc", delay=2)
+    running = role(backups, "one")
+    wait_for(lambda: own_simulator.control.call("nfc")["disks"], running)
+    kill_all(running.process.pid)
+    running.wait()
+    own_simulator.control.call("nfc", delay=0)
+    left = prepared(own_simulator)
+    assert len(left) == 1
+    outcome = backups.run(VM, point="one", mode="full", disks=["2001"]).ok()
+    found = outcome.results("vadp_recover")[0]["recovered"]
+    kinds = [item["what"] for item in found]
+    assert {"what": "access", "id": left[0], "action": "ended"} in found, found
+    assert kinds.index("snapshot") < kinds.index("access")
+    assert prepared(own_simulator) == [] and own_simulator.snapshots(VM) == []
+
+
+def test_without_the_privilege_the_backup_goes_on_and_says_so(own_simulator: Simulator, backups: Backups) -> None:
+    user = own_simulator.facts["backup_username"]
+    own_simulator.control.call("set_privileges", username=user, remove=["Global.DisableMethods"])
+    outcome = role(backups, "one").wait().ok()
+    assert "Storage vMotion is not held off" in note(outcome) and "Global.DisableMethods" in note(outcome)
+    assert not list(backups.repository.glob("vms/*/runs/*.json"))
+
+
+def test_what_cannot_be_ended_now_is_ended_later(modules: Modules, own_simulator: Simulator, repository: Path) -> None:
+    """VDDK is gone when the run ends, and comes back: backups are not stopped by it meanwhile."""
+    libdir = own_simulator.facts["vddk_libdir"]
+    options = dict(modules.named, repository=str(repository))
+    begun = modules.done("vadp_recover", **options, begin=True, point="one", access=True, vddk_libdir=libdir)
+    assert begun["run"]["access"] == {"prepared": True, "reason": None}
+    identity = prepared(own_simulator)
+    assert len(identity) == 1 and begun["run"]["id"] in identity[0]
+    missing = modules.done("vadp_recover", **options, vddk_libdir="/nonexistent")
+    assert [item["what"] for item in missing["recovered"]] == [] and prepared(own_simulator) == identity
+    assert "access" in str(missing["warnings"]) and "VDDK is not there" in str(missing["warnings"])
+    listed = modules.done("vadp_recover", **options, vddk_libdir=libdir, _ansible_check_mode=True)
+    assert [(item["what"], item["action"]) for item in listed["recovered"]] == [("access", "would be ended")]
+    found = modules.done("vadp_recover", **options, vddk_libdir=libdir)
+    assert [item["what"] for item in found["recovered"]] == ["access"] and found["changed"]
+    assert prepared(own_simulator) == [] and not found.get("warnings")
+    again = modules.done("vadp_recover", **options, vddk_libdir=libdir)
+    assert not again["changed"]
+    without = modules.done("vadp_recover", **options, begin=True, point="two", vddk_libdir=libdir)
+    assert without["run"]["access"] is None and prepared(own_simulator) == []

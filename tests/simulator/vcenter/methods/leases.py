@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""Export leases: ExportSnapshot, ExportVm, HttpNfcLease, and the downloads under ``/nfc`` (VADP facts 51)."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyVmomi import vim, vmodl
+
+from .. import disks, soap, stream_vmdk
+from ..inventory import VirtualMachine, datastore_of, disks_in, is_rdm
+from ..model import Managed
+from ..services import DropConnection, as_fault
+from . import Context, method
+from .snapshots import SnapshotObject
+
+if TYPE_CHECKING:
+    from ..server import Handler
+
+# Where a download breaks off that is to be cut.
+CUT_AFTER = 256 * 1024
+# How often a lease looks whether its time or its session is over.
+TICK = 0.05
+_NUMBERS = itertools.count(1)
+
+
+class _Device:
+    """A file that a lease offers. ``path`` is the disk that it is made of; None for a file that is no disk."""
+
+    def __init__(self, key: str, name: str, path: str | None, local: Path | None = None) -> None:
+        self.key = key
+        self.name = name
+        self.path = path
+        self.local = local
+        self.sha1 = ""  # of the last whole download
+        self.size = 0
+
+
+class Lease(Managed):
+    """An HttpNfcLease. It belongs to the session that made it, and holds the disks that it reads open."""
+
+    type = vim.HttpNfcLease
+
+    def __init__(self, context: Context, vm: VirtualMachine, config: Any) -> None:
+        super().__init__(context.simulator, f"session[{secrets.token_hex(8)}]lease-{next(_NUMBERS)}")
+        self.vm = vm
+        self.session = context.session
+        self.ticket = secrets.token_hex(16)
+        self.state = "initializing"
+        self.error: Any = None
+        self.percent = 0
+        self.timeout = self.simulator.settings.lease_timeout
+        self.deadline = time.monotonic() + self.timeout
+        self.over = threading.Event()
+        self._lock = threading.Lock()
+        self._openers: list[Any] = []
+        self.devices = self._devices(config)
+
+    def _devices(self, config: Any) -> list[_Device]:
+        """The last disk first, and files that are no disks before them: whoever goes by the order is wrong."""
+        controllers = {device.key: device for device in config.hardware.device}
+        found = []
+        nvram = disks.nvram_path(self.vm)
+        local = self.simulator.storage.local_path(nvram)
+        if local.exists():
+            found.append(_Device(f"/{self.vm.moid}/nvram", nvram.rsplit("/", 1)[-1], None, local))
+        for number, disk in reversed(
+            list(enumerate(one for one in disks_in(config.hardware.device) if not is_rdm(one)))
+        ):
+            controller = controllers[disk.controllerKey]
+            kind = type(controller).__name__.rsplit(".", 1)[-1]
+            key = f"/{self.vm.moid}/{kind}{controller.busNumber}:{disk.unitNumber}"
+            found.append(_Device(key, f"disk-{number}.vmdk", disk.backing.fileName))
+        return found
+
+    # its life
+
+    def start(self) -> None:
+        """Hold the disks; ready after a moment."""
+        try:
+            for device in self.devices:
+                if device.path is not None:
+                    opener = self.simulator.storage.open(device.path, f"lease:{self.moid}", write=False)
+                    self._openers.append(opener)
+        except Exception:
+            self._let_go()
+            raise
+        self.simulator.leases[self.ticket] = self
+        assert self.session is not None
+        self.session.objects[self.moid] = self
+        threading.Thread(target=self._live, name=self.moid, daemon=True).start()
+
+    def _live(self) -> None:
+        time.sleep(self.simulator.settings.task_delay)
+        try:
+            self.simulator.injector.apply("task", "ExportSnapshot", self.vm.moid)
+        except vmodl.MethodFault as fault:
+            self.end("error", fault)
+            return
+        with self._lock:
+            if self.state == "initializing":
+                self.state = "ready"
+                self.deadline = time.monotonic() + self.timeout
+        while not self.over.wait(TICK):
+            if time.monotonic() > self.deadline:
+                self.end("error", vim.fault.Timedout(msg="The lease has timed out."))
+            elif self.session is None or not self.session.alive:
+                self.end("error", vim.fault.NotAuthenticated(object=self.ref, privilegeId="System.View"))
+
+    def end(self, state: str, error: Any = None) -> None:
+        with self._lock:
+            if self.over.is_set():
+                return
+            self.state, self.error = state, error
+            self.over.set()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self.simulator.leases.pop(self.ticket, None)
+        for opener in self._openers:
+            opener.close()
+        self._openers.clear()
+
+    def check(self) -> None:
+        """:raises Timedout: it died of its time; :raises InvalidState: it is not ready, or not any more."""
+        if self.state == "error":
+            raise self.error
+        if self.state != "ready":
+            raise vim.fault.InvalidState(msg=f"The lease is {self.state}.")
+
+    # properties
+
+    def p_state(self) -> Any:
+        return vim.HttpNfcLease.State(self.state)
+
+    def p_error(self) -> Any:
+        return self.error
+
+    def p_initializeProgress(self) -> int:
+        return 0 if self.state == "initializing" else 100
+
+    def p_transferProgress(self) -> int:
+        return self.percent
+
+    def p_mode(self) -> str:
+        return "pushOrGet"
+
+    def p_capabilities(self) -> Any:
+        return vim.HttpNfcLease.Capabilities(pullModeSupported=False, corsSupported=False)
+
+    def p_info(self) -> Any:
+        if self.state != "ready":
+            return None
+        capacity = sum(
+            self.simulator.storage.info(device.path).capacity_bytes
+            for device in self.devices
+            if device.path is not None
+        )
+        return vim.HttpNfcLease.Info(
+            lease=self.ref,
+            entity=self.vm.ref,
+            deviceUrl=[self._url(device) for device in self.devices],
+            totalDiskCapacityInKB=capacity // 1024,
+            leaseTimeout=int(self.timeout),
+        )
+
+    def _url(self, device: _Device) -> Any:
+        simulator = self.simulator
+        host = simulator.settings.lease_host
+        host = host if host == "*" else f"{host}:{simulator.port}"
+        thumbprint = {
+            "sha1": simulator.thumbprints["sha1"],
+            "sha256": simulator.thumbprints["sha256"],
+            "empty": "",
+            "wrong": ":".join(["AA"] * 20),
+        }[simulator.settings.lease_thumbprint]
+        return vim.HttpNfcLease.DeviceUrl(
+            key=device.key,
+            importKey=device.key,
+            url=f"https://{host}/nfc/{self.ticket}/{device.name}",
+            sslThumbprint=thumbprint,
+            disk=device.path is not None,
+            targetId=device.name,
+            datastoreKey=datastore_of(device.path) if device.path is not None else "",
+            fileSize=0,
+        )
+
+    # bytes
+
+    def content(self, device: _Device) -> Iterator[bytes]:
+        """The bytes to send; a disk's are a stream-optimised VMDK of what its chain holds."""
+        if device.path is None:
+            assert device.local is not None
+            yield device.local.read_bytes()
+            return
+        store, path = self.simulator.storage, device.path
+        capacity = store.info(path).capacity_bytes
+        data = store.allocated(path, 0, capacity, 64 * 1024)
+        digest, size = hashlib.sha1(), 0
+        for piece in stream_vmdk.stream(device.name, capacity, data, lambda at, length: store.read(path, at, length)):
+            digest.update(piece)
+            size += len(piece)
+            yield piece
+        device.sha1, device.size = digest.hexdigest(), size
+
+
+# --- what a held lease keeps the VM from ----------------------------------------------------------------------------
+
+
+def held(vm: VirtualMachine) -> bool:
+    return any(lease.vm is vm for lease in list(vm.simulator.leases.values()))
+
+
+def refuse_held(vm: VirtualMachine) -> None:
+    """:raises MethodDisabled: the VM is being exported."""
+    if held(vm):
+        raise vim.fault.MethodDisabled(
+            source="com.vmware.vim.HttpNfcLease", msg="The method is disabled while the virtual machine is exported."
+        )
+
+
+# --- methods --------------------------------------------------------------------------------------------------------
+
+
+def _export(context: Context, vm: VirtualMachine, config: Any) -> Any:
+    with context.simulator.lock:
+        if vm.task is not None:
+            raise vim.fault.TaskInProgress(task=vm.task.ref)
+        if held(vm):
+            raise vim.fault.InvalidState(msg="The virtual machine is being exported already.")
+        lease = Lease(context, vm, config)
+        lease.start()
+    return lease.ref
+
+
+@method("VirtualMachineSnapshot", "ExportSnapshot", changing=True)
+def export_snapshot(context: Context, snapshot: SnapshotObject) -> Any:
+    return _export(context, snapshot.of_vm, snapshot.record.config)
+
+
+@method("VirtualMachine", "ExportVm", changing=True)
+def export_vm(context: Context, vm: VirtualMachine) -> Any:
+    if vm.power_state != "poweredOff":
+        raise vim.fault.InvalidPowerState(requestedState="poweredOff", existingState=vm.power_state)
+    return _export(context, vm, vm.config)
+
+
+@method("HttpNfcLease", "HttpNfcLeaseProgress")
+def progress(context: Context, lease: Lease, percent: int) -> None:
+    lease.check()
+    lease.percent = percent
+    lease.deadline = time.monotonic() + lease.timeout
+
+
+@method("HttpNfcLease", "HttpNfcLeaseComplete")
+def complete(context: Context, lease: Lease) -> None:
+    lease.check()
+    lease.end("done")
+
+
+@method("HttpNfcLease", "HttpNfcLeaseAbort")
+def abort(context: Context, lease: Lease, fault: Any) -> None:
+    if lease.state == "done":
+        raise vim.fault.InvalidState(msg="The lease is done.")
+    lease.end("error", fault or vmodl.fault.RequestCanceled(msg="The lease was aborted."))
+
+
+@method("HttpNfcLease", "HttpNfcLeaseGetManifest")
+def manifest(context: Context, lease: Lease) -> Any:
+    lease.check()
+    entry = vim.HttpNfcLease.ManifestEntry
+    return soap.array(
+        entry,
+        [
+            entry(
+                key=device.key,
+                sha1=device.sha1,
+                checksum=device.sha1,
+                checksumType="sha1",
+                size=device.size,
+                disk=True,
+                capacity=lease.simulator.storage.info(device.path).capacity_bytes,
+            )
+            for device in lease.devices
+            if device.sha1 and device.path is not None
+        ],
+    )
+
+
+# --- /nfc -----------------------------------------------------------------------------------------------------------
+
+
+def serve(handler: "Handler") -> None:
+    """A download: no ranges, no length, cut where a test says so. The ticket in the URL is all that it takes."""
+    simulator = handler.simulator
+    match = re.fullmatch(r"/nfc/([0-9a-f]+)/([^/?]+)", handler.path.split("?")[0])
+    lease = simulator.leases.get(match.group(1)) if match else None
+    device = next((one for one in lease.devices if match and one.name == match.group(2)), None) if lease else None
+    name = f"{handler.command} /nfc"
+    if lease is None or device is None or lease.state != "ready":
+        simulator.record_call(None, name, None, fault="404")
+        handler.text(404, "404 Not Found\n")
+        return
+    assert lease.session is not None
+    user = lease.session.user.name
+    try:
+        simulator.injector.apply("call", name, device.key)
+    except DropConnection:
+        simulator.record_call(user, name, device.key, fault="drop")
+        handler.close_connection = True
+        raise
+    except vmodl.MethodFault as fault:
+        simulator.record_call(user, name, device.key, fault=type(as_fault(fault)).__name__)
+        handler.text(500, "500 Internal Server Error\n")
+        return
+    cut = simulator.settings.take("lease_cuts")
+    simulator.record_call(user, name, device.key, fault="cut" if cut else None)
+    handler.send_response(200)
+    handler.send_header("Content-Type", "application/x-vnd.vmware-streamVmdk" if device.path else "application/nvram")
+    handler.send_header("Transfer-Encoding", "chunked")
+    handler.end_headers()
+    if handler.command != "HEAD":
+        _send(handler, lease, device, cut)
+
+
+def _send(handler: "Handler", lease: Lease, device: _Device, cut: bool) -> None:
+    sent = 0
+    begun = time.monotonic()
+    for data in lease.content(device):
+        while not lease.over.is_set():
+            speed = lease.simulator.settings.lease_bytes_per_second
+            if not speed or sent / speed <= time.monotonic() - begun:
+                break
+            lease.over.wait(TICK)
+        if lease.over.is_set() or (cut and sent >= CUT_AFTER):
+            raise DropConnection
+        handler.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+        sent += len(data)
+    handler.wfile.write(b"0\r\n\r\n")
