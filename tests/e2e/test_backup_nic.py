@@ -451,6 +451,38 @@ def test_a_fault_in_each_call_leaves_the_host_as_it_was_or_complete(lan: Simulat
     assert outcomes == {True, False}
 
 
+@pytest.mark.parametrize("fault", ["HostConfigFault", "drop", "lost"])
+@pytest.mark.parametrize("method", ["RemoveVirtualNic", "RemovePortGroup", "RemoveVirtualSwitch"])
+def test_a_fault_on_the_way_back_is_overcome(lan: Simulator, run: Any, host: str, method: str, fault: str) -> None:
+    lan.control.call("inject", target="call", name="SelectVnicForNicType", fault="HostConfigFault")
+    lan.control.call("inject", target="call", name=method, fault=fault)
+    before = state(lan, host)
+    result = run(**standard(host, ip_address=address()))
+    assert result["failed"] and "had been done before was undone" in result["msg"]
+    assert state(lan, host) == before
+
+
+@pytest.mark.parametrize("fault", ["HostConfigFault", "drop", "lost"])
+def test_a_distributed_port_group_that_nobody_uses_goes(lan: Simulator, run: Any, host: str, fault: str) -> None:
+    lan.control.call("inject", target="call", name="AddVirtualNic", fault="HostConfigFault")
+    lan.control.call("inject", target="call", name="Destroy_Task", fault=fault)
+    before = state(lan, host)
+    result = run(esxi_hostname=host, dvswitch="DSwitch0", portgroup="dv-unused", ip_address=address())
+    assert result["failed"] and "could not be removed" not in result["msg"]
+    assert state(lan, host) == before
+
+
+def test_one_port_group_has_one_vlan(lan: Simulator, run: Any) -> None:
+    first, second = new_hosts(lan, 2)
+    hosts = [
+        {"esxi_hostname": first, "ip_address": address(), "vlan_id": 3},
+        {"esxi_hostname": second, "ip_address": address(), "vlan_id": 4},
+    ]
+    since = lan.last_call()
+    result = run(dvswitch="DSwitch0", portgroup="dv-two", hosts=hosts)
+    assert result["failed"] and "two VLANs" in result["msg"] and lan.changing_calls(since) == []
+
+
 def test_what_could_not_be_removed_is_told(lan: Simulator, run: Any, host: str) -> None:
     lan.control.call("inject", target="call", name="SelectVnicForNicType", fault="HostConfigFault")
     lan.control.call("inject", target="call", name="RemoveVirtualNic", fault="HostConfigFault", count=0)

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from ..errors import ConnectionLostError, InputError, VadpError, VsphereError
-from ..libraries import vim
+from ..libraries import vim, vmodl
 from ..vsphere import dvswitch, host_network
 from ..vsphere.dvswitch import DvPortGroup
 from ..vsphere.host_network import BACKUP_SERVICE, HostNetwork, Nic
@@ -23,7 +22,8 @@ from .plan import Plan, Step, Target, World, make_plan, subnet_refusal
 from .request import NicRequest
 from .subnets import conflicts
 
-_LEASE_PAUSE = 0.5
+_PAUSE = 0.5
+_LOST_SECONDS = 3
 
 
 def ensure(session: Session, request: NicRequest, check_mode: bool) -> Dict[str, Any]:
@@ -75,9 +75,7 @@ def _read(session: Session, request: NicRequest) -> Tuple[World, Dict[str, HostN
     _check_twice(named)
     for name in sorted({one.dvswitch for one in request.hosts if one.dvswitch}):
         world.dv_switches[name] = dvswitch.find_switch(session, name)
-    distributed = any(
-        nic.spec.distributedVirtualPort is not None for host in named.values() for nic in (one.raw for one in host.nics)
-    )
+    distributed = any(nic.port_key for host in named.values() for nic in host.nics)
     if world.dv_switches or distributed:
         world.dv_port_groups = dvswitch.read_port_groups(session)
     read = host_network.read(session, list(named.values()), world.dv_port_groups)
@@ -88,7 +86,9 @@ def _check_twice(named: Dict[str, HostNetwork]) -> None:
     seen: Dict[str, str] = {}
     for name, host in named.items():
         if host.moid in seen:
-            raise InputError("A host is named twice", subject=f"'{seen[host.moid]}' and '{name}'")
+            raise InputError(
+                "A host is named twice", subject=f"'{seen[host.moid]}' and '{name}'", remedy="Give each host once"
+            )
         seen[host.moid] = name
 
 
@@ -223,23 +223,31 @@ class _Runner:
         return made, left
 
     def _make_port_group(self, plan: Plan) -> DvPortGroup:
-        assert plan.dv_switch is not None and plan.made_port_group is not None
         try:
-            return dvswitch.create_port_group(
-                self.session, plan.dv_switch, plan.made_port_group, plan.request.vlan_id or 0, self.request.timeout
-            )
+            return self._create_port_group(plan)
         except VadpError as error:
-            # What is not known to have failed is looked for: it may be there.
-            if isinstance(getattr(error, "fault", None), (vim.fault.DuplicateName, vim.fault.AlreadyExists)):
+            if _is_taken(error):
                 raise
+            # What is not known to have failed is looked for: it may be there.
             there = self._find_made(plan)
+            if there is not None:
+                return there
+            if not isinstance(error, ConnectionLostError):
+                raise
+        try:
+            return self._create_port_group(plan)
+        except VadpError as error:
+            # The first call was carried out after all, while nobody saw it yet.
+            there = self._find_made(plan) if _is_taken(error) else None
             if there is None:
-                if not isinstance(error, ConnectionLostError):
-                    raise
-                return dvswitch.create_port_group(
-                    self.session, plan.dv_switch, plan.made_port_group, plan.request.vlan_id or 0, self.request.timeout
-                )
+                raise
             return there
+
+    def _create_port_group(self, plan: Plan) -> DvPortGroup:
+        assert plan.dv_switch is not None and plan.made_port_group is not None
+        return dvswitch.create_port_group(
+            self.session, plan.dv_switch, plan.made_port_group, plan.request.vlan_id or 0, self.request.timeout
+        )
 
     def _find_made(self, plan: Plan) -> Optional[DvPortGroup]:
         assert plan.dv_switch is not None
@@ -257,18 +265,27 @@ class _Runner:
             if any(not isinstance(outcomes.get(name), VadpError) for name in users):
                 continue
             try:
-                _twice(partial(dvswitch.destroy_port_group, self.session, group, self.request.timeout))
+                self._destroy_port_group(group)
             except VadpError as error:
                 for name in users:
                     _add_leftover(outcomes[name], [f"port group '{group.name}' of {group.switch_name}: {error}"])
 
+    def _destroy_port_group(self, group: DvPortGroup) -> None:
+        """Tried twice, as nobody does it later."""
+        for last in (False, True):
+            try:
+                dvswitch.destroy_port_group(self.session, group, self.request.timeout)
+                return
+            except VsphereError as error:
+                if isinstance(error.fault, vmodl.fault.ManagedObjectNotFound):
+                    return
+                if last:
+                    raise
 
-def _twice(action: Callable[[], None]) -> None:
-    """Do what undoes something; what fails is tried once more, as nobody does it later."""
-    try:
-        action()
-    except VsphereError:
-        action()
+
+def _is_taken(error: VadpError) -> bool:
+    """Whether something of that name is there, which somebody else may have made."""
+    return isinstance(getattr(error, "fault", None), (vim.fault.AlreadyExists, vim.fault.DuplicateName))
 
 
 def _add_leftover(error: VadpError, problems: Sequence[str]) -> None:
@@ -312,9 +329,25 @@ class _HostRun:
         action: Callable[[Step], None] = getattr(self, f"_{step.kind}")
         try:
             action(step)
+            return
         except ConnectionLostError:
-            if not self._happened(step, self._read()):
-                action(step)
+            if self._appears(step):
+                return
+        try:
+            action(step)
+        except VsphereError as error:
+            if not (_is_taken(error) and self._happened(step, self._read())):
+                raise
+
+    def _appears(self, step: Step) -> bool:
+        """Whether a step's work is there, or comes within seconds: the host may be at it while nobody listens."""
+        deadline = self.session.clock() + _LOST_SECONDS
+        while True:
+            if self._happened(step, self._read()):
+                return True
+            if self.session.clock() >= deadline:
+                return False
+            self.session.sleep(_PAUSE)
 
     def _call(self, function: Any, *args: Any, what: str, subject: str = "", idempotent: bool = False) -> Any:
         subject = f"{subject} of {self.host}" if subject else str(self.host)
@@ -396,7 +429,7 @@ class _HostRun:
                     reason=f"no DHCP server answered within {self.request.timeout} s",
                     remedy="Check the VLAN and the DHCP server, set a longer timeout, or give ip_address",
                 )
-            session.sleep(_LEASE_PAUSE)
+            session.sleep(_PAUSE)
         self.lease = nic
         others = conflicts(nic.subnets, nic.stack, network.nics, nic.device)
         if others and not self.plan.request.allow_shared_subnet:
@@ -504,8 +537,7 @@ class _HostRun:
             return []
         failed = begun[-1]
         # What somebody else has made meanwhile is not ours to remove.
-        foreign = isinstance(getattr(error, "fault", None), (vim.fault.AlreadyExists, vim.fault.DuplicateName))
-        candidates = [step for step in begun if not (foreign and step is failed)]
+        candidates = [step for step in begun if not (_is_taken(error) and step is failed)]
         try:
             network = self._read()
             done = [step for step in candidates if self._happened(step, network)]
@@ -517,9 +549,14 @@ class _HostRun:
             if undo is None:
                 continue
             try:
-                _twice(partial(undo, step))
-            except VsphereError as problem:
-                problems.append(str(problem).rstrip("."))
+                undo(step)
+            except VsphereError:
+                # Once more, as nobody does it later; unless it was done and only the answer was lost.
+                try:
+                    if self._happened(step, self._read()):
+                        undo(step)
+                except VsphereError as problem:
+                    problems.append(str(problem).rstrip("."))
         return problems
 
     def _undo_add_switch(self, step: Step) -> None:

@@ -54,26 +54,31 @@ def hardware_address(address: ipaddress.IPv4Address, neighbours: str = NEIGHBOUR
     return None
 
 
-def _ask(address: ipaddress.IPv4Address) -> None:
-    """Make the kernel look for *address* on the segment: any packet does."""
+def _ask(address: ipaddress.IPv4Address) -> bool:
+    """Make the kernel look for *address* on the segment: any packet does. -> whether it is this machine's own"""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.setblocking(False)
-        sock.sendto(b"", (str(address), _DISCARD_PORT))
+        sock.connect((str(address), _DISCARD_PORT))
+        if sock.getsockname()[0] == str(address):
+            return True
+        sock.send(b"")
+    return False
 
 
 def check(
     address: ipaddress.IPv4Address,
-    ask: Callable[[ipaddress.IPv4Address], None] = _ask,
+    ask: Callable[[ipaddress.IPv4Address], bool] = _ask,
     routes: str = ROUTES,
     neighbours: str = NEIGHBOURS,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Tuple[str, Optional[str]]:
-    """(``free``, ``answers`` or ``not checked``; the MAC address that answered)."""
+    """(``free``, ``answers`` or ``not checked``; who answered: a MAC address, or this machine)."""
     if not on_segment(address, routes):
         return NOT_CHECKED, None
     try:
-        ask(address)
+        if ask(address):
+            return ANSWERS, "this machine"
     except OSError:
         return NOT_CHECKED, None
     deadline = clock() + WAIT_SECONDS

@@ -495,16 +495,11 @@ def _warn(plan: Plan) -> None:
     """What is no error and rarely meant: MTU above the switch's, another VLAN, a gateway outside."""
     request, host, nic = plan.request, plan.host, plan.expected
     assert nic is not None
-    switch_mtu = None
-    if plan.dv_switch is not None:
-        switch_mtu = plan.dv_switch.mtu
-    else:
-        made = [step.switch for step in plan.steps if step.switch is not None]
-        switch = made[0] if made else host.switch(nic.switch) or host.switch(nic.switch, distributed=True)
-        switch_mtu = switch.mtu if switch is not None else None
-    if switch_mtu is not None and nic.mtu > switch_mtu:
+    made = [step.switch for step in plan.steps if step.switch is not None]
+    switch = made[0] if made else host.switch(nic.switch) or host.switch(nic.switch, distributed=True)
+    if switch is not None and nic.mtu > switch.mtu:
         plan.warnings.append(
-            f"{host}: the NIC's MTU {nic.mtu} exceeds {switch_mtu}, that of switch '{nic.switch}'; "
+            f"{host}: the NIC's MTU {nic.mtu} exceeds {switch.mtu}, that of switch '{nic.switch}'; "
             "larger packets will be lost. Raise the switch's MTU, and that of the physical network."
         )
     if request.vlan_id is not None and nic.vlan_id != request.vlan_id:

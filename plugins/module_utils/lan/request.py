@@ -117,11 +117,18 @@ class HostRequest:
             )
         if self.gateway is not None and self.address is not None and self.gateway == self.address.ip:
             raise InputError(
-                "The option gateway can't be used", subject=str(self.gateway), reason="it is the NIC's own address"
+                "The option gateway can't be used",
+                subject=str(self.gateway),
+                reason="it is the NIC's own address",
+                remedy="Give the address of a router, or leave gateway out",
             )
         addresses = [str(one.ip) for one in self.ipv6 or ()]
         if len(set(addresses)) < len(addresses):
-            raise InputError("The option ipv6_addresses names an address twice", subject=", ".join(addresses))
+            raise InputError(
+                "The option ipv6_addresses names an address twice",
+                subject=", ".join(addresses),
+                remedy="Give each address once",
+            )
         if not (self.device or self.address or self.dhcp or self.ipv6 or (not self.present and self.portgroup)):
             raise InputError(
                 "The NIC is not named",

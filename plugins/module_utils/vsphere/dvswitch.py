@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Set
 
 from ..errors import AmbiguousError, NotFoundError
 from ..libraries import vim
@@ -17,7 +17,6 @@ BACKUP_POOL = "backupNfc"
 _SWITCH_PATHS = (
     "name",
     "uuid",
-    "config.maxMtu",
     "config.productInfo.version",
     "config.networkResourceManagementEnabled",
     "config.networkResourceControlVersion",
@@ -51,7 +50,6 @@ class DvSwitch:
     moid: str
     name: str
     uuid: str
-    mtu: int
     version: str
     nioc_enabled: bool
     nioc_version: Optional[str]
@@ -116,7 +114,6 @@ def _switch(obj: Any, values: Dict[str, Any]) -> DvSwitch:
         moid=obj._moId,
         name=readable(values["name"] or obj._moId),
         uuid=values["uuid"] or "",
-        mtu=values["config.maxMtu"] or 1500,
         version=values["config.productInfo.version"] or "",
         nioc_enabled=bool(values["config.networkResourceManagementEnabled"]),
         nioc_version=values["config.networkResourceControlVersion"],
@@ -126,8 +123,12 @@ def _switch(obj: Any, values: Dict[str, Any]) -> DvSwitch:
 
 def read_port_groups(session: Session) -> Dict[str, DvPortGroup]:
     """All distributed port groups by key."""
-    paths = ["name", "key", "config.distributedVirtualSwitch", "config.defaultPortConfig", "config.uplink"]
-    switches = {obj._moId: values["name"] for obj, values in session.find(vim.DistributedVirtualSwitch, ["name"])}
+    paths = ["name", "key", "config.distributedVirtualSwitch", "config.defaultPortConfig"]
+    switches: Dict[str, Any] = {}
+    uplinks: Set[str] = set()
+    for obj, values in session.find(vim.DistributedVirtualSwitch, ["name", "config.uplinkPortgroup"]):
+        switches[obj._moId] = values["name"]
+        uplinks.update(group._moId for group in values["config.uplinkPortgroup"] or ())
     groups = {}
     for obj, values in session.find(vim.dvs.DistributedVirtualPortgroup, paths):
         switch = values["config.distributedVirtualSwitch"]
@@ -140,7 +141,7 @@ def read_port_groups(session: Session) -> Dict[str, DvPortGroup]:
             switch_moid=moid,
             switch_name=readable(switches.get(moid) or moid),
             vlan_id=_vlan(values["config.defaultPortConfig"]),
-            uplink=bool(values["config.uplink"]),
+            uplink=obj._moId in uplinks,
         )
     return groups
 

@@ -54,7 +54,7 @@ class Nic:
     """A VMkernel NIC.
 
     ``portgroup`` and ``switch`` are names, ``port_key`` is the key of a distributed port group. ``ip`` and ``netmask``
-    are None while there is no address. ``raw`` is the API's own object.
+    are None while there is no address.
     """
 
     device: str
@@ -70,7 +70,6 @@ class Nic:
     stack: str = DEFAULT_STACK
     gateway: Optional[str] = None
     services: Tuple[str, ...] = ()
-    raw: Any = field(default=None, repr=False, compare=False)
 
     @property
     def tagged(self) -> bool:
@@ -304,7 +303,6 @@ def _nic(
         stack=spec.netStackInstanceKey or DEFAULT_STACK,
         gateway=(routes.defaultGateway or None) if routes is not None else None,
         services=tuple(services.get(one.device, ())),
-        raw=one,
     )
 
 

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
+import json
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 from ansible_collections.openvadp.backup.plugins.module_utils.lan import neighbours
@@ -39,7 +44,7 @@ class Clock:
         self.now += seconds
 
 
-def check(address, files, ask=lambda address: None):
+def check(address, files, ask=lambda address: False):
     clock = Clock()
     return neighbours.check(ipaddress.IPv4Address(address), ask, clock=clock, sleep=clock.sleep, **files)
 
@@ -66,6 +71,7 @@ def test_a_late_answer_counts(files, tmp_path):
     def ask(address):
         asked.append(address)
         (tmp_path / "arp").write_text(TABLE.replace("0x0", "0x2"))
+        return False
 
     assert check("10.20.30.12", files, ask)[0] == "answers"
     assert len(asked) == 1
@@ -88,3 +94,42 @@ def test_a_network_that_is_down_checks_nothing(files):
         raise OSError("Network is unreachable")
 
     assert check("10.0.0.9", files, ask) == ("not checked", None)
+
+
+# --- a real segment: two network namespaces and a cable between them
+
+SEGMENT = """
+set -e
+ip link set lo up
+unshare -n sleep 60 & other=$!
+trap "kill $other" EXIT
+while [ "$(readlink /proc/$other/ns/net)" = "$(readlink /proc/self/ns/net)" ]; do :; done
+ip link add near type veth peer name far
+ip link set far netns $other
+nsenter -t $other -n ip address add 10.9.0.2/24 dev far
+nsenter -t $other -n ip link set far up
+ip address add 10.9.0.1/24 dev near
+ip link set near up
+"$@"
+"""
+ASK = """
+import ipaddress, json, sys
+from ansible_collections.openvadp.backup.plugins.module_utils.lan import neighbours
+print(json.dumps({text: neighbours.check(ipaddress.IPv4Address(text)) for text in sys.argv[1:]}))
+"""
+
+
+def test_on_a_real_segment():
+    if (
+        shutil.which("ip") is None
+        or subprocess.run(["unshare", "-Urn", "true"], check=False, capture_output=True).returncode
+    ):
+        pytest.skip("this machine has no iproute2, or forbids network namespaces")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = ["unshare", "-Urn", "sh", "-c", SEGMENT, "sh", sys.executable, "-c", ASK]
+    asked = ["10.9.0.2", "10.9.0.3", "10.9.0.1", "10.8.0.1"]
+    run = subprocess.run([*command, *asked], check=False, env=environment, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert [found[text][0] for text in asked] == ["answers", "free", "answers", "not checked"]
+    assert found["10.9.0.1"][1] == "this machine" and found["10.9.0.2"][1].count(":") == 5

@@ -54,8 +54,8 @@ def asked(**options):
 
 def world():
     made = World()
-    made.dv_switches["DSwitch0"] = DvSwitch(None, "dvs-17", "DSwitch0", "dvs-uuid", 1600, "8.0.3", True, "version3", [])
-    made.dv_switches["Other"] = DvSwitch(None, "dvs-18", "Other", "other-uuid", 1500, "8.0.3", True, "version3", [])
+    made.dv_switches["DSwitch0"] = DvSwitch(None, "dvs-17", "DSwitch0", "dvs-uuid", "8.0.3", True, "version3", [])
+    made.dv_switches["Other"] = DvSwitch(None, "dvs-18", "Other", "other-uuid", "8.0.3", True, "version3", [])
     for key, name, uplink in (("pg-1", "dvb", False), ("pg-2", "up", True)):
         made.dv_port_groups[key] = DvPortGroup(None, key, name, "dvs-17", "DSwitch0", 12, uplink)
     made.add_host(HostNetwork(None, "host-11", "esx02", nics=[nic("vmk3", "10.0.0.9/24")]))
@@ -259,3 +259,10 @@ def test_other_services_need_force(services, stack, word):
     with pytest.raises(InputError, match=word):
         plan(other, request=asked(present=False, device="vmk2"))
     assert kinds(plan(other, request=asked(present=False, device="vmk2", force=True))) == ["remove_nic"]
+
+
+def test_the_mtu_of_a_distributed_switch_is_the_hosts():
+    made = plan(request=asked(dvswitch="DSwitch0", portgroup="dvb", address="10.0.0.5/24", mtu=1600))
+    assert made.warnings == []
+    made = plan(request=asked(dvswitch="DSwitch0", portgroup="dvb", address="10.0.0.5/24", mtu=1601))
+    assert "exceeds 1600, that of switch 'DSwitch0'" in made.warnings[0]
