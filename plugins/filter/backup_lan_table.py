@@ -132,7 +132,8 @@ def backup_lan_table(results: Sequence[Mapping[str, Any]], width: int = 140) -> 
     """The lines of the table.
 
     :param results: ``backup_lan_result`` of each proxy: ``proxy``, ``state`` (proven, configured, planned, failed),
-        ``hosts`` (of vmkernel_backup_nic), ``targets`` (of backup_lan_probe), ``interface``, ``pool``, ``notes``, ``reason``.
+        ``hosts`` (of vmkernel_backup_nic), ``targets`` (of backup_lan_probe), ``interface``, ``pool``, ``notes``,
+        ``reason``.
     :param width: columns for the text below the table.
     """
     if isinstance(results, (str, bytes, Mapping)) or not all(isinstance(result, Mapping) for result in results):

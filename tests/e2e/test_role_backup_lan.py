@@ -126,6 +126,37 @@ def test_a_source_that_is_not_there_is_told(lan: Lan) -> None:
     assert "Destination=127.20.30.0/24" in written and "Gateway=10.20.30.1" in written
 
 
+def test_several_proxies_each_prove_it_and_one_configures(lan: Lan, own_simulator: Simulator) -> None:
+    python = {"ansible_connection": "local", "ansible_python_interpreter": str(ROOT / ".venv/bin/python")}
+    proxies: Dict[str, Any] = {}
+    for index, name in enumerate(("proxy01", "proxy02")):
+        folder = lan.config / name
+        folder.mkdir()
+        own = {"proxy_address": f"127.20.30.{11 + index}/24", "config_dir": str(folder)}
+        proxies[name] = {**python, **{f"backup_lan_{key}": value for key, value in own.items()}}
+    variables = lan.variables(proxy_address=None, config_dir=None, hosts=HOSTS[:2])
+    variables["backup_lan_proxies"] = "vms"
+
+    def run() -> Outcome:
+        return lan.ansible.run(
+            "openvadp.backup.backup_lan", hosts=list(proxies), host_variables=proxies, variables=variables
+        )
+
+    seen = own_simulator.last_call()
+    outcome = run().ok()
+    # The addresses of both proxies are in the pool, and left to them.
+    assert [lan.backup_nics()[host] for host in HOSTS[:2]] == [["127.20.30.13"], ["127.20.30.14"]]
+    assert own_simulator.changing_calls(seen).count("AddVirtualNic") == 2
+    sources = [line.split()[6] for line in outcome.stdout.splitlines() if line.startswith("127.0.1.")]
+    assert sources == ["127.20.30.11"] * 2 + ["127.20.30.12"] * 2
+    assert "127.20.30.12/24" in (lan.config / "proxy02" / "10-openvadp-backup-lan.network").read_text()
+
+    variables["backup_lan_hosts"] = ["127.0.9.9"]
+    outcome = run().failed()
+    assert "proxy02: FAILED: The hosts were not configured by proxy01: " in outcome.stdout
+    assert outcome.stdout.count("There is no such host") >= 2
+
+
 def test_the_interface_is_reloaded_by_its_manager_and_only_when_changed(lan: Lan, tmp_path: Path) -> None:
     """The managers are not there: what they were told is kept."""
     told = tmp_path / "told"

@@ -8,6 +8,7 @@ another one.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
@@ -23,10 +24,8 @@ def parse_subnet(text: str) -> Any:
         network = ipaddress.IPv4Network(text)
     except ValueError as error:
         reason = str(error)
-        try:
+        with contextlib.suppress(ValueError):
             reason = f"it is an address in {ipaddress.IPv4Interface(text).network}, not a subnet"
-        except ValueError:
-            pass
         raise InputError("The subnet can't be used", subject=repr(text), reason=reason, remedy=remedy) from error
     if "/" not in text or network.prefixlen > 30:
         raise InputError(
@@ -59,7 +58,10 @@ def parse_range(option: str, text: str, subnet: Any) -> Range:
         ) from error
     if first > last:
         raise InputError(
-            f"The option {option} can't be used", subject=repr(text), reason="its last address is before its first"
+            f"The option {option} can't be used",
+            subject=repr(text),
+            reason="its last address is before its first",
+            remedy="Give the lower address first",
         )
     if first < int(subnet.network_address) or last > int(subnet.broadcast_address):
         raise InputError(
@@ -83,7 +85,9 @@ def parse_address(option: str, text: str, subnet: Any) -> Any:
     elif address == subnet.broadcast_address:
         reason = f"it is the broadcast address of the subnet {subnet}"
     if reason:
-        raise InputError(f"The option {option} can't be used", subject=repr(text), reason=reason)
+        raise InputError(
+            f"The option {option} can't be used", subject=repr(text), reason=reason, remedy="Give an address of a host"
+        )
     return address
 
 
@@ -124,7 +128,8 @@ def plan_addresses(
 ) -> Dict[str, str]:
     """An address for each host, in the order of *hosts*.
 
-    What is fixed counts first, then what a host has; the others get the lowest free addresses of the pool in their order.
+    What is fixed counts first, then what a host has; the others get the lowest free addresses of the pool, in their
+    order.
 
     :param existing: what hosts have in this subnet now, of NICs that are for backup traffic.
     :param pool: where new addresses come from; empty: the whole subnet.
@@ -301,7 +306,9 @@ def backup_lan_hosts(facts: Sequence[Mapping[str, Any]], lan: Mapping[str, Any])
     strangers = [host for host in options if host not in hosts]
     if strangers:
         raise InputError(
-            "Options are given to a host that is not among the hosts", subject=", ".join(f"'{one}'" for one in strangers)
+            "Options are given to a host that is not among the hosts",
+            subject=", ".join(f"'{one}'" for one in strangers),
+            remedy="Check the spelling, or leave the options out",
         )
     existing, reserved = occupied(facts, hosts, subnet, lan.get("portgroup"), fixed)
     if lan.get("gateway"):

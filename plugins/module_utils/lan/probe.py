@@ -75,7 +75,7 @@ class ProbeRequest:
                 raise InputError(
                     "The option source_address can't be used",
                     subject=str(source),
-                    reason=f"it is IPv{source.version}, and {address} of host '{entry['host']}' is IPv{address.version}",
+                    reason=f"it is IPv{source.version}, but {address} of host '{entry['host']}' is not",
                     remedy="Probe addresses of one version at a time",
                 )
             targets.append(Target(entry["host"], address))
@@ -262,7 +262,7 @@ def _unreachable(target: Target) -> Finding:
         return Finding(
             UNREACHABLE,
             f"nobody on this segment answers for {target.address} (ARP)",
-            "Check that the proxy's interface is in the VLAN of the hosts' port group, and that the host's NIC is there",
+            "Check that the proxy's interface is in the VLAN of the hosts' port group, and that the host has that NIC",
         )
     return Finding(
         UNREACHABLE,

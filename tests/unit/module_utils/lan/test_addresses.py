@@ -112,10 +112,7 @@ def test_hosts_that_are_added_move_nobody(case, more):
     except InputError:
         return
     # Made as planned, and then there are more hosts, named before all others.
-    made = [
-        fact(entry["esxi_hostname"], nic(entry["ip_address"].split("/")[0]))
-        for entry in before
-    ]
+    made = [fact(entry["esxi_hostname"], nic(entry["ip_address"].split("/")[0])) for entry in before]
     rest = [one for one in facts if one["name"] not in lan["hosts"]]
     new = [f"new{number}" for number in range(more)]
     lan = dict(lan, hosts=new + lan["hosts"], pool=[])
@@ -155,7 +152,12 @@ def test_the_lowest_free_ones_in_the_order_of_the_hosts():
 
 def test_clusters_and_hosts_together_each_once_and_with_options_of_their_own():
     facts = [fact("z", cluster="One"), fact("a", cluster="One"), fact("q", cluster="Two")]
-    lan = {"subnet": "10.20.30.0/24", "hosts": ["Z"], "clusters": ["One"], "host_options": {"A": {"uplinks": ["vmnic3"]}}}
+    lan = {
+        "subnet": "10.20.30.0/24",
+        "hosts": ["Z"],
+        "clusters": ["One"],
+        "host_options": {"A": {"uplinks": ["vmnic3"]}},
+    }
     assert backup_lan_hosts(facts, lan) == [
         {"esxi_hostname": "z", "ip_address": "10.20.30.1/24"},
         {"esxi_hostname": "a", "ip_address": "10.20.30.2/24", "uplinks": ["vmnic3"]},
