@@ -133,29 +133,29 @@ class Network:
     def __init__(self) -> None:
         self.machines: Dict[str, Machine] = {}
         self._enter: List[str] = []
-        self._make = ["unshare", "-n"] if os.geteuid() == 0 else ["unshare", "-Urn"]
+        root = os.geteuid() == 0
+        self._make = ["unshare", "-n"] if root else ["unshare", "-Urn"]
+        self._user = [] if root else ["-U", "--preserve-credentials"]
         self._wires = 0
         try:
             first = self.machine("first")
-            if os.geteuid() != 0:
+            if not root:
                 # All others are made by the first one's root, or no wire could be laid between them.
-                self._user = ["-U", "--preserve-credentials"]
-                first.enter += self._user
                 self._enter = ["nsenter", "-t", str(first.pid), *self._user]
                 self._make = ["unshare", "-n"]
-            else:
-                self._user = []
             first.run("ip", "link", "add", "name", "trial", "type", "veth")
         except AssertionError as error:
             self.stop()
-            raise Forbidden(str(error)) from error
+            raise Forbidden(" ".join(str(error).split())) from error
+        except Forbidden:
+            self.stop()
+            raise
 
     def machine(self, name: str) -> Machine:
         made = Machine(self._enter, self._make)
-        if self._enter:
-            made.enter += self._user
-        made.ip("link set lo up")
+        made.enter += self._user
         self.machines[name] = made
+        made.ip("link set lo up")
         return made
 
     def wire(self, one: Machine, one_name: str, other: Machine, other_name: str) -> None:
@@ -165,9 +165,7 @@ class Network:
         first = self.machines["first"]
         first.ip(f"link add name {near} type veth peer name {far}")
         for machine, given, name in ((one, near, one_name), (other, far, other_name)):
-            first.ip(f"link set {given} netns {machine.pid} name {name}") if machine is not first else first.ip(
-                f"link set {given} name {name}"
-            )
+            first.ip(f"link set {given} netns {machine.pid} name {name}")
             machine.ip(f"link set {name} up")
 
     def stop(self) -> None:
