@@ -134,7 +134,7 @@ def _probe(request: ProbeRequest, target: Target) -> Dict[str, Any]:
     mtu: Dict[str, Any] = {"asked": request.mtu, "ok": None, "reason": ""}
     if request.mtu is not None:
         if reached:
-            mtu["ok"], problem = _check_mtu(request, target, interface, answer)
+            mtu["ok"], problem = _check_mtu(request, target, request.mtu, interface, answer)
             mtu["reason"] = problem.reason
             if mtu["ok"] is False:
                 finding = problem
@@ -328,11 +328,9 @@ def _interface_mtu(name: Optional[str]) -> Optional[int]:
 
 
 def _check_mtu(
-    request: ProbeRequest, target: Target, interface: Optional[str], answer: Answer
+    request: ProbeRequest, target: Target, asked: int, interface: Optional[str], answer: Answer
 ) -> Tuple[Optional[bool], Finding]:
     """(holds, does not, or can't be told; why)."""
-    asked = request.mtu
-    assert asked is not None
     own = _interface_mtu(interface)
     if own is not None and own < asked:
         return False, _too_small_here(interface, own, asked)

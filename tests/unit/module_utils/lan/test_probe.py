@@ -146,7 +146,9 @@ def test_without_any_way_the_mtu_stays_open(monkeypatch):
 
     monkeypatch.setattr(echo, "send", none)
     request = probe.ProbeRequest((), mtu=9000)
-    ok, finding = probe._check_mtu(request, probe.Target("a", HERE), None, probe.Answer(probe.Finding(), host_mtu=1500))
+    ok, finding = probe._check_mtu(
+        request, probe.Target("a", HERE), 9000, None, probe.Answer(probe.Finding(), host_mtu=1500)
+    )
     assert ok is None
     assert "iputils-ping" in finding.reason and "MTU of 1500" in finding.reason
 
