@@ -18,7 +18,7 @@ from ..vsphere.dvswitch import DvPortGroup
 from ..vsphere.host_network import BACKUP_SERVICE, HostNetwork, Nic
 from ..vsphere.session import Session
 from . import neighbours
-from .plan import Plan, Step, Target, World, make_plan, subnet_refusal
+from .plan import Plan, Step, Target, World, make_plan, subnet_refusal, sure
 from .request import NicRequest
 from .subnets import conflicts
 
@@ -153,17 +153,16 @@ def _check_neighbours(plans: Dict[str, Plan], parallel: int) -> None:
         and any(step.kind in ("add_nic", "update_nic") for step in plan.steps)
         and (plan.nic is None or plan.nic.ip != str(plan.request.address.ip))
     ]
-    here = [plan for plan in asked if plan.request.address and neighbours.on_segment(plan.request.address.ip)]
-    for plan in asked:
-        plan.address_check = neighbours.NOT_CHECKED
-    if not here:
+    addresses = [sure(plan.request.address).ip for plan in asked]
+    if not any(neighbours.on_segment(address) for address in addresses):
+        for plan in asked:
+            plan.address_check = neighbours.NOT_CHECKED
         return
     with ThreadPoolExecutor(parallel) as pool:
-        for plan, (found, mac) in zip(here, pool.map(lambda one: neighbours.check(one.request.address.ip), here)):
+        for plan, address, (found, who) in zip(asked, addresses, pool.map(neighbours.check, addresses)):
             plan.address_check = found
             if found == neighbours.ANSWERS:
-                assert plan.request.address is not None
-                plan.warnings.append(f"{plan.host}: the address {plan.request.address.ip} answers already, from {mac}.")
+                plan.warnings.append(f"{plan.host}: the address {address} answers already, from {who}.")
 
 
 # --- the changes ----------------------------------------------------------------------------------------------------
@@ -244,15 +243,17 @@ class _Runner:
             return there
 
     def _create_port_group(self, plan: Plan) -> DvPortGroup:
-        assert plan.dv_switch is not None and plan.made_port_group is not None
         return dvswitch.create_port_group(
-            self.session, plan.dv_switch, plan.made_port_group, plan.request.vlan_id or 0, self.request.timeout
+            self.session,
+            sure(plan.dv_switch),
+            sure(plan.made_port_group),
+            plan.request.vlan_id or 0,
+            self.request.timeout,
         )
 
     def _find_made(self, plan: Plan) -> Optional[DvPortGroup]:
-        assert plan.dv_switch is not None
         for group in dvswitch.read_port_groups(self.session).values():
-            if group.switch_moid == plan.dv_switch.moid and group.name == plan.made_port_group:
+            if group.switch_moid == sure(plan.dv_switch).moid and group.name == plan.made_port_group:
                 return group
         return None
 
@@ -354,23 +355,22 @@ class _HostRun:
         return self.session.call(function, *args, what=what, subject=subject, idempotent=idempotent)
 
     def _add_switch(self, step: Step) -> None:
-        assert step.switch is not None
+        switch = sure(step.switch)
         spec = vim.host.VirtualSwitch.Specification(
             numPorts=128,
-            mtu=step.switch.mtu,
-            bridge=vim.host.VirtualSwitch.BondBridge(nicDevice=list(step.switch.uplinks)),
+            mtu=switch.mtu,
+            bridge=vim.host.VirtualSwitch.BondBridge(nicDevice=list(switch.uplinks)),
         )
         self._call(
             self.host.network_system.AddVirtualSwitch,
-            step.switch.name,
+            switch.name,
             spec,
             what="The switch was not made",
-            subject=f"'{step.switch.name}'",
+            subject=f"'{switch.name}'",
         )
 
     def _add_port_group(self, step: Step) -> None:
-        group = step.port_group
-        assert group is not None
+        group = sure(step.port_group)
         spec = vim.host.PortGroup.Specification(
             name=group.name, vlanId=group.vlan_id, vswitchName=group.switch, policy=vim.host.NetworkPolicy()
         )
@@ -386,9 +386,8 @@ class _HostRun:
             spec.ipRouteSpec = _route(target.gateway)
         portgroup = self.plan.request.portgroup
         if self.plan.dv_switch is not None:
-            assert group is not None
             spec.distributedVirtualPort = vim.dvs.PortConnection(
-                switchUuid=self.plan.dv_switch.uuid, portgroupKey=group.key
+                switchUuid=self.plan.dv_switch.uuid, portgroupKey=sure(group).key
             )
             portgroup = ""
         self.device = self._call(
@@ -400,13 +399,13 @@ class _HostRun:
         )
 
     def _update_nic(self, step: Step) -> None:
-        assert step.nic is not None
+        nic = sure(step.nic)
         self._call(
             self.host.network_system.UpdateVirtualNic,
-            step.nic.device,
-            _update(step.nic, step.target),
+            nic.device,
+            _update(nic, step.target),
             what="The VMkernel NIC was not changed",
-            subject=step.nic.device,
+            subject=nic.device,
         )
 
     def _await_lease(self, step: Step) -> None:
@@ -489,17 +488,15 @@ class _HostRun:
                 reason="the host took the call and does not show the tag",
                 remedy="Look at the NIC in the vSphere client",
             )
-        expected = self.plan.expected
-        assert expected is not None and self.device is not None
+        expected = sure(self.plan.expected)
         if self.lease is not None:
             expected = replace(expected, ip=self.lease.ip, netmask=self.lease.netmask)
-        return replace(expected, device=self.device)
+        return replace(expected, device=sure(self.device))
 
     def _new_nics(self, network: HostNetwork) -> List[Nic]:
         """NICs that are there now, were not before, and are the one that was to be made."""
         known = {nic.device for nic in self.host.nics}
-        expected = self.plan.expected
-        assert expected is not None
+        expected = sure(self.plan.expected)
         return [
             nic
             for nic in network.nics
@@ -560,29 +557,28 @@ class _HostRun:
         return problems
 
     def _undo_add_switch(self, step: Step) -> None:
-        assert step.switch is not None
+        switch = sure(step.switch)
         self._call(
             self.host.network_system.RemoveVirtualSwitch,
-            step.switch.name,
+            switch.name,
             what="The switch was not removed",
-            subject=f"'{step.switch.name}'",
+            subject=f"'{switch.name}'",
         )
 
     def _undo_add_port_group(self, step: Step) -> None:
-        assert step.port_group is not None
+        group = sure(step.port_group)
         self._call(
             self.host.network_system.RemovePortGroup,
-            step.port_group.name,
+            group.name,
             what="The port group was not removed",
-            subject=f"'{step.port_group.name}'",
+            subject=f"'{group.name}'",
         )
 
     def _undo_add_nic(self, step: Step) -> None:
         self._remove_nic(step)
 
     def _undo_update_nic(self, step: Step) -> None:
-        nic = step.nic
-        assert nic is not None
+        nic = sure(step.nic)
         now = self._read().nic(nic.device) or nic
         back = Target(nic.dhcp, nic.ip, nic.netmask, nic.ipv6, nic.mtu, nic.gateway or "")
         self._call(

@@ -6,13 +6,22 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass, field
-from typing import Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Dict, Iterable, List, Optional, Sequence, Tuple, TypeVar
 
 from ..errors import InputError, VsphereError
 from ..vsphere.dvswitch import DvPortGroup, DvSwitch
 from ..vsphere.host_network import BACKUP_SERVICE, DEFAULT_STACK, HostNetwork, Nic, PortGroup, Switch, service_words
 from .request import HostRequest
 from .subnets import Network, conflicts, shared
+
+T = TypeVar("T")
+
+
+def sure(value: Optional[T]) -> T:
+    """The value itself, which is there wherever a step is planned that needs it."""
+    if value is None:
+        raise AssertionError("a step lacks what it was planned with")
+    return value
 
 
 @dataclass(frozen=True)
@@ -396,13 +405,13 @@ def _standard_place(plan: Plan, name: str) -> Tuple[str, int]:
             reason=f"it is on '{group.switch}', not on '{wanted}'",
             remedy="Give that switch, or another name for the port group",
         )
-    if host.switch(wanted) is None:
+    switch = host.switch(wanted)
+    if switch is None:
         _new_switch(plan, wanted)
-    elif request.uplinks is not None and set(request.uplinks) != set(host.switch(wanted).uplinks):  # type: ignore[union-attr]
-        have = ", ".join(host.switch(wanted).uplinks) or "none"  # type: ignore[union-attr]
+    elif request.uplinks is not None and set(request.uplinks) != set(switch.uplinks):
         plan.warnings.append(
-            f"{host}: the uplinks of '{wanted}' are {have}, not {', '.join(request.uplinks)}; "
-            "those of an existing switch are not changed"
+            f"{host}: the uplinks of '{wanted}' are {', '.join(switch.uplinks) or 'none'}, not "
+            f"{', '.join(request.uplinks)}; those of an existing switch are not changed."
         )
     if group is None:
         group = PortGroup(name, wanted, request.vlan_id or 0)
@@ -493,8 +502,7 @@ def _check_addresses(plan: Plan, world: World) -> None:
 
 def _warn(plan: Plan) -> None:
     """What is no error and rarely meant: MTU above the switch's, another VLAN, a gateway outside."""
-    request, host, nic = plan.request, plan.host, plan.expected
-    assert nic is not None
+    request, host, nic = plan.request, plan.host, sure(plan.expected)
     made = [step.switch for step in plan.steps if step.switch is not None]
     switch = made[0] if made else host.switch(nic.switch) or host.switch(nic.switch, distributed=True)
     if switch is not None and nic.mtu > switch.mtu:
@@ -577,9 +585,8 @@ def nic_words(nic: Nic, new: bool = False) -> List[str]:
 
 
 def _words(plan: Plan) -> None:
-    assert plan.expected is not None
     plan.before = nic_words(plan.nic) if plan.nic is not None else ["VMkernel NIC: none"]
-    plan.after = nic_words(plan.expected, plan.nic is None)
+    plan.after = nic_words(sure(plan.expected), plan.nic is None)
     for step in plan.steps:
         if step.switch is not None:
             plan.before.insert(0, f"vswitch {step.switch.name}: none")
