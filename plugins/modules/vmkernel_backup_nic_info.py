@@ -79,6 +79,10 @@ hosts:
       description: Managed object id.
       type: str
       sample: host-10
+    cluster:
+      description: Name of the cluster that the host is in; null if it is in none.
+      type: str
+      sample: Cluster0
     connected:
       description: Whether the host is connected to vCenter. If not, what its NICs carry is not known.
       type: bool

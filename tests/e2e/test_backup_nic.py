@@ -300,7 +300,7 @@ def test_bad_input_changes_nothing(lan: Simulator, ansible: Ansible, host: str) 
         "network": ({"ip_address": "10.23.0.0/24"}, "address of the subnet"),
         "broadcast": ({"ip_address": "10.23.0.255/24"}, "broadcast address"),
         "other host": ({"ip_address": "127.0.1.2/24"}, "vmk0 of host '127.0.1.2'"),
-        "overlap": ({"ip_address": "127.9.0.1/16"}, "Two VMkernel NICs in one subnet"),
+        "overlap": ({"ip_address": "127.0.99.1/16"}, "Two VMkernel NICs in one subnet"),
         "VLAN": ({"vlan_id": 4095}, "0 to 4094"),
         "MTU below": ({"mtu": 1279}, "1280 to 9190"),
         "MTU above": ({"mtu": 9191}, "1280 to 9190"),

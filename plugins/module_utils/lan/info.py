@@ -31,7 +31,11 @@ def gather(
     if any(nic.port_key for host in hosts for nic in host.nics):
         groups = dvswitch.read_port_groups(session)
     warnings: List[str] = []
-    told = [_host(session, network, warnings) for network in host_network.read(session, hosts, groups)]
+    clusters = _clusters(session, root)
+    told = [
+        {**_host(session, network, warnings), "cluster": clusters.get(network.moid)}
+        for network in host_network.read(session, hosts, groups)
+    ]
     return {
         "changed": False,
         "hosts": told,
@@ -55,6 +59,15 @@ def _datacenter(session: Session, name: str) -> Any:
             remedy="Check the spelling, or leave datacenter out",
         )
     return found[0]
+
+
+def _clusters(session: Session, root: Any) -> Dict[str, str]:
+    """Moid of a host -> the name of its cluster, for those that are in one."""
+    return {
+        host._moId: readable(values["name"] or obj._moId)
+        for obj, values in session.find(vim.ClusterComputeResource, ["name", "host"], root)
+        for host in values["host"] or ()
+    }
 
 
 def _mounted(session: Session, name: str, root: Any) -> List[str]:

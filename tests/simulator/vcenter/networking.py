@@ -115,7 +115,7 @@ def new_network(host: "Host") -> Any:
         numPorts=128, mtu=1500, bridge=vim.host.VirtualSwitch.BondBridge(nicDevice=["vmnic0"])
     )
     management = vim.host.VirtualNic.Specification(
-        ip=vim.host.IpConfig(dhcp=False, ipAddress=host.name, subnetMask="255.0.0.0"),
+        ip=vim.host.IpConfig(dhcp=False, ipAddress=host.name, subnetMask="255.255.255.0"),
         mac=mac(host.uuid, "vmk0"),
         portgroup="Management Network",
         mtu=1500,

@@ -123,6 +123,9 @@ class HostPort:
 
     name: str
     listener: socket.socket | None = None
+    # Addresses of its other VMkernel NICs, where they are loopback ones: authd listens on all of them.
+    addresses: set[str] = field(default_factory=set)
+    others: dict[str, socket.socket] = field(default_factory=dict)
     connections: set[socket.socket] = field(default_factory=set)
     disks: int = 0
     peak: int = 0
@@ -184,6 +187,30 @@ class NfcService:
         for name, listener in zip(names, listeners):
             self._hosts[name] = HostPort(name, listener)
             threading.Thread(target=self._accept, args=(name, listener), name=f"nfc {name}", daemon=True).start()
+        for host in self.simulator.hosts():
+            self.follow(host)
+
+    def follow(self, host: Any) -> None:
+        """The host's VMkernel NICs have changed: its authd listens on the addresses that they have now."""
+        vnics = host.network.vnic if host.network is not None else ()
+        addresses = {vnic.spec.ip.ipAddress for vnic in vnics if vnic.spec.ip is not None and vnic.spec.ip.ipAddress}
+        with self._lock:
+            item = self._hosts.get(host.name)
+            if item is not None:
+                item.addresses = {one for one in addresses if one.startswith("127.") and one != item.name}
+                self._listen_on_others(item)
+
+    def _listen_on_others(self, item: HostPort) -> None:
+        for address in set(item.others) - item.addresses:
+            listener = item.others.pop(address)
+            _shut(listener)
+            listener.close()
+        if self._stopped or item.cut == "refuse":
+            return
+        for address in item.addresses - set(item.others):
+            with contextlib.suppress(OSError):  # somebody else's port, or an address that is not of this machine
+                item.others[address] = self._listen(address, self.port)
+                threading.Thread(target=self._accept, args=(item.name, item.others[address]), daemon=True).start()
 
     @staticmethod
     def _listen(name: str, port: int) -> socket.socket:
@@ -204,8 +231,10 @@ class NfcService:
             hosts = list(self._hosts.values())
             sockets = [sock for host in hosts for sock in host.connections] + list(self._entries)
             listeners = [host.listener for host in hosts if host.listener is not None]
+            listeners += [listener for host in hosts for listener in host.others.values()]
             for host in hosts:
                 host.listener = None
+                host.others.clear()
                 if host.restore is not None:
                     host.restore.cancel()
             self._lock.notify_all()
@@ -222,7 +251,7 @@ class NfcService:
                 return
             with self._lock:
                 host = self._hosts[name]
-                if host.listener is not listener:
+                if listener is not host.listener and listener not in host.others.values():
                     sock.close()
                     return
                 host.connections.add(sock)
@@ -456,6 +485,8 @@ class NfcService:
                     if item.listener is not None:
                         doomed.append(item.listener)
                         item.listener = None
+                    doomed += item.others.values()
+                    item.others.clear()
                 if seconds is not None:
                     item.restore = threading.Timer(seconds, self.restore_network, [item.name])
                     item.restore.daemon = True
@@ -476,6 +507,7 @@ class NfcService:
                 if item.listener is None and not self._stopped:
                     item.listener = self._listen(item.name, self.port)
                     threading.Thread(target=self._accept, args=(item.name, item.listener), daemon=True).start()
+                self._listen_on_others(item)
             self._lock.notify_all()
         return [item.name for item in hosts]
 

@@ -101,6 +101,8 @@ class Settings:
     session_idle: float = 1800.0
     page_areas: int = 2000
     page_bytes: int | None = None
+    dhcp_delay: float | None = 0.3  # until a VMkernel NIC gets its address; None: never
+    dhcp_subnet: str = "10.66.0.0/24"
     device_delay: float = 0.0
     # export leases, and /folder (methods/leases.py, folder.py)
     lease_timeout: float = 300.0
@@ -110,8 +112,6 @@ class Settings:
     lease_cuts: int = 0
     folder_ranges: bool = True
     folder_cuts: int = 0
-    dhcp_delay: float | None = 0.3  # until a VMkernel NIC gets its address; None: never
-    dhcp_subnet: str = "10.66.0.0/24"
 
     def set(self, values: dict[str, Any]) -> dict[str, Any]:
         known = {one.name for one in fields(self)}

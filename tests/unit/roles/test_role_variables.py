@@ -28,6 +28,8 @@ def test_specs_defaults_and_readme_agree(role):
     assert set(re.findall(r"^\| `(\w+)` \|", readme, re.MULTILINE)) == set(specs)
 
     used = set()
-    for path in [*folder.glob("tasks/*.yml"), *folder.glob("vars/*.yml"), *folder.glob("templates/*.j2")]:
+    for path in folder.glob("*/*"):
+        if path.parent.name not in ("tasks", "vars", "handlers", "templates"):
+            continue
         used |= set(re.findall(rf"(?<!_)\b({role}_\w+)", path.read_text()))
     assert used - {f"{role}_result"} == set(specs)

@@ -77,6 +77,8 @@ def _changing(context: Context, one: HostPart) -> Iterator[Any]:
         yield network
         one.host.network = network
         one.host.save()
+        if context.simulator.nfc is not None:
+            context.simulator.nfc.follow(one.host)
 
 
 def _named(items: Any, name: str, attribute: str = "name") -> Any:
