@@ -199,7 +199,7 @@ class World:
         """The export fails within its time-out of now, with these words; nothing of the point can be seen."""
         begun = time.monotonic()
         result = self.modules.result(process)
-        assert result["failed"] and all(word in result["msg"] for word in words), result
+        assert result["failed"] and all(word in result["msg"] for word in words), result["msg"]
         assert time.monotonic() < begun + io_timeout + SLACK_SECONDS
         self.nothing_half()
         self.gone(time.monotonic())
@@ -381,7 +381,7 @@ def test_a_host_falls_silent(world: World, when: str) -> None:
             process = world.start(moid, "one", rate_limit=SLOW, io_timeout=6)
             # Longer than the time-out: at first the silent host keeps the disk open, so that it can't be consolidated.
             world.control("cut_network", mode="blackhole", seconds=9)
-            world.ends(process, 6, "902")
+            world.ends(process, 6, "connection to the ESXi host was cut", "firewalls")
     world.control("restore_network")
     world.back_up("one")
 

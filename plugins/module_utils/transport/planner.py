@@ -262,16 +262,19 @@ def _not_at_rest(disk: DiskFacts) -> List[str]:
 
 
 def _nbd(disk: DiskFacts, proxy: ProxyFacts, direction: str, first: bool) -> List[Way]:
-    """Any datastore, also by a direct login to an ESXi host: the host reads it and sends it."""
-    reasons = _vddk(disk, proxy) + _hosts(disk)
+    """Any datastore, also by a direct login to an ESXi host: the host reads it and sends it.
+
+    A host that can't serve now may do so while the open is tried again, so that is no reason against it.
+    """
+    reasons = _vddk(disk, proxy)
     if direction == WRITE:
         reasons += _not_at_rest(disk)
-    return [Way(BY_VDDK, reasons)]
+    return [Way(BY_VDDK, reasons, _hosts(disk))]
 
 
 def _plain_nbd(disk: DiskFacts, proxy: ProxyFacts, direction: str, first: bool) -> List[Way]:
-    notes = ["the data crosses the network in plain text"]
-    return [way._replace(notes=notes) for way in _nbd(disk, proxy, direction, first)]
+    plain = "the data crosses the network in plain text"
+    return [way._replace(notes=[plain, *way.notes]) for way in _nbd(disk, proxy, direction, first)]
 
 
 def _san(disk: DiskFacts, proxy: ProxyFacts, direction: str, first: bool) -> List[Way]:
