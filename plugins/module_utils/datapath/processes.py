@@ -228,6 +228,13 @@ class Child:
         """As in :mod:`subprocess`: None while it lives, negative if a signal ended it."""
         return self._process.poll()
 
+    def wait(self, timeout: float) -> Optional[int]:
+        """The return code; None if the process has not ended after *timeout* seconds."""
+        try:
+            return self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return None
+
     def log_tail(self, lines: int = 20) -> str:
         """The log's last *lines* lines."""
         try:

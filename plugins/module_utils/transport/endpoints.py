@@ -34,6 +34,7 @@ _START_TIMEOUT = 60
 _STOP_TIMEOUT = 10
 _LOG_TAIL_BYTES = 256 * 1024
 _LOG_TAIL_LINES = 20
+_ENDING_SECONDS = 0.5
 _POLL_MS = 100
 # 1 + 2 + 4 + 8 s: as long as a host takes that leaves vCenter's choice, and a cut that heals by itself.
 _OPEN_RETRIES = 4
@@ -83,8 +84,9 @@ class Endpoint:
 
         :returns: a TransportError where the log has a reason, else *error* itself.
         """
-        returncode = self.child.returncode
         known = decode_log(_tail(self.log_path)) is not None
+        # Its sockets close before it has ended.
+        returncode = self.child.returncode if known else self.child.wait(_ENDING_SECONDS)
         if returncode is None and not known:
             return error
         ending = f"signal {-returncode}" if returncode is not None and returncode < 0 else f"status {returncode}"

@@ -320,7 +320,7 @@ def test_what_is_not_understood_is_a_fault_on_a_living_connection(sim):
     with pytest.raises(vmodl.fault.MethodNotFound):
         sim.vm().AcquireMksTicket()
     with pytest.raises(vmodl.fault.MethodNotFound):
-        sim.vm().ExportVm()
+        sim.vm().UpgradeTools_Task()
     with pytest.raises(vmodl.fault.ManagedObjectNotFound):
         vim.VirtualMachine("vm-9999", sim.si._stub).name  # noqa: B018
 
