@@ -51,10 +51,8 @@ options:
     default: /sys
 requirements:
   - blkid (package util-linux)
-seealso:
-  - plugin: openvadp.backup.backup_proxy
-    plugin_type: role
-    description: Protects the LUNs and hot-added disks of a proxy.
+notes:
+  - Role P(openvadp.backup.backup_proxy#role) protects the LUNs and hot-added disks of a proxy.
 """
 
 EXAMPLES = r"""

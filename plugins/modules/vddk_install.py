@@ -47,10 +47,8 @@ options:
     default: /opt/vmware-vix-disklib-distrib
 requirements:
   - nbdkit with its VDDK plugin
-seealso:
-  - plugin: openvadp.backup.backup_proxy
-    plugin_type: role
-    description: Installs all that a backup proxy needs.
+notes:
+  - Role P(openvadp.backup.backup_proxy#role) installs all that a backup proxy needs.
 """
 
 EXAMPLES = r"""

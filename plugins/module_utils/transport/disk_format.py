@@ -145,7 +145,7 @@ def _metadata_areas(label: bytes) -> Iterator[int]:
     """Where the metadata areas begin: the second of two lists, each ended by a pair of zeros."""
     at = struct.unpack_from("<I", label, 20)[0] + 40
     lists = 0
-    for _ in range(_MOST_AREAS):
+    for _number in range(_MOST_AREAS):
         if at + 16 > len(label):
             return
         begin, length = struct.unpack_from("<QQ", label, at)
