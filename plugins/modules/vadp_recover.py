@@ -152,7 +152,9 @@ run:
       type: str
       sample: '{"by": "openvadp.backup", "point": "20261122T084203Z", "repository_id": "...", "run_id": "..."}'
     access:
-      description: Whether Storage vMotion is held off; null without O(access=true), for a template, and where no run was begun.
+      description:
+        - Whether Storage vMotion is held off.
+        - Null without O(access=true), for a template, and where no run was begun.
       type: dict
       contains:
         prepared:

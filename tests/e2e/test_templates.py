@@ -158,7 +158,7 @@ def _wait_for_layer(template: Template, process: Any) -> None:
 
 @pytest.mark.parametrize("change", ["annotation", "converted", "converted and back"])
 def test_changed_while_it_is_read(template: Template, change: str) -> None:
-    process = template.modules.start("vadp_disk_export", template.options(point="one", rate_limit="8M"))
+    process = template.modules.start("vadp_disk_export", template.options(point="one", rate_limit="16M"))
     _wait_for_layer(template, process)
     if change == "annotation":
         template.reconfigure(annotation=f"changed at {time.monotonic_ns()}")

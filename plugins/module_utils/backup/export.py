@@ -37,7 +37,14 @@ from .disk_copy import CopyJob, Reading, copy_disks
 from .disk_plan import DiskPlan, not_to_be_trusted, plan_disks, skipped_result
 from .request import ExportRequest
 from .selection import Selection, select_disks
-from .template import TemplateState, check_at_rest, check_request, check_unchanged, look, without_tracking
+from .template import (
+    TemplateState,
+    changes_since,
+    check_can_be_read,
+    check_request,
+    look,
+    without_tracking,
+)
 
 MANIFEST_FORMAT = 1
 
@@ -169,10 +176,7 @@ def _look_at_template(session: Session, vm: VmRef, request: ExportRequest) -> So
     """As :func:`_look`, where there is no snapshot to find."""
     check_request(vm, request.mode, request.snapshot_moid or request.snapshot_name)
     template, state = look(session, vm)
-    obstacles = vm_obstacles(_config_of(state), snapshot=False)
-    if obstacles:
-        raise VsphereError("The template can't be backed up", subject=str(vm), reason="; ".join(obstacles))
-    check_at_rest(vm, state)
+    check_can_be_read(vm, state)
     disks = without_tracking(disks_of(state.devices))
     return Source(
         vm=vm,
@@ -305,7 +309,10 @@ def _export(work: Work) -> Dict[str, Any]:
         missing = [plan for plan in plans if plan.disk.key not in entries]
         entries.update(_copy(work, run, point, missing, readings))
         if source.template is not None:
-            check_unchanged(session, source.vm, source.template)
+            changed = changes_since(session, source.vm, source.template)
+            if changed is not None:
+                _forget(store, run, entries)
+                raise changed
         manifest = {
             "format": MANIFEST_FORMAT,
             "repository_id": store.repository.id,
@@ -516,6 +523,17 @@ def _commit(
             for path in paths:
                 if path.exists():
                     path.unlink()
+
+
+def _forget(store: VmStore, run: Run, entries: Dict[int, Dict[str, Any]]) -> None:
+    """Finished disks that no later try may use are removed, the record of them first."""
+    run.forget_disks()
+    point = str(run.data["point"])
+    for key in entries:
+        for path in (store.layer_path(key, point), store.hashes_path(key, point)):
+            path.unlink()
+    for intent in run.intents("temporary_file"):
+        run.done(intent["id"])
 
 
 def _abandon(run: Run, shared: bool) -> None:

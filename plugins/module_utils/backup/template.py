@@ -9,18 +9,23 @@ before the copy and after it has to be the same; then all disks were read in one
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from types import SimpleNamespace
 from typing import Any, Dict, List, Optional, Tuple
 
 from ..errors import InputError, NotFoundError, VsphereError
 from ..repository.chain import AUTO
 from ..repository.manifest import FULL
-from ..vsphere.disks import Disk, disks_of
+from ..vsphere.disks import Disk, disks_of, vm_obstacles
 from ..vsphere.inventory import VmRef
 from ..vsphere.session import Session
 from ..vsphere.snapshots import VM_PATHS, VmState, utc_text, vm_state_of
 
 ALWAYS_FULL = "a template has no snapshots, so no change tracking: it is always read in full"
 
+AT_REST = (
+    "Convert it to a virtual machine, remove its snapshots and consolidate its disks (of a linked clone make a full"
+    " one), then convert it back"
+)
 NEVER = "1970-01-01T00:00:00Z"
 
 _PATHS = (*VM_PATHS, "config.changeVersion", "config.modified")
@@ -108,11 +113,9 @@ def check_request(vm: VmRef, mode: str, snapshot: Optional[str]) -> None:
         )
 
 
-def check_at_rest(vm: VmRef, state: VmState) -> None:
-    """:raises VsphereError: its base files do not hold what its disks hold."""
+def not_at_rest(state: VmState) -> List[str]:
+    """Why the base files of a template do not hold what its disks hold."""
     reasons = []
-    if not state.template:
-        reasons.append("it was converted to a virtual machine just now")
     if state.snapshots:
         reasons.append("it has snapshots: " + ", ".join(f"'{item.name}' ({item.moid})" for item in state.snapshots))
     if state.consolidation_needed:
@@ -124,13 +127,21 @@ def check_at_rest(vm: VmRef, state: VmState) -> None:
     ]
     if state.power_state != "poweredOff":
         reasons.append(f"it is {state.power_state}")
-    if reasons:
+    return reasons
+
+
+def check_can_be_read(vm: VmRef, state: VmState) -> None:
+    """:raises VsphereError: it can't be backed up, with all reasons."""
+    config = SimpleNamespace(template=state.template, hardware=SimpleNamespace(device=state.devices))
+    obstacles, chains = vm_obstacles(config, snapshot=False), not_at_rest(state)
+    if not state.template:
+        obstacles.append("it was converted to a virtual machine just now")
+    if obstacles or chains:
         raise VsphereError(
             "The template can't be backed up",
             subject=str(vm),
-            reason="; ".join(reasons),
-            remedy="Convert it to a virtual machine, remove its snapshots and consolidate its disks (of a linked clone"
-            " make a full one), then convert it back",
+            reason="; ".join(obstacles + chains),
+            remedy=AT_REST if chains else None,
         )
 
 
@@ -139,21 +150,22 @@ def without_tracking(disks: List[Disk]) -> List[Disk]:
     return [replace(disk, change_id=None) for disk in disks]
 
 
-def check_unchanged(session: Session, vm: VmRef, before: TemplateState) -> None:
-    """After the last byte was read.
+def changes_since(session: Session, vm: VmRef, before: TemplateState) -> Optional[VsphereError]:
+    """After the last byte was read: why what was read is of no use, or None if the template is as it was.
 
-    :raises VsphereError: the template was changed or converted since, or is gone; what was read is of no use.
+    :raises VsphereError: it can't be known.
     """
     try:
         after, _state = look(session, vm)
         reasons = before.changes(after)
     except NotFoundError:
         reasons = ["it is gone"]
-    if reasons:
-        raise VsphereError(
-            "The template was changed while it was read",
-            subject=str(vm),
-            reason="; ".join(reasons),
-            remedy="Run again when nobody changes it",
-            retryable=True,
-        )
+    if not reasons:
+        return None
+    return VsphereError(
+        "The template was changed while it was read",
+        subject=str(vm),
+        reason="; ".join(reasons),
+        remedy="Run again when nobody changes it",
+        retryable=True,
+    )

@@ -82,8 +82,8 @@ class Run:
     """One run and its record ``runs/<run id>.json``. Safe for the threads of one process.
 
     ``data`` is the record: {format, run_id, repository_id, vm_uuid, vm_moid, vm_name, point, started, host, pid,
-    boot_id, intents [{id, what, recorded, ...}], snapshot {moid, created, change_ids {key: id}, version (of a template)}, finished_disks
-    {key: manifest entry}}. Change it through the methods only.
+    boot_id, intents [{id, what, recorded, ...}], snapshot {moid, created, change_ids {key: id}} (a template's has a
+    version and no moid), finished_disks {key: manifest entry}}. Change it through the methods only.
     """
 
     def __init__(self, path: Path, data: Dict[str, Any]) -> None:
@@ -235,6 +235,11 @@ class Run:
         with self._mutex:
             entry = self.data["finished_disks"].get(str(key))
             return None if entry is None else dict(entry)
+
+    def forget_disks(self) -> None:
+        """What was read is of no use any more."""
+        with self._mutex:
+            self._change(finished_disks={})
 
     def remove(self) -> None:
         """The run is over and nothing of it is left. Its record goes last."""
