@@ -13,7 +13,7 @@ from ansible_collections.openvadp.backup.plugins.module_utils.errors import Vsph
 from ansible_collections.openvadp.backup.plugins.module_utils.transport import facts
 from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.disks import Disk
 from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.inventory import VmRef
-from pyVmomi import vim, vmodl
+from pyVmomi import vim
 
 LUN = "naa.60003ff44dc75adc9e3e4b7f2a1b0001"
 VM = VmRef(vim.VirtualMachine("vm-1"), "vm-1", "app01", "/DC0/vm/app01", "DC0", "i-uuid", "b-uuid")
@@ -23,9 +23,9 @@ ALL = ["san", "hotadd", "nbdssl", "nbd", "https"]
 
 
 def content(obj: Any, **properties: Any) -> Any:
-    collector = vmodl.query.PropertyCollector
-    given = [vmodl.DynamicProperty(name=path.replace("__", "."), val=value) for path, value in properties.items()]
-    return collector.ObjectContent(obj=obj, propSet=given)
+    """An ObjectContent; paths are written with ``__`` for the dot."""
+    given = [SimpleNamespace(name=path.replace("__", "."), val=value) for path, value in properties.items()]
+    return SimpleNamespace(obj=obj, propSet=given)
 
 
 def mount(host: Any, **info: Any) -> Any:
@@ -49,7 +49,7 @@ def vmfs(name: str = "vmfs01", mounts: Sequence[Any] = (), local: Optional[bool]
 
 def machine(**changed: Any) -> Any:
     known = {"runtime__powerState": "poweredOn", "runtime__host": HOST1, "config__template": False}
-    return content(VM.obj, **known, **changed)
+    return content(VM.obj, **{**known, **changed})
 
 
 class Server:
@@ -98,7 +98,6 @@ def read(server: Server, *disks: Disk) -> Dict[int, Any]:
 def test_a_disk_with_its_datastore_and_machine() -> None:
     hosts = {"host-1": {"name": "esx%2f01"}, "host-2": {"name": "esx02", "runtime.inMaintenanceMode": True}}
     server = Server(machine(config__template=True), vmfs(mounts=[mount(HOST1), mount(HOST2)]), hosts=hosts)
-    server.contents[0].propSet[2:3] = []
     found = read(server, disk(thin=True, chained=True, controller={"type": "pvscsi", "key": 1000, "bus": 0}))[2000]
     assert server.reads == 2
     assert (found.controller, found.thin, found.chained, found.capacity_bytes) == ("scsi", True, True, 1 << 30)
