@@ -5,7 +5,7 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: vadp_disk_export
-short_description: Read the disks of a virtual machine's snapshot into a restore point
+short_description: Read the disks of a snapshot or of a template into a restore point
 version_added: 0.1.0
 description:
   - Reads the disks of a snapshot and stores them as a restore point of a repository. Each disk becomes a
@@ -13,6 +13,8 @@ description:
   - The point appears at once when all of it is stored, and not at all if anything fails.
   - All disks of a point come from one snapshot. A second try on the very same snapshot reads only the disks that the
     first one did not finish.
+  - A template has no snapshots, so its disks themselves are read, always in full and by transport V(https) alone. If it
+    was changed or converted before the last byte was read, the module fails and no point appears.
   - The module runs on the machine that holds the repository (the backup proxy), and keeps the virtual machine locked
     against other runs there.
 author:
@@ -41,7 +43,7 @@ options:
   snapshot_moid:
     description:
       - Managed object id of the snapshot, such as V(snapshot-47).
-      - Exactly one of O(snapshot_moid) and O(snapshot_name) is required.
+      - Exactly one of O(snapshot_moid) and O(snapshot_name) is required, for a template none of them.
     type: str
   snapshot_name:
     description: Name of the snapshot. Two snapshots of one name are an error that lists both.
@@ -57,7 +59,8 @@ options:
       - V(auto) reads what changed since the newest point of the disk where that can be known for certain, and else
         everything that holds data. The result says which it was, and why.
       - V(full) reads everything that holds data.
-      - V(incremental) and V(differential) (what changed since the newest full) fail where V(auto) would make a full.
+      - V(incremental) and V(differential) (what changed since the newest full) fail where V(auto) would make a full,
+        and for a template.
     type: str
     choices: [auto, full, incremental, differential]
     default: auto
@@ -131,6 +134,16 @@ EXAMPLES = r"""
     msg: "{{ item.label }}: {{ item.mode }} ({{ item.reason }}) by {{ item.transport }}, {{ item.bytes_read }} bytes"
   loop: "{{ exported.disks | rejectattr('skipped') }}"
 
+- name: Back up a template
+  openvadp.backup.vadp_disk_export:
+    hostname: vcenter.example.com
+    username: backup@vsphere.local
+    password: "{{ vcenter_password }}"
+    name: golden-debian12
+    repository: /backup
+    transports:
+      - https
+
 - name: A weekly full of one disk, slowly
   openvadp.backup.vadp_disk_export:
     hostname: vcenter.example.com
@@ -175,7 +188,9 @@ point:
       type: str
       sample: 20261122T084203.417123Z-3f9a2b1c
     snapshot:
-      description: The snapshot that was read, and those of others that were there.
+      description:
+        - The snapshot that was read, and those of others that were there.
+        - Of a template C(moid) and C(name) are null, and C(created) is the time at which it was read.
       type: dict
       sample: {moid: snapshot-47, name: nightly, created: '2026-11-22T08:42:03Z', quiesced: true, foreign: []}
     disks:
@@ -300,7 +315,6 @@ OPTIONS = Options(
         compression=dict(type="str", choices=list(COMPRESSIONS), default="zstd"),
         parallel_disks=dict(type="int", default=2),
     ),
-    required_one_of=[("snapshot_moid", "snapshot_name")],
     mutually_exclusive=[("snapshot_moid", "snapshot_name")],
 )
 TRANSPORTS = ["san", "hotadd", "nbdssl", "nbd", "https"]

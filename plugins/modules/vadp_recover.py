@@ -131,6 +131,10 @@ run:
       description: Managed object id of the virtual machine, by which the steps that follow find it at once.
       type: str
       sample: vm-101
+    template:
+      description: Whether it is a template, which is read without a snapshot.
+      type: bool
+      sample: false
     point:
       description: Name of the restore point.
       type: str
@@ -148,7 +152,9 @@ run:
       type: str
       sample: '{"by": "openvadp.backup", "point": "20261122T084203Z", "repository_id": "...", "run_id": "..."}'
     access:
-      description: Whether Storage vMotion is held off; null without O(access=true), and where no run was begun.
+      description:
+        - Whether Storage vMotion is held off.
+        - Null without O(access=true), for a template, and where no run was begun.
       type: dict
       contains:
         prepared:

@@ -97,15 +97,16 @@ def test_many_at_once_cost_few_calls(world: World) -> None:
     by_name = {vm["vm"]: vm for vm in result["vms"]}
     assert list(by_name) == ["app01", "win01", "db01", "twin", "nobody01", "shared01", "template01"]
     assert not result["ready"]
-    assert {name for name, vm in by_name.items() if vm["ready"]} == {"app01", "win01", "db01"}
+    assert {name for name, vm in by_name.items() if vm["ready"]} == {"app01", "win01", "db01", "template01"}
     assert "/DC0/vm/twin" in found(by_name["twin"]["checks"], "vm", "error")["evidence"]
     assert "no such virtual machine" in found(by_name["nobody01"]["checks"], "vm", "error")["evidence"]
     assert "bus" in found(by_name["shared01"]["checks"], "vm", "error")["evidence"]
-    assert "template" in found(by_name["template01"]["checks"], "vm", "error")["evidence"]
+    assert "a template" in next(check["evidence"] for check in by_name["template01"]["checks"] if check["code"] == "vm")
+    assert by_name["template01"]["disks"][0]["transport"] == "https"
     skipped = [check for check in by_name["db01"]["checks"] if check["code"] == "disk"]
     assert [check["severity"] for check in skipped] == ["warning", "warning"]
     assert "independent" in skipped[0]["evidence"] and "raw device" in skipped[1]["evidence"]
-    assert result["counts"]["error"] == 4
+    assert result["counts"]["error"] == 3
     probes = [call["method"] for call in world.simulator.control.call("calls", since=seen)]
     assert probes.count("HasPrivilegeOnEntities") < 10
 

@@ -21,6 +21,7 @@ from ..vsphere.inventory import VmRef
 from ..vsphere.session import Session
 from ..vsphere.snapshots import Snapshot
 from .request import ExportRequest
+from .template import ALWAYS_FULL
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ def plan_disks(
 ) -> List[DiskPlan]:
     """Decide for each disk. Nothing is changed; the changed areas are read from vCenter.
 
-    :param snapshot: None where it does not exist yet (check mode): the changed areas are not known then.
+    :param snapshot: None where it does not exist yet (check mode): the changed areas are not known then. None for a
+        template too, which is always read in full.
     :param store: None where the repository does not exist yet.
     :param disk_facts: of :func:`..transport.facts.disk_facts`.
     :raises TransportError: no transport can serve a disk.
@@ -120,7 +122,10 @@ def plan_disks(
         transport = plan(known, proxy, request.transports, READ, request.require_transport)
         created = snapshot.created if snapshot else None
         try:
-            decision = decide(disk, points, request.mode, facts, created=created)
+            if vm.template:
+                decision = Decision(FULL, None, None, ALWAYS_FULL)
+            else:
+                decision = decide(disk, points, request.mode, facts, created=created)
             decision, areas = _areas(session, vm, snapshot, disk, decision, request.mode)
         except VadpError as error:
             error.subject = f"disk '{disk.label}' of {vm}"

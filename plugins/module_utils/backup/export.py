@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""The whole of ``vadp_disk_export``: from a snapshot of a VM to a restore point.
+"""The whole of ``vadp_disk_export``: from a snapshot of a VM, or from a template, to a restore point.
 
 Look (nothing is touched) -> lock -> plan each disk -> copy -> configuration -> manifest. All calls to vCenter come
-before the copy, so that a session that ends meanwhile harms nothing. The manifest is written last: without it the point
-does not exist.
+before the copy, so that a session that ends meanwhile harms nothing; only a template is looked at again after it,
+whether it is still the same. The manifest is written last: without it the point does not exist.
 """
 
 from __future__ import annotations
@@ -37,6 +37,14 @@ from .disk_copy import CopyJob, Reading, copy_disks
 from .disk_plan import DiskPlan, not_to_be_trusted, plan_disks, skipped_result
 from .request import ExportRequest
 from .selection import Selection, select_disks
+from .template import (
+    TemplateState,
+    changes_since,
+    check_can_be_read,
+    check_request,
+    look,
+    without_tracking,
+)
 
 MANIFEST_FORMAT = 1
 
@@ -45,7 +53,8 @@ MANIFEST_FORMAT = 1
 class Source:
     """What is to be read, as vCenter shows it before anything is touched.
 
-    :param snapshot: None where it does not exist yet (check mode).
+    :param snapshot: None for a template, and where it does not exist yet (check mode).
+    :param template: what a template has to stay like until it was read; None for all other VMs.
     :param foreign: the VM's snapshots but the one that is read. One that a run of ours left is no better than others:
         to go back to it does the same harm (VADP facts 7, 11).
     """
@@ -56,15 +65,15 @@ class Source:
     change_ids: Dict[int, Optional[str]]
     foreign: List[Snapshot]
     warnings: List[str] = field(default_factory=list)
+    template: Optional[TemplateState] = None
 
 
 @dataclass(frozen=True)
 class Work:
-    """What the steps under the VM's lock have in common."""
+    """What the steps under the VM's lock have in common. :param source: with its snapshot, unless it is a template."""
 
     session: Session
     source: Source
-    snapshot: Snapshot
     store: VmStore
     request: ExportRequest
     facts: Facts
@@ -96,7 +105,7 @@ def export_point(request: ExportRequest, check_mode: bool) -> Dict[str, Any]:
                 return _unchanged(session, vm, store, manifest, request)
         source = _look(session, vm, request, check_mode)
         facts = _facts(session, source, request)
-        if check_mode or source.snapshot is None:  # it is only in check mode that there may be none
+        if check_mode:
             return _planned(session, source, store, request, facts)
         if store is None or not store.path.is_dir():
             # What can't be done shows before there is anything of this VM in the repository.
@@ -104,7 +113,7 @@ def export_point(request: ExportRequest, check_mode: bool) -> Dict[str, Any]:
         if store is None:
             store = Repository.open(request.repository, create=True).vm(vm.instance_uuid)
         with store.lock(new_run_id(), "vadp_disk_export"):
-            return _export(Work(session, source, source.snapshot, store, request, facts))
+            return _export(Work(session, source, store, request, facts))
 
 
 def _existing_repository(path: str) -> Optional[Repository]:
@@ -126,6 +135,15 @@ def _plans(
 
 def _look(session: Session, vm: VmRef, request: ExportRequest, check_mode: bool) -> Source:
     """Find the snapshot and its disks. :raises VadpError: it is not there, or the VM can't be backed up."""
+    if vm.template:
+        return _look_at_template(session, vm, request)
+    if request.snapshot_moid is None and request.snapshot_name is None:
+        raise InputError(
+            "The snapshot is not named",
+            subject=str(vm),
+            reason="only a template is read without one",
+            remedy="Give either snapshot_moid or snapshot_name",
+        )
     state = vm_state(session, vm)
     obstacles = vm_obstacles(_config_of(state))
     if obstacles:
@@ -151,6 +169,22 @@ def _look(session: Session, vm: VmRef, request: ExportRequest, check_mode: bool)
         change_ids={disk.key: disk.change_id for disk in disks if disk.included},
         foreign=[item for item in state.snapshots if snapshot is None or item.moid != snapshot.moid],
         warnings=warnings,
+    )
+
+
+def _look_at_template(session: Session, vm: VmRef, request: ExportRequest) -> Source:
+    """As :func:`_look`, where there is no snapshot to find."""
+    check_request(vm, request.mode, request.snapshot_moid or request.snapshot_name)
+    template, state = look(session, vm)
+    check_can_be_read(vm, state)
+    disks = without_tracking(disks_of(state.devices))
+    return Source(
+        vm=vm,
+        snapshot=None,
+        selection=_select(vm, disks, request),
+        change_ids={disk.key: None for disk in disks if disk.included},
+        foreign=[],
+        template=template,
     )
 
 
@@ -261,12 +295,12 @@ def _export(work: Work) -> Dict[str, Any]:
         return _unchanged(session, source.vm, store, store.resolve(point), request)
     before = store.point_names()
     plans = _plans(session, source, store, request, work.facts)
-    config = configuration.save(session, source.vm, work.snapshot)
+    config = configuration.save(session, source.vm, source.snapshot)
     nvram = configuration.nvram(session, source.vm)
     tools = _tools(work.facts.proxy.vddk)
     run, shared = _run_for(work, point)
     _mark_untrusted(store, source)
-    run.set_snapshot(work.snapshot.moid, work.snapshot.created, source.change_ids)
+    run.set_snapshot(*_identity(source))
     entries = _finished(store, run, plans)
     _remove_strangers(store, run, point, entries)
     sealed: Optional[Dict[str, Any]] = None
@@ -274,6 +308,11 @@ def _export(work: Work) -> Dict[str, Any]:
     try:
         missing = [plan for plan in plans if plan.disk.key not in entries]
         entries.update(_copy(work, run, point, missing, readings))
+        if source.template is not None:
+            changed = changes_since(session, source.vm, source.template)
+            if changed is not None:
+                _forget(store, run, entries)
+                raise changed
         manifest = {
             "format": MANIFEST_FORMAT,
             "repository_id": store.repository.id,
@@ -283,7 +322,7 @@ def _export(work: Work) -> Dict[str, Any]:
             "point": point,
             "run_id": run.run_id,
             "started": format_time(started),
-            "snapshot": _snapshot_entry(work),
+            "snapshot": _snapshot_entry(source),
             "disks": [entries[plan.disk.key] for plan in plans],
             "skipped_disks": source.selection.skipped,
             "tools": tools,
@@ -325,7 +364,7 @@ def _run_for(work: Work, point: str) -> Tuple[Run, bool]:
     """The run that this export belongs to, and whether somebody else ends it.
 
     That of the snapshot's marker, which vadp_recover ends once the snapshot is gone; else one of ours that failed on
-    the very same snapshot; else a new one.
+    the very same snapshot; else a new one. A template's is that which vadp_recover began for the point, too.
     """
     store, source = work.store, work.source
     marker = _own_marker(source, store)
@@ -334,7 +373,9 @@ def _run_for(work: Work, point: str) -> Tuple[Run, bool]:
         if run is not None and run.data["point"] == point:
             return run, True
     for run in store.runs():
-        same = run.matches_snapshot(work.snapshot.moid, work.snapshot.created, source.change_ids)
+        same = run.matches_snapshot(*_identity(source))
+        if source.template is not None and run.data["snapshot"] is None and not run.intents():
+            same = True
         if same and run.data["point"] == point and not run.intents("snapshot"):
             return run, False
     return store.create_run(point, vm_moid=source.vm.moid, vm_name=source.vm.name), False
@@ -397,7 +438,7 @@ def _copy(
         context = OpenContext(
             session=work.session,
             vm=work.source.vm,
-            snapshot_moid=work.snapshot.moid,
+            snapshot_moid=work.source.snapshot.moid if work.source.snapshot else None,
             vddk=proxy.vddk,
             proxy=proxy,
             proxy_vm=proxy.vm.ref if proxy.vm else None,
@@ -428,13 +469,31 @@ def _copy(
         return copy_disks(plans, job)
 
 
-def _snapshot_entry(work: Work) -> Dict[str, Any]:
+def _identity(source: Source) -> Tuple[Optional[str], str, Dict[int, Optional[str]], Optional[str]]:
+    """What the run's record knows the snapshot by, or the state of a template."""
+    if source.template is not None:
+        return None, source.template.modified, source.change_ids, source.template.change_version
+    snapshot = _snapshot(source)
+    return snapshot.moid, snapshot.created, source.change_ids, None
+
+
+def _snapshot(source: Source) -> Snapshot:
+    """The snapshot, which is there unless it is a template or check mode."""
+    if source.snapshot is None:
+        raise NotFoundError("There is no snapshot", subject=str(source.vm))
+    return source.snapshot
+
+
+def _snapshot_entry(source: Source) -> Dict[str, Any]:
+    if source.template is not None:
+        return {"moid": None, "name": None, "created": source.template.seen, "quiesced": False, "foreign": []}
+    snapshot = _snapshot(source)
     return {
-        "moid": work.snapshot.moid,
-        "name": work.snapshot.name,
-        "created": work.snapshot.created,
-        "quiesced": work.snapshot.quiesced,
-        "foreign": [{"moid": item.moid, "name": item.name, "created": item.created} for item in work.source.foreign],
+        "moid": snapshot.moid,
+        "name": snapshot.name,
+        "created": snapshot.created,
+        "quiesced": snapshot.quiesced,
+        "foreign": [{"moid": item.moid, "name": item.name, "created": item.created} for item in source.foreign],
     }
 
 
@@ -464,6 +523,17 @@ def _commit(
             for path in paths:
                 if path.exists():
                     path.unlink()
+
+
+def _forget(store: VmStore, run: Run, entries: Dict[int, Dict[str, Any]]) -> None:
+    """Finished disks that no later try may use are removed, the record of them first."""
+    run.forget_disks()
+    point = str(run.data["point"])
+    for key in entries:
+        for path in (store.layer_path(key, point), store.hashes_path(key, point)):
+            path.unlink()
+    for intent in run.intents("temporary_file"):
+        run.done(intent["id"])
 
 
 def _abandon(run: Run, shared: bool) -> None:

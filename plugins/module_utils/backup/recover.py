@@ -112,7 +112,7 @@ def recover_vm(request: RecoverRequest, check_mode: bool) -> Dict[str, Any]:
             ended = records - len(store.runs())
             run = begin_run(store, vm, request.point) if request.begin and vm is not None else None
             begun = run is not None and not run["complete"]
-            if request.access and begun and run is not None and vm is not None:
+            if request.access and begun and run is not None and vm is not None and not vm.template:
                 begun_run = store.run(run["id"])
                 if begun_run is not None:
                     run["access"] = access.prepare(session, begun_run, vm, request.vddk_libdir)
@@ -163,12 +163,13 @@ def begin_run(store: VmStore, vm: VmRef, point: Optional[str]) -> Dict[str, Any]
     """Begin a run of role vm_backup, unless the point exists. Under the VM's lock.
 
     :param point: its name; None for a new one, named by the time.
-    :returns: {id, repository_id, vm_moid, point, complete, snapshot_name, snapshot_description, access}.
+    :returns: {id, repository_id, vm_moid, template, point, complete, snapshot_name, snapshot_description, access}.
     """
     facts = _run_to_begin(store, vm, point)
     if not facts["complete"]:
         run = store.create_run(facts["point"], vm_moid=vm.moid, vm_name=vm.name, run_id=facts["id"])
-        run.record("snapshot", name=facts["snapshot_name"], vm_moid=vm.moid)
+        if not vm.template:
+            run.record("snapshot", name=facts["snapshot_name"], vm_moid=vm.moid)
     return facts
 
 
@@ -181,6 +182,7 @@ def _run_to_begin(store: Optional[VmStore], vm: VmRef, point: Optional[str]) -> 
         "id": run_id,
         "repository_id": repository_id,
         "vm_moid": vm.moid,
+        "template": vm.template,
         "point": name,
         "complete": complete,
         "snapshot_name": f"openvadp {name}"[:_SNAPSHOT_NAME_LIMIT],

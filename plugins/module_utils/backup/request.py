@@ -45,6 +45,7 @@ class ExportRequest:
     """The options of ``vadp_disk_export``.
 
     :param vm: the options that name the VM, as :func:`..vsphere.inventory.find_vm` takes them.
+    :param snapshot_moid: neither it nor the name is given for a template, which has no snapshots.
     :param rate_limit: bytes a second, for all disks together.
     """
 
@@ -96,8 +97,8 @@ class ExportRequest:
         for name, value, choices in (("mode", self.mode, MODES), ("compression", self.compression, COMPRESSIONS)):
             if value not in choices:
                 raise InputError(f"The option {name} has no such value", subject=value)
-        if (self.snapshot_moid is None) == (self.snapshot_name is None):
-            raise InputError("The snapshot is not named", remedy="Give either snapshot_moid or snapshot_name")
+        if self.snapshot_moid is not None and self.snapshot_name is not None:
+            raise InputError("The snapshot is named twice", remedy="Give either snapshot_moid or snapshot_name")
         if self.disks is not None and not self.disks:
             raise InputError("No disk is asked for", reason="the list 'disks' is empty", remedy="Leave it out for all")
         check_transport_options(self)

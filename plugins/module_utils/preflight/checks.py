@@ -22,7 +22,7 @@ CHECKS: Dict[str, str] = {
     "vddk": "VDDK and nbdkit's VDDK plugin, with versions, where a transport may use them",
     "proxy": "which virtual machine of the vCenter the proxy is, where hotadd is listed",
     "repository": "whether the repository can be used and written, and its free space",
-    "vm": "whether the machine is there and can have a snapshot (template, bus sharing, passthrough, ...)",
+    "vm": "whether the machine is there and can have a snapshot (bus sharing, ...), or can be read as a template",
     "disk": "disks that no snapshot holds, which are not in the backup",
     "change_tracking": "whether changed block tracking is on, effective and to be trusted",
     "quiescing": "whether VMware Tools run, so that the guest can be quiesced",

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Set
 
+from ..backup.template import AT_REST, not_at_rest
 from ..libraries import vim
 from ..vsphere.change_tracking import TRACKING_PATHS, Tracking, state_of
 from ..vsphere.disks import Disk, disks_of, vm_obstacles
@@ -96,16 +97,20 @@ def _machine(machine: Machine) -> Iterator[Check]:
             "Look at the virtual machine and its host in the vSphere client",
         )
     hardware = SimpleNamespace(template=state.template, hardware=SimpleNamespace(device=state.devices))
-    for obstacle in vm_obstacles(hardware):
+    for obstacle in vm_obstacles(hardware, snapshot=not state.template):
         wrong = True
         yield Check("vm", ERROR, subject, obstacle, "Change that, or back it up by an agent in the guest")
+    for reason in not_at_rest(state) if state.template else ():
+        wrong = True
+        yield Check("vm", ERROR, subject, f"it is a template, and {reason}", AT_REST)
     if not machine.included:
         wrong = True
         yield Check(
             "vm", ERROR, subject, "it has no disk that a snapshot holds", "There is nothing to back up this way"
         )
     if not wrong:
-        yield Check("vm", OK, subject, f"{state.power_state}, {len(machine.included)} disks can be backed up")
+        kind = "a template" if state.template else state.power_state
+        yield Check("vm", OK, subject, f"{kind}, {len(machine.included)} disks can be backed up")
 
 
 def _skipped_disks(machine: Machine) -> Iterator[Check]:
@@ -257,7 +262,9 @@ def _datastore_space(machine: Machine) -> Iterator[Check]:
         capacity = sum(disk.capacity_bytes for disk in machine.included if disk.datastore == name)
         wanted = max(int(capacity * _SNAPSHOT_SHARE), _SNAPSHOT_LEAST)
         free = f"{size(store.free_bytes)} are free, and the disks there have {size(capacity)}"
-        if store.free_bytes < max(_SNAPSHOT_LEAST, wanted // 10):
+        if machine.tracking.template:
+            yield Check(code, OK, subject, f"{free}; a template needs no room for a snapshot")
+        elif store.free_bytes < max(_SNAPSHOT_LEAST, wanted // 10):
             yield Check(code, ERROR, subject, f"{free}: there is no room for a snapshot", "Free space on the datastore")
         elif store.free_bytes < wanted:
             yield Check(

@@ -57,7 +57,10 @@ _RUN = record(
         "boot_id": text(UUID_PATTERN),
         "intents": list_of(record({"id": integer(1), "what": one_of(*INTENTS), "recorded": time})),
         "snapshot": nullable(
-            record({"moid": text(), "created": time, "change_ids": mapping(r"[0-9]+", nullable(text()))})
+            record(
+                {"moid": nullable(text()), "created": time, "change_ids": mapping(r"[0-9]+", nullable(text()))},
+                {"version": text()},
+            )
         ),
         "finished_disks": mapping(r"[0-9]+", check_disk),
     }
@@ -79,8 +82,8 @@ class Run:
     """One run and its record ``runs/<run id>.json``. Safe for the threads of one process.
 
     ``data`` is the record: {format, run_id, repository_id, vm_uuid, vm_moid, vm_name, point, started, host, pid,
-    boot_id, intents [{id, what, recorded, ...}], snapshot {moid, created, change_ids {key: id}}, finished_disks
-    {key: manifest entry}}. Change it through the methods only.
+    boot_id, intents [{id, what, recorded, ...}], snapshot {moid, created, change_ids {key: id}} (a template's has a
+    version and no moid), finished_disks {key: manifest entry}}. Change it through the methods only.
     """
 
     def __init__(self, path: Path, data: Dict[str, Any]) -> None:
@@ -191,26 +194,32 @@ class Run:
             raise
         self.done(intent)
 
-    def set_snapshot(self, moid: str, created: str, change_ids: Mapping[int, Optional[str]]) -> None:
+    def set_snapshot(
+        self, moid: Optional[str], created: str, change_ids: Mapping[int, Optional[str]], version: Optional[str] = None
+    ) -> None:
         """Say which snapshot is read. Disks that were finished from another one are forgotten.
 
-        :param created: the snapshot's creation time as vCenter tells it, UTC ISO 8601.
+        :param moid: None for a template, which has none.
+        :param created: the snapshot's creation time as vCenter tells it, UTC ISO 8601; when a template was changed.
         :param change_ids: the change id of each disk in the snapshot, by device key; None where it has none.
+        :param version: of a template's configuration.
         """
         with self._mutex:
-            same = self.matches_snapshot(moid, created, change_ids)
+            same = self.matches_snapshot(moid, created, change_ids, version)
             self._change(
-                snapshot={"moid": moid, "created": created, "change_ids": _by_text_key(change_ids)},
+                snapshot=_snapshot(moid, created, change_ids, version),
                 finished_disks=self.data["finished_disks"] if same else {},
             )
 
-    def matches_snapshot(self, moid: str, created: str, change_ids: Mapping[int, Optional[str]]) -> bool:
+    def matches_snapshot(
+        self, moid: Optional[str], created: str, change_ids: Mapping[int, Optional[str]], version: Optional[str] = None
+    ) -> bool:
         """Whether this is the very snapshot that the run was reading: only then do its finished disks count.
 
         All disks of a point come from one snapshot, and a moid alone does not prove that (it may be used again).
         """
         with self._mutex:
-            return self.data["snapshot"] == {"moid": moid, "created": created, "change_ids": _by_text_key(change_ids)}
+            return self.data["snapshot"] == _snapshot(moid, created, change_ids, version)
 
     def finish_disk(self, key: int, entry: Dict[str, Any]) -> None:
         """A disk's layer and hashes are complete and on the disk; *entry* is its part of the manifest."""
@@ -226,6 +235,11 @@ class Run:
         with self._mutex:
             entry = self.data["finished_disks"].get(str(key))
             return None if entry is None else dict(entry)
+
+    def forget_disks(self) -> None:
+        """What was read is of no use any more."""
+        with self._mutex:
+            self._change(finished_disks={})
 
     def remove(self) -> None:
         """The run is over and nothing of it is left. Its record goes last."""
@@ -266,3 +280,10 @@ class Run:
 
 def _by_text_key(change_ids: Mapping[int, Optional[str]]) -> Dict[str, Optional[str]]:
     return {str(key): value for key, value in change_ids.items()}
+
+
+def _snapshot(
+    moid: Optional[str], created: str, change_ids: Mapping[int, Optional[str]], version: Optional[str]
+) -> Dict[str, Any]:
+    found: Dict[str, Any] = {"moid": moid, "created": created, "change_ids": _by_text_key(change_ids)}
+    return found if version is None else dict(found, version=version)

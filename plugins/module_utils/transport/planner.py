@@ -493,7 +493,7 @@ def plan(
         f"The disk can't be {doing} by {'the required transport' if require_transport else 'any of the transports'}",
         subject=f"disk '{disk.label}' ({disk.file})",
         reason=_explain(eligible),
-        remedy=_remedy(candidates, require_transport),
+        remedy=_remedy(disk, candidates, direction, require_transport),
         details={"candidates": [candidate.to_result() for candidate in candidates]},
     )
 
@@ -520,10 +520,14 @@ def _explain(candidates: Sequence[Candidate]) -> str:
     return " | ".join(f"{', '.join(names)}: {reasons}" for reasons, names in groups.items())
 
 
-def _remedy(candidates: Sequence[Candidate], require_transport: bool) -> str:
+def _remedy(disk: DiskFacts, candidates: Sequence[Candidate], direction: str, require_transport: bool) -> str:
     others = [candidate.transport for candidate in candidates if candidate.usable]
     if require_transport and others:
         return f"Put {others[0]} first in 'transports', or set require_transport to false"
+    if direction == READ and disk.vm is not None and disk.vm.template:
+        if any(candidate.transport == "https" for candidate in candidates):
+            return "Make https work, which alone reads a template: see the reason given for it"
+        return "Add https to 'transports': only that reads a template"
     if not any(name in ("nbdssl", "nbd") for name in (candidate.transport for candidate in candidates)):
         return "Add nbdssl to 'transports'"
     return "Make nbdssl work on this machine: see the reason given for it"

@@ -134,13 +134,14 @@ def is_multi_writer(device: Any) -> bool:
     return getattr(device.backing, "sharing", None) == "sharingMultiWriter"
 
 
-def vm_obstacles(config: Any) -> List[str]:
+def vm_obstacles(config: Any, *, snapshot: bool = True) -> List[str]:
     """Why this virtual machine can't be backed up at all (VADP facts 13), each with what would change that.
 
     :param config: ``vim.vm.ConfigInfo``, or anything with its ``template`` and ``hardware.device``.
+    :param snapshot: whether the backup goes through one; that of a template does not.
     """
     obstacles = []
-    if config.template:
+    if config.template and snapshot:
         obstacles.append(
             "it is a template, which can't have a snapshot; convert it to a virtual machine or back up its source"
         )
@@ -153,8 +154,10 @@ def vm_obstacles(config: Any) -> List[str]:
                 f"{label} shares its bus with other virtual machines ({sharing}), which excludes snapshots;"
                 " use a backup agent in the guests"
             )
-        elif isinstance(device, vim.vm.device.VirtualPCIPassthrough) and not isinstance(
-            device.backing, vim.vm.device.VirtualPCIPassthrough.VmiopBackingInfo
+        elif (
+            snapshot
+            and isinstance(device, vim.vm.device.VirtualPCIPassthrough)
+            and not isinstance(device.backing, vim.vm.device.VirtualPCIPassthrough.VmiopBackingInfo)
         ):
             obstacles.append(
                 f"{label} is a passthrough device, which excludes snapshots; remove it or use a backup agent"

@@ -46,7 +46,6 @@ def _request(**changes: Any) -> ExportRequest:
         {"transports": []},
         {"mode": "weekly"},
         {"compression": "lzma"},
-        {"snapshot_name": None},
         {"snapshot_moid": "snapshot-1"},
         {"disks": []},
         {"parallel_disks": 0},

@@ -84,6 +84,7 @@ def test_a_machine_that_is_as_it_should_be() -> None:
     assert {check.severity for check in checks} == {"ok"} and is_ready(checks)
 
 
+TEMPLATE = {"config__template": True, "runtime__powerState": "poweredOff"}
 OURS = '{"by": "openvadp.backup", "repository_id": "r", "run_id": "1", "point": "p"}'
 
 
@@ -91,7 +92,10 @@ OURS = '{"by": "openvadp.backup", "repository_id": "r", "run_id": "1", "point": 
     ("changed", "code", "severity", "words"),
     [
         ({"runtime__connectionState": "orphaned"}, "vm", "error", "orphaned"),
-        ({"config__template": True}, "vm", "error", "template"),
+        ({**TEMPLATE}, "vm", "ok", "a template, 1 disks can be backed up"),
+        ({**TEMPLATE, "snapshot": tree(("s", ""))}, "vm", "error", "it is a template, and it has snapshots: 's'"),
+        ({**TEMPLATE}, "change_tracking", "warning", "each backup is a full one"),
+        ({**TEMPLATE, "free": 1 << 20}, "datastore_space", "ok", "no room for a snapshot"),
         ({"capability__changeTrackingSupported": False}, "change_tracking", "warning", "hardware"),
         ({"config__changeTrackingEnabled": False}, "change_tracking", "ok", "first backup"),
         ({"config__changeTrackingEnabled": True}, "change_tracking", "warning", "not effective"),

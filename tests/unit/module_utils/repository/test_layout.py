@@ -348,3 +348,18 @@ def test_what_fails_while_the_record_can_not_be_written_is_what_is_told(world: W
     assert [intent["what"] for intent in Run.load(run.path).intents()] == ["temporary_file", "process"]
     run.done(file)
     assert run.intents() == [] and Run.load(run.path).intents() == []
+
+
+def test_a_run_that_reads_a_template(world: World) -> None:
+    """It has no snapshot, and is known by the version of its configuration instead."""
+    state = (None, "1970-01-01T00:00:00Z", {2000: None})
+    with world.store.lock(new_run_id(), "test"):
+        run = world.store.create_run("p1")
+        run.set_snapshot(*state, version="7")
+        run.finish_disk(2000, disk_entry("p1"))
+    (found,) = world.repository.vm(UUID).runs()
+    assert found.matches_snapshot(*state, version="7") and found.finished_disk(2000) is not None
+    assert not found.matches_snapshot(*state, version="8") and not found.matches_snapshot(*state)
+    found.forget_disks()
+    (found,) = world.repository.vm(UUID).runs()
+    assert found.finished_disk(2000) is None

@@ -47,7 +47,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Dict[str, Any]:
         trust.mark(store, KEY, "restored", change_id=f"{PREFIX}/1")
         run = store.create_run("p2")
         run.record("snapshot", name="backup")
-        run.set_snapshot("snapshot-1", "2026-11-22T08:42:03Z", {KEY: None})
+        run.set_snapshot("snapshot-1", "2026-11-22T08:42:03Z", {KEY: None}, "of a template")
         run.finish_disk(KEY, disk_entry("p2"))
         world.commit("p1", world.layer("p1", 1 << 20, [(0, b"a" * 512)]), warnings=["disk left out"])
     paths = {

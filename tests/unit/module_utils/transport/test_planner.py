@@ -288,6 +288,21 @@ def test_without_anything_every_reason_is_told() -> None:
     assert [item["usable"] for item in caught.value.details["candidates"]] == [False] * 5
 
 
+def test_what_helps_a_template() -> None:
+    """Another transport than https never does."""
+    template = disk(vm_template=True, **OFF)
+    for transports, changed, remedy in (
+        (["nbdssl", "hotadd"], {}, "Add https to 'transports': only that reads a template"),
+        (["san", "https"], {"plugins": frozenset()}, "Make https work, which alone reads a template"),
+    ):
+        with pytest.raises(TransportError) as caught:
+            plan(template, proxy(**changed), transports, READ, False)
+        assert str(caught.value.remedy).startswith(remedy)
+    with pytest.raises(TransportError) as caught:
+        plan(template, PROXY, ["nbdssl", "https"], READ, True)
+    assert str(caught.value.remedy).startswith("Put https first")
+
+
 def test_a_required_transport_is_the_first_one_or_an_error() -> None:
     required = plan(DISK, PROXY, ["nbdssl", "nbd"], READ, True)
     assert required.chosen == "nbdssl" and [item.transport for item in required.usable()] == ["nbdssl"]

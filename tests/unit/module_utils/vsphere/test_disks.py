@@ -103,3 +103,12 @@ def test_obstacles(make):
     assert "multi-writer" in vm_obstacles(config([shared]))[0]
     shared.backing.diskMode = "independent_persistent"
     assert vm_obstacles(config([shared])) == []
+
+
+def test_what_excludes_snapshots_is_none_of_a_template(make):
+    passthrough = device.VirtualPCIPassthrough(
+        key=13000, backing=device.VirtualPCIPassthrough.DeviceBackingInfo(id="0")
+    )
+    assert vm_obstacles(config([passthrough, make.disk()], template=True), snapshot=False) == []
+    bus = make.scsi_controller(sharedBus="physicalSharing")
+    assert "physicalSharing" in vm_obstacles(config([bus], template=True), snapshot=False)[0]
