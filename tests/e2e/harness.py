@@ -350,7 +350,7 @@ class Running:
             assert self.process.poll() is None and time.monotonic() < deadline, f"no {text!r}:\n{self.wait()}"
             time.sleep(0.05)
 
-    def wait(self, timeout: float = 240) -> Outcome:
+    def wait(self, timeout: float = 600) -> Outcome:
         try:
             self.process.wait(timeout)
         except subprocess.TimeoutExpired:

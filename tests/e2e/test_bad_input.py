@@ -31,6 +31,9 @@ Tasks = List[Dict[str, Any]]
 TABLE: Dict[str, List[Options]] = yaml.safe_load(Path(__file__).with_name("bad_input.yml").read_text(encoding="utf-8"))
 CASES = [case for cases in TABLE.values() for case in cases]
 
+# All cases are one play, and that is the first test's.
+pytestmark = pytest.mark.timeout(900)
+
 EXPORT = "vadp_disk_export"
 RESTORE = "vadp_disk_restore"
 MODULES = (EXPORT, RESTORE, "in_place", "vm_snapshot", "vm_change_tracking", "vadp_recover", "restore_point_verify")
