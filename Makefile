@@ -4,6 +4,9 @@ SHELL := /bin/bash
 PYTHON := .venv/bin/python
 export PYTHONPATH := $(CURDIR)/build/tree
 export ANSIBLE_COLLECTIONS_PATH := $(CURDIR)/build/tree
+# Byte code is kept, and out of the way: hundreds of tests start the same programs.
+unexport PYTHONDONTWRITEBYTECODE
+export PYTHONPYCACHEPREFIX := $(CURDIR)/build/bytecode
 
 .PHONY: help setup demo test sanity lint unit e2e in-turn soak-short soak bench simulator build clean
 

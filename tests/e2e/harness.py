@@ -239,6 +239,8 @@ class Ansible:
             "ANSIBLE_NOCOLOR": "1",
             "ANSIBLE_DEPRECATION_WARNINGS": "1",
             "E2E_RESULTS": str(results),
+            "E2E_BYTECODE": str(ROOT / "build" / "bytecode" / "archives"),
+            "PYTHONPATH": str(Path(__file__).parent / "bytecode"),
             **(environment or {}),
         }
         if self.uid is not None:

@@ -41,12 +41,16 @@ def wait_for(condition: Callable[[], Any], running: Running) -> None:
 
 
 def kill_all(pid: int) -> None:
-    """SIGKILL for a process and all that it has started."""
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in task.read_text().split():
-            kill_all(int(child))
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
+    """SIGKILL for a process and all it has started; stopped first, or a server would end in order with its parent."""
+    family = [pid]
+    for one in family:
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+            os.kill(one, signal.SIGSTOP)
+            for task in Path(f"/proc/{one}/task").glob("*/children"):
+                family += map(int, task.read_text().split())
+    for one in family:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(one, signal.SIGKILL)
 
 
 def role(backups: Backups, point: str, **options: Any) -> Running:

@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 import tempfile
-import threading
 from pathlib import Path
 
 import vixdisklib
@@ -47,9 +46,12 @@ def _lock(state: Path) -> None:
 
 def main() -> None:
     arguments = _arguments()
-    stop = threading.Event()
+    # The signal itself writes to this pipe. A handler of Python's own would not run while this thread enters a wait.
+    stopped, stop = os.pipe()
+    os.set_blocking(stop, False)
+    signal.set_wakeup_fd(stop)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, lambda *_: None)
     temporary = tempfile.TemporaryDirectory(prefix="simulator-") if arguments.state is None else None
     state = Path(temporary.name if temporary else arguments.state).resolve()
     _lock(state)
@@ -78,7 +80,7 @@ def main() -> None:
         "pid": os.getpid(),
     }
     print(json.dumps(line), flush=True)
-    stop.wait()
+    os.read(stopped, 1)
     server.stop()
     simulator.nfc.stop()
     simulator.control.stop()
