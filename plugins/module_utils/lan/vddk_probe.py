@@ -44,7 +44,13 @@ def prove(
     facts = disk_facts(session, vm, [disk])[disk.key]
     names = serving_names(facts, None) or [session.connection.hostname]
     expected = [str(one.address) for one in targets if one.host.lower() in [name.lower() for name in names]]
-    result = {"proven": False, "host": names[0], "label": disk.label, "file": disk.file, "address": None}
+    result: Dict[str, Any] = {
+        "proven": False,
+        "host": names[0],
+        "label": disk.label,
+        "file": disk.file,
+        "address": None,
+    }
     result.update(expected=expected, reason="", remedy="")
     if not expected:
         result["reason"] = f"{vm} is on host {names[0]}, which is none of the targets"

@@ -21,6 +21,8 @@ import tempfile
 import zipimport
 
 CACHE = os.environ.get("E2E_CACHE", "")
+_make = tempfile.mkdtemp
+_compile = getattr(zipimport, "_compile_source", None)
 
 
 def _compile_source(path, source):
@@ -51,8 +53,6 @@ def _mkdtemp(suffix=None, prefix=None, dir=None):
 
 # An ordinary user's test can't write there, and goes without.
 if os.access(CACHE, os.W_OK):
-    if hasattr(zipimport, "_compile_source") and hasattr(_imp, "_fix_co_filename"):
-        _compile = zipimport._compile_source
-        zipimport._compile_source = _compile_source
-    _make = tempfile.mkdtemp
     tempfile.mkdtemp = _mkdtemp
+    if _compile and hasattr(_imp, "_fix_co_filename"):
+        zipimport._compile_source = _compile_source
