@@ -10,7 +10,8 @@ version_added: 0.1.0
 description:
   - Removes what earlier runs of this repository left of a virtual machine. These are, in this order, processes on this
     machine, disks that are still attached to a proxy, snapshots that carry this repository's id (with what their
-    removal may have left), prepared access (see M(openvadp.backup.vadp_access)), and temporary files.
+    removal may have left), temporary ones of M(openvadp.backup.vm_change_tracking), prepared access (see
+    M(openvadp.backup.vadp_access)), and temporary files.
   - What others made is never touched. The virtual machine is locked meanwhile, so a run that is still at work is not
     disturbed, and the module fails.
   - With O(begin=true) it then begins a run, and returns name and description for its snapshot.

@@ -215,3 +215,21 @@ def nbdkit_of(pid: int) -> List[int]:
         int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()
     ]
     return [child for child in children if b"nbdkit" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def test_a_snapshot_of_change_tracking_that_a_crash_left_is_removed(
+    modules: Modules, own_simulator: Simulator, repository: Path
+) -> None:
+    """The backup goes on over it, and its point is complete: vm_change_tracking never comes to it again."""
+    foreign = modules.snapshot("before the upgrade", "made by hand")
+    named = dict(modules.named, repository=str(repository))
+    modules.done("vadp_recover", **named, begin=True, point="one")
+    left = modules.snapshot(
+        "openvadp change tracking 0a1b2c3d", '{"by": "openvadp.backup", "purpose": "change tracking"}'
+    )
+    listed = modules.done("vadp_recover", **named, _ansible_check_mode=True)
+    assert [item["action"] for item in listed["recovered"]] == ["would be removed"]
+    found = modules.done("vadp_recover", **named)
+    assert [(item["what"], item["id"]) for item in found["recovered"]] == [("snapshot", left)]
+    assert [item["moid"] for item in own_simulator.snapshots(VM)] == [foreign]
+    assert not modules.done("vadp_recover", **named)["changed"]

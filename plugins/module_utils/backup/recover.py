@@ -24,6 +24,7 @@ from ..errors import InputError, NotFoundError, RepositoryError, VadpError
 from ..repository.layout import Repository, VmStore, check_point_name, is_empty_folder, new_point_name
 from ..repository.runs import Run, boot_id, new_run_id
 from ..transport import hotadd, https
+from ..vsphere.change_tracking import is_temporary
 from ..vsphere.inventory import VmRef, find_vm, vm_selection
 from ..vsphere.session import Connection, Session
 from ..vsphere.snapshots import (
@@ -307,10 +308,14 @@ def _attachments(
 
 
 def _snapshots(session: Session, store: VmStore, vm: VmRef, runs: List[Run], check_mode: bool) -> List[Recovered]:
-    """Snapshots whose marker carries this repository's id, and deltas that a removal of ours left (VADP facts 15)."""
+    """Snapshots whose marker carries this repository's id, and deltas that a removal of ours left (VADP facts 15).
+
+    Also those of a stun cycle: a backup goes on where vm_change_tracking was killed, and a point that is complete then
+    never gets to that module again.
+    """
     found = []
     for snapshot in reversed(list_snapshots(session, vm)):  # children first
-        if _is_ours(snapshot, store):
+        if _is_ours(snapshot, store) or is_temporary(snapshot):
             if not check_mode:
                 remove_snapshot(session, vm, snapshot)
             found.append(_item("snapshot", snapshot.moid, "removed", check_mode))

@@ -56,13 +56,18 @@ def state(session: Session, vm: VmRef) -> Tracking:
     return state_of(session.read(vm.obj, *TRACKING_PATHS))
 
 
+def is_temporary(snapshot: Snapshot) -> bool:
+    """Whether it is one of a stun cycle. It lives for a moment; one that is seen was left by a crash."""
+    return snapshot.marker is not None and snapshot.marker.get("purpose") == _PURPOSE
+
+
 def state_of(values: Dict[str, Any]) -> Tracking:
     """:func:`state` of properties that were read already; they hold at least ``TRACKING_PATHS``."""
     known = vm_state_of(values)
     disks = disks_of(known.devices)
     tracked = [disk for disk in disks if disk.included]
     enabled = bool(values["config.changeTrackingEnabled"])
-    leftovers = [item for item in known.snapshots if item.marker is not None and item.marker.get("purpose") == _PURPOSE]
+    leftovers = [item for item in known.snapshots if is_temporary(item)]
     return Tracking(
         enabled=enabled,
         supported=bool(values["capability.changeTrackingSupported"]),
