@@ -48,7 +48,7 @@ unit:
 	$(PYTHON) -m pytest -q -n 3 --dist loadfile tests/unit tests/simulator/tests
 
 e2e:
-	$(PYTHON) -m pytest -q -n 3 --dist loadfile tests/e2e
+	$(PYTHON) -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder tests/e2e
 
 # Random sequences against a model, kills spread over the calls of a run, flipped bits: the same ones each time.
 soak-short:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Iterator
+from typing import Iterator, List
 
 import pytest
 
@@ -14,6 +14,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from administrator import Administrator  # noqa: E402
 from harness import Ansible, Backups, Simulator  # noqa: E402
 from modules import Modules  # noqa: E402
+
+# A file is one worker's work: the long ones go first, or the others wait for the last of them at the end.
+LONG = ("test_role_backup_proxy", "test_faults", "test_role_backup", "test_backup_nic", "test_incrementals")
+
+
+def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 @pytest.fixture(scope="module")
