@@ -123,3 +123,9 @@ class LockedError(RepositoryError):
 
 class DamagedError(RepositoryError):
     """Stored data or metadata differ from what was written."""
+
+
+def check_range(option: str, number: Optional[int], low: int, high: int) -> None:
+    """:raises InputError: *number* is neither from *low* to *high* nor None (not given)."""
+    if number is not None and not low <= number <= high:
+        raise InputError(f"The option {option} is out of range", subject=str(number), remedy=f"{low} to {high}")

@@ -107,6 +107,17 @@ def transport_options(transports: Sequence[str]) -> Options:
     )
 
 
+def lan_target_options() -> Options:
+    """Doc fragment ``openvadp.backup.lan_targets``: the hosts of a backup LAN that are to be proved."""
+    target = dict(host=dict(type="str", required=True), address=dict(type="str", required=True))
+    return Options(
+        dict(
+            targets=dict(type="list", elements="dict", required=True, options=target),
+            nfc_port=dict(type="int", default=902),
+        )
+    )
+
+
 def progress_options() -> Options:
     """Doc fragment ``openvadp.backup.progress``: of modules that run for long, beside an action plugin."""
     lease = dict(

@@ -17,6 +17,7 @@ description:
 author:
   - openvadp maintainers (@openvadp)
 extends_documentation_fragment:
+  - openvadp.backup.lan_targets
   - openvadp.backup.attributes
 attributes:
   check_mode:
@@ -28,20 +29,6 @@ attributes:
   idempotent:
     support: full
 options:
-  targets:
-    description: The hosts to reach.
-    type: list
-    elements: dict
-    required: true
-    suboptions:
-      host:
-        description: Name of the host, for the result.
-        type: str
-        required: true
-      address:
-        description: Address of its backup NIC. Names are not taken, as a name may lead to another NIC.
-        type: str
-        required: true
   source_address:
     description:
       - Address of the proxy's backup interface. Connections come from it, and it is checked that they leave by the
@@ -51,10 +38,6 @@ options:
   mtu:
     description: Size in bytes of packets that must get to the hosts and back uncut, V(1280) to V(9190).
     type: int
-  nfc_port:
-    description: Port on which ESXi hosts serve disk data (NFC).
-    type: int
-    default: 902
   timeout:
     description:
       - Seconds to wait for a connection, for the greeting, and for packets of O(mtu), V(1) to V(60).
@@ -178,19 +161,12 @@ from typing import Any, Dict
 from ansible.module_utils.basic import AnsibleModule
 
 from ..module_utils.lan.probe import ProbeRequest, probe, unproven
-from ..module_utils.runner import Options, run_module
+from ..module_utils.runner import Options, lan_target_options, run_module
 
 OPTIONS = Options(
     dict(
-        targets=dict(
-            type="list",
-            elements="dict",
-            required=True,
-            options=dict(host=dict(type="str", required=True), address=dict(type="str", required=True)),
-        ),
         source_address=dict(type="str"),
         mtu=dict(type="int"),
-        nfc_port=dict(type="int", default=902),
         timeout=dict(type="int", default=5),
     )
 )
@@ -203,7 +179,7 @@ def body(module: AnsibleModule) -> Dict[str, Any]:
 
 
 def main() -> None:
-    run_module(OPTIONS, body)
+    run_module(lan_target_options() + OPTIONS, body)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ author:
 extends_documentation_fragment:
   - openvadp.backup.connection
   - openvadp.backup.vm
+  - openvadp.backup.lan_targets
   - openvadp.backup.attributes
   - openvadp.backup.attributes.actiongroup_vadp
 attributes:
@@ -32,29 +33,11 @@ attributes:
   idempotent:
     support: full
 options:
-  targets:
-    description: The hosts, each with the address of its backup NIC.
-    type: list
-    elements: dict
-    required: true
-    suboptions:
-      host:
-        description: Name of the host as vCenter has it.
-        type: str
-        required: true
-      address:
-        description: Address of its backup NIC.
-        type: str
-        required: true
   vddk_libdir:
     description:
       - Folder of VDDK, which holds C(lib64/libvixDiskLib.so).
       - If not given, the folder that nbdkit's plugin has built in.
     type: path
-  nfc_port:
-    description: Port on which ESXi hosts serve disk data (NFC).
-    type: int
-    default: 902
   timeout:
     description: Seconds that the open may take, V(5) to V(600).
     type: int
@@ -132,24 +115,17 @@ from typing import Any, Dict
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ..module_utils.errors import InputError
+from ..module_utils.errors import check_range
 from ..module_utils.lan.probe import targets_from
 from ..module_utils.lan.vddk_probe import prove
-from ..module_utils.runner import Options, connection_options, run_module, vm_options
+from ..module_utils.runner import Options, connection_options, lan_target_options, run_module, vm_options
 from ..module_utils.transport.vddk import find_library
 from ..module_utils.vsphere.inventory import find_vm, vm_selection
 from ..module_utils.vsphere.session import Connection, Session
 
 OPTIONS = Options(
     dict(
-        targets=dict(
-            type="list",
-            elements="dict",
-            required=True,
-            options=dict(host=dict(type="str", required=True), address=dict(type="str", required=True)),
-        ),
         vddk_libdir=dict(type="path"),
-        nfc_port=dict(type="int", default=902),
         timeout=dict(type="int", default=60),
     )
 )
@@ -158,9 +134,8 @@ OPTIONS = Options(
 def body(module: AnsibleModule) -> Dict[str, Any]:
     params = module.params
     targets = targets_from(params["targets"])
-    for name, low, high in (("nfc_port", 1, 65535), ("timeout", 5, 600)):
-        if not low <= params[name] <= high:
-            raise InputError(f"The option {name} is out of range", subject=str(params[name]), remedy=f"{low} to {high}")
+    check_range("nfc_port", params["nfc_port"], 1, 65535)
+    check_range("timeout", params["timeout"], 5, 600)
     vddk = find_library(params["vddk_libdir"])
     with Session.connect(Connection.from_params(params)) as session:
         vm = find_vm(session, **vm_selection(params))
@@ -169,7 +144,7 @@ def body(module: AnsibleModule) -> Dict[str, Any]:
 
 
 def main() -> None:
-    run_module(connection_options() + vm_options() + OPTIONS, body, libraries=["pyVmomi"])
+    run_module(connection_options() + vm_options() + lan_target_options() + OPTIONS, body, libraries=["pyVmomi"])
 
 
 if __name__ == "__main__":

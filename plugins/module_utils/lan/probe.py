@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-from ..errors import InputError
+from ..errors import InputError, check_range
 from . import echo, neighbours, routes
 
 GREETING = "220 VMware Authentication Daemon"
@@ -77,11 +77,9 @@ class ProbeRequest:
                     reason=f"it is IPv{source.version}, but {target.address} of host '{target.host}' is not",
                     remedy="Probe addresses of one version at a time",
                 )
-        for name, low, high in (("mtu", 1280, 9190), ("nfc_port", 1, 65535), ("timeout", 1, 60)):
-            if params[name] is not None and not low <= params[name] <= high:
-                raise InputError(
-                    f"The option {name} is out of range", subject=str(params[name]), remedy=f"{low} to {high}"
-                )
+        check_range("mtu", params["mtu"], 1280, 9190)
+        check_range("nfc_port", params["nfc_port"], 1, 65535)
+        check_range("timeout", params["timeout"], 1, 60)
         return cls(targets, source, params["mtu"], params["nfc_port"], params["timeout"])
 
 

@@ -8,7 +8,7 @@ import ipaddress
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Tuple
 
-from ..errors import InputError, VadpError
+from ..errors import InputError, VadpError, check_range
 from ..vsphere.host_network import DEFAULT_STACK
 from ..vsphere.session import Connection, check_timeout
 from .subnets import parse_gateway, parse_ipv4, parse_ipv6
@@ -94,9 +94,8 @@ class HostRequest:
     def check(self) -> None:
         """:raises InputError: options that contradict each other, or are out of range."""
         where = f"host '{self.host}'"
-        for name, number, low, high in (("vlan_id", self.vlan_id, 0, 4094), ("mtu", self.mtu, 1280, 9190)):
-            if number is not None and not low <= number <= high:
-                raise InputError(f"The option {name} is out of range", subject=str(number), remedy=f"{low} to {high}")
+        check_range("vlan_id", self.vlan_id, 0, 4094)
+        check_range("mtu", self.mtu, 1280, 9190)
         for name in ("vswitch", "dvswitch", "portgroup", "device"):
             if getattr(self, name) is not None and not getattr(self, name).strip():
                 raise InputError(f"The option {name} is empty", subject=where, remedy="Give a name, or leave it out")
@@ -163,10 +162,7 @@ class NicRequest:
                 reason="only a NIC of the default stack can be tagged vSphereBackupNFC, and be handed to the proxy",
                 remedy=f"Leave tcpip_stack out ({DEFAULT_STACK}); give the NIC a subnet of its own instead",
             )
-        if not 1 <= params["parallel_hosts"] <= 64:
-            raise InputError(
-                "The option parallel_hosts is out of range", subject=str(params["parallel_hosts"]), remedy="1 to 64"
-            )
+        check_range("parallel_hosts", params["parallel_hosts"], 1, 64)
         common = {name: params[name] for name in HOST_OPTIONS}
         if params["hosts"] is not None:
             # An address of its own takes the place of what all hosts have, and the other way round.

@@ -50,8 +50,10 @@ def prove(
         "label": disk.label,
         "file": disk.file,
         "address": None,
+        "expected": expected,
+        "reason": "",
+        "remedy": "",
     }
-    result.update(expected=expected, reason="", remedy="")
     if not expected:
         result["reason"] = f"{vm} is on host {names[0]}, which is none of the targets"
         result["remedy"] = "Name a virtual machine on one of these hosts, or add the host to the targets"
@@ -67,7 +69,7 @@ def prove(
 
 
 def _readable_disk(vm: VmRef, state: VmState) -> Disk:
-    disks = [disk for disk in disks_of(state.devices) if disk.included and not disk.chained]
+    disks = [disk for disk in disks_of(state.devices) if disk.included]
     reasons: List[str] = []
     if state.power_state != "poweredOff":
         reasons.append(f"it is {state.power_state}, and then its host has its disks locked")
@@ -122,6 +124,6 @@ def _verdict(address: Optional[str], expected: Sequence[str], host: str) -> Dict
         "reason": f"vCenter hands out {address} for host {host}, not its backup NIC's {' or '.join(expected)}",
         "remedy": (
             f"Look with vmkernel_backup_nic_info whether a NIC of {host} is tagged vSphereBackupNFC, and whether it is"
-            " the one with that address; vCenter may take some minutes to follow a change of the tag"
+            " the one with that address. If it was tagged a moment ago, try again"
         ),
     }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, check_range
 from .endpoints import WIRE_COMPRESSIONS
 from .planner import check_transports
 from .proxy import check_options
@@ -42,10 +42,6 @@ def check_transport_options(request: Any) -> None:
 
 def check_transport_numbers(request: Any) -> None:
     """:raises InputError: a port, a time or a limit is out of range."""
-    for option, number, low, high in (
-        ("io_timeout", request.io_timeout, 1, 86400),
-        ("nfc_port", request.nfc_port, 1, 65535),
-        ("nfc_host_limit", request.nfc_host_limit, 1, 50),
-    ):
-        if number is not None and not low <= number <= high:
-            raise InputError(f"The option {option} is out of range", subject=str(number), remedy=f"{low} to {high}")
+    check_range("io_timeout", request.io_timeout, 1, 86400)
+    check_range("nfc_port", request.nfc_port, 1, 65535)
+    check_range("nfc_host_limit", request.nfc_host_limit, 1, 50)

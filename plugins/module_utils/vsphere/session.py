@@ -36,6 +36,7 @@ from ..errors import (
     TaskError,
     VadpError,
     VsphereError,
+    check_range,
 )
 from ..libraries import pyVmomi, vim, vmodl
 from . import faults
@@ -102,8 +103,7 @@ def _check_address(hostname: str, port: int) -> None:
             reason=reason or "it is empty",
             remedy="Give a name or an address alone, without https:// and without a path",
         )
-    if not 1 <= port <= 65535:
-        raise InputError("The option port is out of range", subject=str(port), remedy="1 to 65535")
+    check_range("port", port, 1, 65535)
 
 
 def check_timeout(seconds: int) -> int:

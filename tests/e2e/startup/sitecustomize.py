@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""What Ansible makes anew in each playbook is made once for all tests: half of their processor time.
+"""What Ansible makes anew in each playbook is made once for all tests: half of what one takes.
 
 - It ships each module as an archive, which Python compiles at each start. The byte code is kept, found by the hash of
   the source.
