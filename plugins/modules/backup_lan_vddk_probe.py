@@ -43,7 +43,7 @@ options:
     type: int
     default: 60
 notes:
-  - Required privileges are those of a backup, C(VirtualMachine.Provisioning.DiskRandomRead) among them.
+  - Required privileges are C(VirtualMachine.Provisioning.DiskRandomRead) and C(VirtualMachine.Provisioning.GetVmFiles).
 seealso:
   - module: openvadp.backup.backup_lan_probe
   - module: openvadp.backup.vmkernel_backup_nic_info
