@@ -94,10 +94,13 @@ def parse_address(option: str, text: str, subnet: Any) -> Any:
 class _Plan:
     """Who has which address so far; refuses the second holder of one."""
 
-    def __init__(self, subnet: Any, reserved: Mapping[Any, str], excluded: Sequence[Range]) -> None:
+    def __init__(
+        self, subnet: Any, reserved: Mapping[Any, str], excluded: Sequence[Range], existing: Mapping[str, Any]
+    ) -> None:
         self.subnet = subnet
         self.reserved = reserved
         self.excluded = excluded
+        self.now = {address: host for host, address in existing.items()}
         self.holders: Dict[Any, str] = {}
         self.addresses: Dict[str, Any] = {}
 
@@ -114,7 +117,11 @@ class _Plan:
         if any(first <= int(address) <= last for first, last in self.excluded):
             return "it is excluded"
         holder = self.holders.get(address)
-        return f"host '{holder}' has it" if holder not in (None, host) else None
+        if holder not in (None, host):
+            return f"host '{holder}' has it"
+        # A host that moves has its old address until it has moved, and hosts are configured side by side.
+        now = self.now.get(address)
+        return f"host '{now}' still has it" if now not in (None, host) else None
 
 
 def plan_addresses(
@@ -129,7 +136,7 @@ def plan_addresses(
     """An address for each host, in the order of *hosts*.
 
     What is fixed counts first, then what a host has; the others get the lowest free addresses of the pool, in their
-    order.
+    order. Nobody gets what another host has now, though that one be about to move.
 
     :param existing: what hosts have in this subnet now, of NICs that are for backup traffic.
     :param pool: where new addresses come from; empty: the whole subnet.
@@ -137,7 +144,7 @@ def plan_addresses(
     :param reserved: addresses of others, each with whose it is (the gateway, the proxy, another NIC).
     :raises InputError: two holders of one address, one that can't be, or too few addresses.
     """
-    plan = _Plan(subnet, reserved or {}, excluded)
+    plan = _Plan(subnet, reserved or {}, excluded, existing)
     _check_hosts(hosts, fixed)
     for host in hosts:
         if host in fixed:

@@ -244,19 +244,20 @@ def admissible(entries: Sequence[Entry]) -> Set[str]:
     """
     use = _Use(entry for entry in entries if entry.admitted)
     taken: Set[Tuple[str, str]] = set()
-    found = set()
+    found: List[Entry] = []
     for entry in entries:
         if entry.admitted:
             continue
         places = set(_places(entry))
         # A host that somebody waits for is not given to who came later, though there be room for a smaller disk: else
         # those who need a host among several could wait for ever.
-        if places & taken or not use.has_room(entry):
+        # Nor to one who would be too many for the smaller limit of somebody who may open, and has not done so yet.
+        if places & taken or not use.has_room(entry) or not all(use.allows_more(one, places) for one in found):
             taken |= places
         else:
             use.add(entry)
-            found.add(entry.id)
-    return found
+            found.append(entry)
+    return {entry.id for entry in found}
 
 
 def blocking(entries: Sequence[Entry], entry: Entry) -> List[str]:
@@ -264,6 +265,10 @@ def blocking(entries: Sequence[Entry], entry: Entry) -> List[str]:
     use = _Use(other for other in entries if other.admitted)
     full = [host for host in entry.hosts if not use.has_room(replace(entry, hosts=(host,)))]
     return full or list(entry.hosts)
+
+
+def _limit(entry: Entry) -> int:
+    return min(HOST_DISKS, entry.limit or HOST_DISKS)
 
 
 def _places(entry: Entry) -> List[Tuple[str, str]]:
@@ -284,12 +289,15 @@ class _Use:
             self._disks[place] += 1
             self._memory[place] += entry.memory_bytes
 
+    def allows_more(self, entry: Entry, places: Set[Tuple[str, str]]) -> bool:
+        """Whether *entry*, which is counted already, bears one more disk on each of *places*."""
+        return all(self._disks[place] < _limit(entry) for place in _places(entry) if place in places)
+
     def has_room(self, entry: Entry) -> bool:
         """One disk is always let in: what does not fit in an idle host would wait for ever."""
-        limit = min(HOST_DISKS, entry.limit or HOST_DISKS)
         return all(
             self._disks[place] == 0
-            or (self._disks[place] < limit and self._memory[place] + entry.memory_bytes <= HOST_MEMORY_BYTES)
+            or (self._disks[place] < _limit(entry) and self._memory[place] + entry.memory_bytes <= HOST_MEMORY_BYTES)
             for place in _places(entry)
         )
 

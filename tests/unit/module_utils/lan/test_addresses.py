@@ -226,3 +226,13 @@ def test_the_filter():
         FILTER(ABC, hosts=["a"])
     with pytest.raises(AnsibleFilterError, match="the list hosts"):
         FILTER({"hosts": []}, subnet="10.20.30.0/24")
+
+
+def test_the_old_address_of_a_host_that_moves_is_nobodys_yet():
+    moving = fact("a", nic("10.20.30.1"))
+    assert plan([moving, fact("b")], hosts=["a", "b"], addresses={"a": "10.20.30.9"}) == {
+        "a": "10.20.30.9/24",
+        "b": "10.20.30.2/24",
+    }
+    with pytest.raises(InputError, match="host 'a' still has it"):
+        plan([moving, fact("b")], hosts=["a", "b"], addresses={"a": "10.20.30.9", "b": "10.20.30.1"})

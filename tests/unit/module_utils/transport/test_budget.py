@@ -84,6 +84,9 @@ def test_a_smaller_limit_counts_for_who_has_it() -> None:
     entries = [*opened(4, "esx01"), waiting("small", "esx01", limit=4)]
     assert admissible(entries) == set()
     assert admissible([*opened(4, "esx01"), waiting("large", "esx01")]) == {"large"}
+    # Whoever asks first: the later one would be too many for it.
+    assert admissible([waiting("small", "esx01", limit=1), waiting("large", "esx01")]) == {"small"}
+    assert admissible([waiting("small", "esx01", limit=2), waiting("large", "esx01")]) == {"small", "large"}
 
 
 class _World:
