@@ -52,6 +52,7 @@ class RestoreRequest:
     format: str = "raw"
     disks: List[DiskChoice] = field(default_factory=list)
     overwrite: bool = False
+    changed_only: bool = False
     verify: bool = True
     progress_file: Optional[str] = None
     connection: Optional[Connection] = None
@@ -131,6 +132,8 @@ class RestoreRequest:
             raise InputError("An image file can't have this format", subject=self.format)
         if self.rate_limit is not None:
             raise InputError("The option rate_limit is for target=in_place")
+        if self.changed_only:
+            raise InputError("The option changed_only is for target=in_place")
 
     def _check_in_place(self) -> None:
         check_transport_options(self)
