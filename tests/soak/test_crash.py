@@ -108,8 +108,10 @@ class Lane:
             arguments = {"point": sorted(machine.points)[0]}
             return self.server.start(machine.job, "restore_in_place", machine.tmpdir, **where, **arguments)
         if attempt.kind == CHANGED_ONLY:
+            # Tracking was reset after the last restore: only a point of after that can be told from now.
+            self.back_up(f"r{attempt.number}")
+            machine.scribble(3000000 + attempt.number)
             machine.power("poweredOff")
-            # The newest: earlier ones may be of before a reset, and then the whole disk is written.
             arguments = {"point": machine.newest_point, "changed_only": True}
             return self.server.start(machine.job, "restore_in_place", machine.tmpdir, **where, **arguments)
         arguments = {"point": f"p{attempt.number}", "mode": FULL if attempt.kind == FULL else "auto"}
@@ -349,6 +351,8 @@ def count_calls(world: World, server: Server) -> Dict[str, Any]:
             run = lane.begin(Attempt(1000 + number, kind, False))
             result = run.result()
             assert result.error is None, result.error
+            if kind == CHANGED_ONLY:
+                assert all(disk["changed_only"] for disk in result.value["restored"]), result.value
             run.wait_until_alone()
             counts[kind] = (run.point.calls, run.point.child_calls)
             assert lane.machine is not None

@@ -2,9 +2,10 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 """A restore point into the disks of an existing virtual machine, whole disks or what changed of them.
 
-Look (nothing is touched) -> lock -> record the run -> ask what changed, where that is wanted -> look again -> mark the
-disks "tracking not trusted" -> write each disk, flush, read it back -> the run is over. A disk that was half written
-stays in the run's record; running the restore again writes all of it anew, or finishes it from its journal.
+Look (nothing is touched), check the point -> lock -> record the run -> ask what changed, where that is wanted -> look
+again -> mark the disks "tracking not trusted" -> write each disk, flush, read it back -> the run is over. A disk that
+was half written stays in the run's record; running the restore again writes all of it anew, or finishes it from its
+journal.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import contextlib
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 from ..datapath import image
 from ..datapath.copier import CopyResult, copy
@@ -35,7 +36,7 @@ from ..vsphere.inventory import VmRef, find_vm
 from ..vsphere.session import Session
 from ..vsphere.snapshots import VmState, vm_state
 from .changed_only import Changes, ChangesOf, clear_leftovers, journal_of, known_beforehand, plan_changes
-from .point import Point, PointDisk, open_point, require_intact
+from .point import Point, PointDisk, checked_beside, open_point, require_intact
 from .readback import differing_areas, first_difference
 from .request import RestoreRequest
 
@@ -72,6 +73,7 @@ class _Job:
     """What the disks of one restore have in common.
 
     :param changes: with ``changed_only``, by device key of the disk that is written.
+    :param proven: returns when the point is known to be sound.
     """
 
     session: Session
@@ -85,6 +87,7 @@ class _Job:
     run_dir: RuntimeDir
     progress: Progress
     changes: ChangesOf
+    proven: Callable[[], None]
 
 
 def restore_point(request: RestoreRequest, check_mode: bool) -> Dict[str, Any]:
@@ -106,53 +109,79 @@ def restore_point(request: RestoreRequest, check_mode: bool) -> Dict[str, Any]:
                 clear_leftovers(session, vm, own)
         targets, proxy = _look(session, vm, point, request)
         with Progress(None if check_mode else request.progress_file) as progress:
-            require_intact(point, progress)
             if check_mode:
+                require_intact(point, progress)
                 return _result(point, vm, _predicted(point, vm, targets, request))
-            store = _journal_store(point, vm, targets)
-            run_id = new_run_id()
-            with store.lock(run_id, "vadp_disk_restore"):
-                # What a restore that crashed left attached is in the way.
-                for earlier in store.runs():
-                    recover(
-                        session,
-                        earlier,
-                        sysfs_dir=request.sysfs_dir,
-                        device_dir=request.device_dir,
-                        check_mode=False,
-                    )
-                run = store.create_run(None, vm_moid=vm.moid, vm_name=vm.name, run_id=run_id)
-                try:
-                    changes: ChangesOf = {}
-                    if request.changed_only:
-                        changes = plan_changes(session, vm, point, store, run, _pairs(targets))
-                    # The check of the point may have taken long, and a snapshot may rename files.
-                    targets, proxy = _look(session, vm, point, request)
-                    with RuntimeDir(run_id) as run_dir:
-                        context = OpenContext(
-                            session=session,
-                            vm=vm,
-                            snapshot_moid=None,
-                            vddk=proxy.vddk,
-                            proxy=proxy,
-                            proxy_vm=proxy.vm.ref if proxy.vm else None,
-                            nfc_port=request.nfc_port,
-                            io_timeout=request.io_timeout,
-                            run_dir=run_dir,
-                            run=run,
-                            device_dir=request.device_dir,
-                            sysfs_dir=request.sysfs_dir,
-                            wire_compression=request.wire_compression,
-                            nfc_host_limit=request.nfc_host_limit,
-                            stage_dir=store.path,
-                        )
-                        restored = _restore(point, targets, store, context, request, progress, changes)
-                finally:
-                    # As long as every disk is either what it was or wholly restored, and nothing is attached, there is
-                    # nothing to remember.
-                    if not (_half_written(run) or run.intents("attachment") or run.intents("snapshot")):
-                        run.remove()
+            # What changed is found out while the point is checked.
+            check = checked_beside if request.changed_only else _checked_before
+            with check(point, progress) as proven:
+                restored = _restore_locked(session, vm, point, targets, request, progress, proven)
     return _result(point, vm, restored)
+
+
+@contextmanager
+def _checked_before(point: Point, progress: Progress) -> Iterator[Callable[[], None]]:
+    """As :func:`.point.checked_beside`, but nothing is begun before the check has ended well."""
+    require_intact(point, progress)
+    yield lambda: None
+
+
+def _restore_locked(
+    session: Session,
+    vm: VmRef,
+    point: Point,
+    targets: List[DiskTarget],
+    request: RestoreRequest,
+    progress: Progress,
+    proven: Callable[[], None],
+) -> List[Dict[str, Any]]:
+    """All that happens under the VM's lock.
+
+    :param proven: returns when the point is known to be sound; called before anything is written.
+    """
+    store = _journal_store(point, vm, targets)
+    run_id = new_run_id()
+    with store.lock(run_id, "vadp_disk_restore"):
+        # What a restore that crashed left attached is in the way.
+        for earlier in store.runs():
+            recover(
+                session,
+                earlier,
+                sysfs_dir=request.sysfs_dir,
+                device_dir=request.device_dir,
+                check_mode=False,
+            )
+        run = store.create_run(None, vm_moid=vm.moid, vm_name=vm.name, run_id=run_id)
+        try:
+            changes: ChangesOf = {}
+            if request.changed_only:
+                changes = plan_changes(session, vm, point, store, run, _pairs(targets))
+            # The check of the point may have taken long, and a snapshot may rename files.
+            targets, proxy = _look(session, vm, point, request)
+            with RuntimeDir(run_id) as run_dir:
+                context = OpenContext(
+                    session=session,
+                    vm=vm,
+                    snapshot_moid=None,
+                    vddk=proxy.vddk,
+                    proxy=proxy,
+                    proxy_vm=proxy.vm.ref if proxy.vm else None,
+                    nfc_port=request.nfc_port,
+                    io_timeout=request.io_timeout,
+                    run_dir=run_dir,
+                    run=run,
+                    device_dir=request.device_dir,
+                    sysfs_dir=request.sysfs_dir,
+                    wire_compression=request.wire_compression,
+                    nfc_host_limit=request.nfc_host_limit,
+                    stage_dir=store.path,
+                )
+                return _restore(point, targets, store, context, request, progress, changes, proven)
+        finally:
+            # As long as every disk is either what it was or wholly restored, and nothing is attached, there is
+            # nothing to remember.
+            if not (_half_written(run) or run.intents("attachment") or run.intents("snapshot")):
+                run.remove()
 
 
 def _pairs(targets: List[DiskTarget]) -> List[Tuple[PointDisk, Disk]]:
@@ -269,6 +298,7 @@ def _restore(
     request: RestoreRequest,
     progress: Progress,
     changes: ChangesOf,
+    proven: Callable[[], None],
 ) -> List[Dict[str, Any]]:
     """Under the VM's lock. The run's record is on the disk before anything is opened."""
     vm, run = context.vm, context.run
@@ -282,7 +312,9 @@ def _restore(
         disks=keys,
         half_written=[],
     )
-    job = _Job(context.session, vm, point, store, run, intent, context, request, context.run_dir, progress, changes)
+    job = _Job(
+        context.session, vm, point, store, run, intent, context, request, context.run_dir, progress, changes, proven
+    )
     restored = [_restore_disk(target, job) for target in targets]
     run.done(intent)
     _forget_earlier(store, vm, run, keys)
@@ -414,6 +446,7 @@ def _write_whole(
 ) -> CopyResult:
     """:param begun: gets an entry once the disk is open, and another one once it is written."""
     whole = Extents.whole(target.source.capacity_bytes)
+    job.proven()
     with _open(target, job, candidate, writable=True) as disk:
         # Before the first write (VADP facts 12), but not for a disk that can't be written at all.
         _mark_untrusted(target, job)
@@ -446,6 +479,7 @@ def _write_changes(
     begun.clear()
     if not wanted:
         return CopyResult(), 0
+    job.proven()
     # The whole list before the first write, and what tells of the journal before the mark: without either, change
     # tracking could be asked once more (VADP facts 12).
     kept = journal_of(job.vm, job.point, target.source, target.disk)

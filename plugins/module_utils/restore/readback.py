@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import os
 import select
+import struct
 import time
 from array import array
 from collections import deque
@@ -19,8 +20,9 @@ from ..libraries import nbd
 _PROGRESS_SECONDS = 0.5
 _WAKE_MILLISECONDS = 250
 _READ, _WRITE = 1, 2  # of aio_get_direction
-# A piece that differs is looked at in ever smaller parts, down to a sector.
-_PARTS = (65536, 4096, 512)
+# Where a part of a piece differs, its sectors are compared.
+_PART_BYTES = 65536
+_SECTOR_BYTES = 512
 _WRITTEN = "the disk that was written"
 
 
@@ -53,17 +55,17 @@ class _Pair:
     def differences(self) -> Iterator[Tuple[int, int]]:
         """(start, end) of the sectors that differ, in bytes of the disk, ascending; neighbours are not joined."""
         one, other = (memoryview(data) for data in self.data)
-        waiting = [(0, self.length, 0)]
-        while waiting:
-            start, end, depth = waiting.pop()
+        for start in range(0, self.length, _PART_BYTES):
+            end = min(start + _PART_BYTES, self.length)
             if one[start:end] == other[start:end]:
                 continue
-            if depth == len(_PARTS):
-                yield self.offset + start, self.offset + end
-                continue
-            size = _PARTS[depth]
-            parts = [(at, min(at + size, end), depth + 1) for at in range(start, end, size)]
-            waiting.extend(reversed(parts))
+            whole, rest = divmod(end - start, _SECTOR_BYTES)
+            sectors = struct.Struct(f"{_SECTOR_BYTES}s" * whole + (f"{rest}s" if rest else ""))
+            pairs = zip(sectors.unpack(one[start:end]), sectors.unpack(other[start:end]))
+            for number, (expected, found) in enumerate(pairs):
+                if expected != found:
+                    at = self.offset + start + number * _SECTOR_BYTES
+                    yield at, at + len(found)
 
 
 def first_difference(

@@ -103,6 +103,8 @@ class RestoreRequest:
             raise InputError(
                 "A disk is listed twice in disks", subject=", ".join(map(str, twice)), remedy="Name each disk once"
             )
+        if self.changed_only and self.target != IN_PLACE:
+            raise InputError("The option changed_only is for target=in_place")
         if self.target == FILE:
             self._check_file()
         else:
@@ -132,8 +134,6 @@ class RestoreRequest:
             raise InputError("An image file can't have this format", subject=self.format)
         if self.rate_limit is not None:
             raise InputError("The option rate_limit is for target=in_place")
-        if self.changed_only:
-            raise InputError("The option changed_only is for target=in_place")
 
     def _check_in_place(self) -> None:
         check_transport_options(self)
