@@ -37,7 +37,8 @@ attributes:
     support: partial
     details:
       - With O(target=file), an image file that holds the point's bytes already is left alone.
-      - With O(target=in_place), every run writes everything, and says that it changed something.
+      - With O(target=in_place), every run writes everything, and says that it changed something. With
+        O(changed_only=true) a disk on which nothing changed since the point is left alone.
 options:
   hostname:
     description:
@@ -136,6 +137,20 @@ options:
         machine hold.
     type: bool
     default: false
+  changed_only:
+    description:
+      - Whether only what changed since the point is written, with O(target=in_place).
+      - Change tracking tells the areas that changed, by a snapshot that is made and removed before anything is written.
+        They are compared with the point, and what differs is written. All the rest of the disk is believed to be as it
+        was; if that is not good enough, use O(changed_only=false).
+      - A disk is written as a whole, and RV(restored[].reason) says why, where change tracking can't tell. That is, if
+        the point or the disk has no change id, if change tracking was reset or is not trusted since an earlier restore,
+        if the machine had other snapshots at the point, if the disk is another one, or if the query fails.
+      - What is about to be written is kept in a journal in the repository. After a crash the same restore goes on from
+        there; it then compares the whole disk, since nobody knows who wrote to it meanwhile. A restore of another point
+        writes the whole disk.
+    type: bool
+    default: false
   verify:
     description: Whether what was written is read back and compared with the restore point.
     type: bool
@@ -157,7 +172,9 @@ options:
     type: str
 notes:
   - Required privileges for O(target=in_place) are C(VirtualMachine.Provisioning.DiskRandomAccess),
-    C(VirtualMachine.Provisioning.DiskRandomRead) and C(VirtualMachine.Provisioning.GetVmFiles).
+    C(VirtualMachine.Provisioning.DiskRandomRead) and C(VirtualMachine.Provisioning.GetVmFiles). O(changed_only=true)
+    also takes C(VirtualMachine.State.CreateSnapshot), C(VirtualMachine.State.RemoveSnapshot) and
+    C(VirtualMachine.Config.ChangeTracking); without them the whole disks are written.
 seealso:
   - module: openvadp.backup.vadp_disk_export
   - module: openvadp.backup.restore_point_info
@@ -202,6 +219,17 @@ EXAMPLES = r"""
     disks:
       - key: 2000
         target_key: 2001
+    overwrite: true
+
+- name: Take a machine back to last night, writing only what changed since
+  openvadp.backup.vadp_disk_restore:
+    hostname: vcenter.example.com
+    username: backup@vsphere.local
+    password: "{{ vcenter_password }}"
+    repository: /backup
+    vm_name: app01
+    target: in_place
+    changed_only: true
     overwrite: true
 """
 
@@ -258,7 +286,10 @@ restored:
       type: int
       sample: 8589934592
     bytes_written:
-      description: Bytes written, zeros included; for an image file what it takes on its file system.
+      description:
+        - Bytes written, zeros included; for an image file what it takes on its file system.
+        - With O(changed_only=true) at most an eighth more than what differed, since what lies close together is written
+          as one.
       type: int
       sample: 4187593113
     seconds:
@@ -271,8 +302,12 @@ restored:
         - Null if nothing was compared.
       type: bool
       sample: true
+    changed_only:
+      description: Whether only what changed was written. It is not there for an image file.
+      type: bool
+      sample: false
     reason:
-      description: Why the disk was written, or was not.
+      description: Why the disk was written, or was not, and why as a whole where O(changed_only=true).
       type: str
       sample: it was not there
 """
@@ -317,6 +352,7 @@ def options() -> Options:
         format=dict(type="str", choices=list(FORMATS), default="raw"),
         disks=dict(type="list", elements="dict", options=DISK, default=[]),
         overwrite=dict(type="bool", default=False),
+        changed_only=dict(type="bool", default=False),
         verify=dict(type="bool", default=True),
         rate_limit=dict(type="str"),
     )

@@ -234,6 +234,30 @@ def restore(rig: Rig, _wanted: Set[str]) -> Figures:
     }
 
 
+def restore_in_place(rig: Rig, _wanted: Set[str]) -> Figures:
+    """One per cent of the data changed since the point: what changed is written back, then the whole disk."""
+    repository = rig.repository("in_place")
+    times: Times = ([], [])
+
+    def write_back(point: str, changed_only: bool, most: int) -> None:
+        disk = rig.restore_in_place(repository, point, changed_only=changed_only)
+        assert disk["changed_only"] is changed_only and disk["bytes_written"] <= most, disk
+        say(f"restore in place: {disk['bytes_written'] / MIB:.0f} MiB written; {disk['reason']}")
+
+    for number in range(ROUNDS):
+        point = f"p{number}"
+        rig.reset_tracking()
+        with rig.snapshot() as snapshot:
+            rig.export(repository, snapshot, mode="full", point=point)
+        changed = sum(len(data) * len(offsets) for data, offsets in rig.change(0.01).items())
+        with rig.powered_off():
+            times[0].append(timed(partial(write_back, point, True, int(1.2 * changed))))
+            times[1].append(timed(partial(write_back, point, False, rig.capacity_bytes)))
+    say(f"in place: what changed {_seconds(times[0])}, whole {_seconds(times[1])}")
+    shutil.rmtree(repository)
+    return {"in_place_changed_1pct_vs_full_restore": compared(*times)}
+
+
 # Thirty disks
 
 # Of three machines, four disks of each at once: twelve are as many as one host bears.
@@ -396,5 +420,6 @@ GROUPS: List[Tuple[Callable[[Rig, Set[str]], Figures], List[str]]] = [
     (hotadd, ["hotadd_vs_nbdkit_file"]),
     (https, ["https_vs_curl"]),
     (restore, ["restore_vs_qemu_img_convert", "restore_verify_read_seconds"]),
+    (restore_in_place, ["in_place_changed_1pct_vs_full_restore"]),
     (memory, ["export_rss_mib"]),
 ]

@@ -25,6 +25,7 @@ from ansible_collections.openvadp.backup.plugins.module_utils.backup.request imp
 from ansible_collections.openvadp.backup.plugins.module_utils.datapath import image
 from ansible_collections.openvadp.backup.plugins.module_utils.datapath.processes import RuntimeDir
 from ansible_collections.openvadp.backup.plugins.module_utils.repository.layout import Repository
+from ansible_collections.openvadp.backup.plugins.module_utils.restore import in_place
 from ansible_collections.openvadp.backup.plugins.module_utils.restore.request import DiskChoice, RestoreRequest
 from ansible_collections.openvadp.backup.plugins.module_utils.restore.to_file import restore_point
 from ansible_collections.openvadp.backup.plugins.module_utils.transport.endpoints import (
@@ -216,6 +217,28 @@ class Rig:
             verify=False,
         )
         return Path(restore_point(request, check_mode=False)["restored"][0]["target"])
+
+    def restore_in_place(self, repository: Path, point: str, **options: Any) -> Dict[str, Any]:
+        """Write a point back into the large disk and read back what was written. :returns: what is told of the disk."""
+        request = RestoreRequest(
+            repository=str(repository),
+            vm_name=VM,
+            point=point,
+            target="in_place",
+            overwrite=True,
+            disks=[DiskChoice(DISK)],
+            connection=self.connection,
+            vm={"name": VM},
+            transports=[_TRANSPORT],
+            vddk_libdir=self.vddk.libdir,
+            nfc_port=self.simulator.facts["nfc_port"],
+            **options,
+        )
+        return dict(in_place.restore_point(request, check_mode=False)["restored"][0])
+
+    def reset_tracking(self) -> None:
+        """What a restore wrote is no longer held against the disk once a full point follows."""
+        change_tracking.reset(self.session, self.vm)
 
     # Peers
 

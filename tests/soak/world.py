@@ -242,6 +242,11 @@ class Machine:
         """The points that are there for everybody to see."""
         return sorted(path.stem for path in self.store_folder.glob("points/*.json"))
 
+    @property
+    def newest_point(self) -> str:
+        """By the time of its snapshot."""
+        return max(self.points, key=lambda point: self.manifest(point)["started"])
+
     def manifest(self, point: str) -> Dict[str, Any]:
         """The manifest of a point, with its disks by key."""
         manifest = json.loads((self.store_folder / "points" / f"{point}.json").read_text(encoding="utf-8"))

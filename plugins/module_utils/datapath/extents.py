@@ -196,6 +196,18 @@ class Extents:
         )
         return _Builder().extend(ranges).done()
 
+    def joined(self, share: int) -> Extents:
+        """Fewer areas: a gap of at most one *share*-th of the area behind it is taken in, so the whole grows by
+        no more than that."""
+        starts, ends = array("Q"), array("Q")
+        for start, end in zip(self._starts, self._ends):
+            if ends and (start - ends[-1]) * share <= end - start:
+                ends[-1] = end
+            else:
+                starts.append(start)
+                ends.append(end)
+        return Extents(starts, ends)
+
     def pieces(self, max_bytes: int) -> Iterator[Tuple[int, int]]:
         """The areas as (offset, length), cut at the multiples of *max_bytes* of the disk."""
         for start, end in zip(self._starts, self._ends):

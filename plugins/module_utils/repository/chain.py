@@ -132,9 +132,25 @@ def _obstacle(
     revert_excluded: bool,
 ) -> Optional[str]:
     """Why nothing can be built upon *parent*; None if it can."""
+    reason = tracking_obstacle(disk, parent, points, facts.marks, created, revert_excluded)
+    return _chain_problem(points, parent["point"], disk.key, facts) if reason is None else reason
+
+
+def tracking_obstacle(
+    disk: Any,
+    parent: Dict[str, Any],
+    points: Sequence[Dict[str, Any]],
+    marks: Sequence[Dict[str, Any]],
+    created: Optional[str] = None,
+    revert_excluded: bool = False,
+) -> Optional[str]:
+    """Why change tracking does not tell what changed on a disk since the point *parent*; None if it does.
+
+    Parameters as of :func:`decide`; *marks* of :func:`.trust.marks`. Whether it is the same disk is not looked at.
+    """
     name = parent["point"]
     entry = entry_of(parent, disk.key)
-    mark = trust.in_force(facts.marks, points, disk.key, disk.uuid)
+    mark = trust.in_force(marks, points, disk.key, disk.uuid)
     if mark is not None:
         return (
             f"its change tracking is not to be trusted since {mark['since']} ({mark['reason']}) "
@@ -158,7 +174,7 @@ def _obstacle(
             f"the VM had other snapshots at point {name} ({names}): "
             "it may have been reverted since, and change tracking would not show that"
         )
-    return _chain_problem(points, name, disk.key, facts)
+    return None
 
 
 def _compare_change_ids(then: str, now: str, point: str) -> Optional[str]:

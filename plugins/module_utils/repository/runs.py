@@ -242,8 +242,11 @@ class Run:
             self._change(finished_disks={})
 
     def remove(self) -> None:
-        """The run is over and nothing of it is left. Its record goes last."""
+        """The run is over and nothing of it is left. Its journals go, its record goes last."""
         with self._mutex:
+            for journal in self.path.parent.glob(f"{self.run_id}.*.journal"):
+                with suppress(FileNotFoundError):
+                    journal.unlink()
             try:
                 self.path.unlink()
             except FileNotFoundError:

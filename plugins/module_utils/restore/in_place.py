@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""A restore point into the disks of an existing virtual machine, whole disks.
+"""A restore point into the disks of an existing virtual machine, whole disks or what changed of them.
 
-Look (nothing is touched) -> lock -> look again -> record the run and mark the disks "tracking not trusted" -> write
-each disk, flush, read it back -> the run is over. A disk that was half written stays in the run's record; running the
-restore again writes all of it anew.
+Look (nothing is touched), check the point -> lock -> record the run -> ask what changed, where that is wanted -> look
+again -> mark the disks "tracking not trusted" -> write each disk, flush, read it back -> the run is over. A disk that
+was half written stays in the run's record; running the restore again writes all of it anew, or finishes it from its
+journal.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import contextlib
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 from ..datapath import image
 from ..datapath.copier import CopyResult, copy
@@ -22,7 +23,7 @@ from ..datapath.processes import RuntimeDir
 from ..datapath.progress import Progress
 from ..errors import DataPathError, InputError, TransportError, VadpError, VsphereError
 from ..libraries import vim
-from ..repository import trust
+from ..repository import journal, trust
 from ..repository.layout import PART, VmStore
 from ..repository.runs import Run, new_run_id
 from ..transport.endpoints import Endpoint
@@ -34,10 +35,13 @@ from ..vsphere.disks import Disk, disks_of, is_multi_writer
 from ..vsphere.inventory import VmRef, find_vm
 from ..vsphere.session import Session
 from ..vsphere.snapshots import VmState, vm_state
-from .point import Point, PointDisk, open_point, require_intact
-from .readback import first_difference
+from .changed_only import Changes, ChangesOf, clear_leftovers, journal_of, known_beforehand, plan_changes
+from .point import Point, PointDisk, checked_beside, open_point, require_intact
+from .readback import differing_areas, first_difference
 from .request import RestoreRequest
 
+# Of an entry until the result is made of it: whether the disk was, or would be, written to.
+_CHANGED = "changed"
 # A disk is a whole number of these, and NFC writes nothing smaller (VADP facts 23).
 _SECTOR_BYTES = 512
 
@@ -57,6 +61,7 @@ class _Written:
     """How a disk was written in the end. :param reasons: why by none of the transports before."""
 
     result: CopyResult
+    bytes_written: int
     transport: str
     method: str
     reasons: List[str]
@@ -65,7 +70,11 @@ class _Written:
 
 @dataclass(frozen=True)
 class _Job:
-    """What the disks of one restore have in common."""
+    """What the disks of one restore have in common.
+
+    :param changes: with ``changed_only``, by device key of the disk that is written.
+    :param proven: returns when the point is known to be sound.
+    """
 
     session: Session
     vm: VmRef
@@ -77,6 +86,8 @@ class _Job:
     request: RestoreRequest
     run_dir: RuntimeDir
     progress: Progress
+    changes: ChangesOf
+    proven: Callable[[], None]
 
 
 def restore_point(request: RestoreRequest, check_mode: bool) -> Dict[str, Any]:
@@ -92,52 +103,89 @@ def restore_point(request: RestoreRequest, check_mode: bool) -> Dict[str, Any]:
     point = open_point(request)
     with Session.connect(request.connection) as session:
         vm = _find_target(session, point, request)
+        if not check_mode:
+            own = point.repository.vm(vm.instance_uuid)
+            if own.path.is_dir():
+                clear_leftovers(session, vm, own)
         targets, proxy = _look(session, vm, point, request)
         with Progress(None if check_mode else request.progress_file) as progress:
-            require_intact(point, progress)
             if check_mode:
-                return _result(point, vm, [_entry(target, vm, "it would be written") for target in targets])
-            store = _journal_store(point, vm, targets)
-            run_id = new_run_id()
-            with store.lock(run_id, "vadp_disk_restore"):
-                # What a restore that crashed left attached is in the way.
-                for earlier in store.runs():
-                    recover(
-                        session,
-                        earlier,
-                        sysfs_dir=request.sysfs_dir,
-                        device_dir=request.device_dir,
-                        check_mode=False,
-                    )
-                # The check of the point may have taken long.
-                targets, proxy = _look(session, vm, point, request)
-                run = store.create_run(None, vm_moid=vm.moid, vm_name=vm.name, run_id=run_id)
-                try:
-                    with RuntimeDir(run_id) as run_dir:
-                        context = OpenContext(
-                            session=session,
-                            vm=vm,
-                            snapshot_moid=None,
-                            vddk=proxy.vddk,
-                            proxy=proxy,
-                            proxy_vm=proxy.vm.ref if proxy.vm else None,
-                            nfc_port=request.nfc_port,
-                            io_timeout=request.io_timeout,
-                            run_dir=run_dir,
-                            run=run,
-                            device_dir=request.device_dir,
-                            sysfs_dir=request.sysfs_dir,
-                            wire_compression=request.wire_compression,
-                            nfc_host_limit=request.nfc_host_limit,
-                            stage_dir=store.path,
-                        )
-                        restored = _restore(point, targets, store, context, request, progress)
-                finally:
-                    # As long as every disk is either what it was or wholly restored, and nothing is attached, there is
-                    # nothing to remember.
-                    if not _half_written(run) and not run.intents("attachment"):
-                        run.remove()
+                require_intact(point, progress)
+                return _result(point, vm, _predicted(point, vm, targets, request))
+            # What changed is found out while the point is checked.
+            check = checked_beside if request.changed_only else _checked_before
+            with check(point, progress) as proven:
+                restored = _restore_locked(session, vm, point, targets, request, progress, proven)
     return _result(point, vm, restored)
+
+
+@contextmanager
+def _checked_before(point: Point, progress: Progress) -> Iterator[Callable[[], None]]:
+    """As :func:`.point.checked_beside`, but nothing is begun before the check has ended well."""
+    require_intact(point, progress)
+    yield lambda: None
+
+
+def _restore_locked(
+    session: Session,
+    vm: VmRef,
+    point: Point,
+    targets: List[DiskTarget],
+    request: RestoreRequest,
+    progress: Progress,
+    proven: Callable[[], None],
+) -> List[Dict[str, Any]]:
+    """All that happens under the VM's lock.
+
+    :param proven: returns when the point is known to be sound; called before anything is written.
+    """
+    store = _journal_store(point, vm, targets)
+    run_id = new_run_id()
+    with store.lock(run_id, "vadp_disk_restore"):
+        # What a restore that crashed left attached is in the way.
+        for earlier in store.runs():
+            recover(
+                session,
+                earlier,
+                sysfs_dir=request.sysfs_dir,
+                device_dir=request.device_dir,
+                check_mode=False,
+            )
+        run = store.create_run(None, vm_moid=vm.moid, vm_name=vm.name, run_id=run_id)
+        try:
+            changes: ChangesOf = {}
+            if request.changed_only:
+                changes = plan_changes(session, vm, point, store, run, _pairs(targets))
+            # The check of the point may have taken long, and a snapshot may rename files.
+            targets, proxy = _look(session, vm, point, request)
+            with RuntimeDir(run_id) as run_dir:
+                context = OpenContext(
+                    session=session,
+                    vm=vm,
+                    snapshot_moid=None,
+                    vddk=proxy.vddk,
+                    proxy=proxy,
+                    proxy_vm=proxy.vm.ref if proxy.vm else None,
+                    nfc_port=request.nfc_port,
+                    io_timeout=request.io_timeout,
+                    run_dir=run_dir,
+                    run=run,
+                    device_dir=request.device_dir,
+                    sysfs_dir=request.sysfs_dir,
+                    wire_compression=request.wire_compression,
+                    nfc_host_limit=request.nfc_host_limit,
+                    stage_dir=store.path,
+                )
+                return _restore(point, targets, store, context, request, progress, changes, proven)
+        finally:
+            # As long as every disk is either what it was or wholly restored, and nothing is attached, there is
+            # nothing to remember.
+            if not (_half_written(run) or run.intents("attachment") or run.intents("snapshot")):
+                run.remove()
+
+
+def _pairs(targets: List[DiskTarget]) -> List[Tuple[PointDisk, Disk]]:
+    return [(target.source, target.disk) for target in targets]
 
 
 # Before the first write
@@ -249,6 +297,8 @@ def _restore(
     context: OpenContext,
     request: RestoreRequest,
     progress: Progress,
+    changes: ChangesOf,
+    proven: Callable[[], None],
 ) -> List[Dict[str, Any]]:
     """Under the VM's lock. The run's record is on the disk before anything is opened."""
     vm, run = context.vm, context.run
@@ -262,7 +312,9 @@ def _restore(
         disks=keys,
         half_written=[],
     )
-    job = _Job(context.session, vm, point, store, run, intent, context, request, context.run_dir, progress)
+    job = _Job(
+        context.session, vm, point, store, run, intent, context, request, context.run_dir, progress, changes, proven
+    )
     restored = [_restore_disk(target, job) for target in targets]
     run.done(intent)
     _forget_earlier(store, vm, run, keys)
@@ -295,32 +347,53 @@ def _half_written(run: Run) -> List[int]:
 def _restore_disk(target: DiskTarget, job: _Job) -> Dict[str, Any]:
     begun = time.monotonic()
     source, request = target.source, job.request
-    report = job.progress.disk(source.key, source.label, source.capacity_bytes)
+    changes = _changes_of(target, job)
+    total = source.capacity_bytes if isinstance(changes, str) else changes.areas.total_bytes
+    report = job.progress.disk(source.key, source.label, total)
     job.context.on_wait = report.wait
     state = "failed"
     try:
         with image.serve(source.layer, run_dir=job.run_dir) as reader, job.run.recorded(reader):
-            written = _write_disk(reader.uri, target, job, report.update)
+            written = _write_disk(reader.uri, target, job, changes, report.update)
+        touched = target.disk.key in _half_written(job.run)
         job.run.update(job.intent, half_written=[])
         state = "done"
     except VadpError as error:
         name = f"disk '{target.disk.label}' of {job.vm}"
         error.subject = f"{name}: {error.subject}" if error.subject else name
         if not error.remedy and _half_written(job.run):
-            error.remedy = "Run the restore again: it writes the whole disk anew. Until then don't power the machine on"
+            again = "it writes the whole disk anew" if isinstance(changes, str) else "it goes on from its journal"
+            error.remedy = f"Run the restore again: {again}. Until then don't power the machine on"
         raise
     finally:
         report.finish(state)
     return _entry(
         target,
         job.vm,
-        "its whole content was written",
+        _reason(changes, touched),
         written=written,
+        changed_only=not isinstance(changes, str),
         bytes_read=written.result.bytes_read,
-        bytes_written=source.capacity_bytes,
         seconds=round(time.monotonic() - begun, 3),
         verified=True if request.verify else None,
+        written_to=touched,
     )
+
+
+def _changes_of(target: DiskTarget, job: _Job) -> Changes | str:
+    """What changed on a disk, or why it is written as a whole; empty where nothing else was asked for."""
+    changes = job.changes.get(target.disk.key, "")
+    if isinstance(changes, Changes) and changes.disk_uuid != target.disk.uuid:
+        return "another disk took its place meanwhile"
+    return changes
+
+
+def _reason(changes: Changes | str, touched: bool) -> str:
+    if isinstance(changes, str):
+        return "its whole content was written" + (f": {changes}" if changes else "")
+    if touched:
+        return changes.reason
+    return "it holds the bytes of the restore point already"
 
 
 def _mark_untrusted(target: DiskTarget, job: _Job) -> None:
@@ -334,10 +407,10 @@ def _mark_untrusted(target: DiskTarget, job: _Job) -> None:
         )
 
 
-def _write_disk(reader_uri: str, target: DiskTarget, job: _Job, on_progress: Any) -> _Written:
+def _write_disk(reader_uri: str, target: DiskTarget, job: _Job, changes: Changes | str, on_progress: Any) -> _Written:
     """Write the disk by the first transport of its plan that does it, and read it back by the same one.
 
-    Where one fails, the next writes the whole disk anew: what the first one has written is known to nobody.
+    Where one fails, the next begins anew: what the first one has written is known to nobody.
 
     :raises VadpError: none could, or what failed was not the transport.
     """
@@ -352,15 +425,11 @@ def _write_disk(reader_uri: str, target: DiskTarget, job: _Job, on_progress: Any
             continue
         begun: List[str] = []
         try:
-            with _open(target, job, candidate, writable=True) as disk:
-                # Before the first write (VADP facts 12), but not for a disk that can't be written at all.
-                _mark_untrusted(target, job)
-                job.run.update(job.intent, half_written=[target.disk.key])
-                begun.append(disk.transport)
-                result = _write(reader_uri, disk, target, job, on_progress)
-            begun.append("written")
-            if job.request.verify:
-                _verify(reader_uri, target, job, candidate)
+            if isinstance(changes, Changes):
+                result, count = _write_changes(reader_uri, target, job, candidate, changes, begun, on_progress)
+            else:
+                result = _write_whole(reader_uri, target, job, candidate, begun, on_progress)
+                count = target.source.capacity_bytes
         except VadpError as error:
             if len(begun) > 1 or not _is_transport(error, bool(begun)):
                 raise
@@ -368,8 +437,78 @@ def _write_disk(reader_uri: str, target: DiskTarget, job: _Job, on_progress: Any
             told[candidate.transport] = f"it failed: {error.what}" + (f": {error.reason}" if error.reason else "")
             continue
         reasons = target.transport.reasons(candidate.transport, told)
-        return _Written(result, candidate.transport, candidate.method, reasons, list(candidate.notes))
+        return _Written(result, count, candidate.transport, candidate.method, reasons, list(candidate.notes))
     raise all_failed("written", failed)
+
+
+def _write_whole(
+    reader_uri: str, target: DiskTarget, job: _Job, candidate: Candidate, begun: List[str], on_progress: Any
+) -> CopyResult:
+    """:param begun: gets an entry once the disk is open, and another one once it is written."""
+    whole = Extents.whole(target.source.capacity_bytes)
+    job.proven()
+    with _open(target, job, candidate, writable=True) as disk:
+        # Before the first write (VADP facts 12), but not for a disk that can't be written at all.
+        _mark_untrusted(target, job)
+        job.run.update(job.intent, half_written=[target.disk.key])
+        begun.append(disk.transport)
+        result = _write(reader_uri, disk, target, job, whole, on_progress)
+    begun.append("written")
+    if job.request.verify:
+        _verify(reader_uri, target, job, candidate, whole)
+    return result
+
+
+def _write_changes(
+    reader_uri: str,
+    target: DiskTarget,
+    job: _Job,
+    candidate: Candidate,
+    changes: Changes,
+    begun: List[str],
+    on_progress: Any,
+) -> Tuple[CopyResult, int]:
+    """Write what differs from the point in the areas that changed. A disk where nothing does is not touched.
+
+    :param begun: as of :func:`_write_whole`.
+    :returns: the copy's figures, and how many bytes were written.
+    """
+    with _open(target, job, candidate, writable=False) as disk:
+        begun.append(disk.transport)
+        wanted = changes.to_write(_compare(reader_uri, disk, target, job, changes, on_progress))
+    begun.clear()
+    if not wanted:
+        return CopyResult(), 0
+    job.proven()
+    # The whole list before the first write, and what tells of the journal before the mark: without either, change
+    # tracking could be asked once more (VADP facts 12).
+    kept = journal_of(job.vm, job.point, target.source, target.disk)
+    journal.write(job.run, kept, changes.to_keep(wanted))
+    with _open(target, job, candidate, writable=True) as disk:
+        job.run.update(job.intent, half_written=[target.disk.key])
+        _mark_untrusted(target, job)
+        begun.append(disk.transport)
+        result = _write(reader_uri, disk, target, job, wanted, on_progress)
+    begun.append("written")
+    if job.request.verify:
+        _verify(reader_uri, target, job, candidate, changes.to_verify(wanted))
+    return result, wanted.total_bytes
+
+
+def _compare(
+    reader_uri: str, disk: Endpoint, target: DiskTarget, job: _Job, changes: Changes, on_progress: Any
+) -> Extents:
+    try:
+        return differing_areas(
+            reader_uri,
+            disk.uri,
+            target.source.capacity_bytes,
+            areas=changes.areas,
+            on_progress=on_progress,
+            io_timeout=job.request.io_timeout,
+        )
+    except DataPathError as error:
+        raise disk.explain(error) from error
 
 
 def _is_transport(error: VadpError, begun: bool) -> bool:
@@ -396,15 +535,16 @@ def _open(target: DiskTarget, job: _Job, candidate: Candidate, writable: bool) -
         yield endpoint
 
 
-def _write(reader_uri: str, disk: Endpoint, target: DiskTarget, job: _Job, on_progress: Any) -> CopyResult:
-    """Everything, zeros too: what the disk holds now must not shine through (VADP facts 35)."""
-    capacity = target.source.capacity_bytes
+def _write(
+    reader_uri: str, disk: Endpoint, target: DiskTarget, job: _Job, areas: Extents, on_progress: Any
+) -> CopyResult:
+    """All of the areas, zeros too: what the disk holds now must not shine through (VADP facts 35)."""
     try:
         return copy(
             reader_uri,
             disk.uri,
-            capacity_bytes=capacity,
-            areas=Extents.whole(capacity),
+            capacity_bytes=target.source.capacity_bytes,
+            areas=areas,
             on_progress=on_progress,
             rate_limit=job.request.rate_limit,
             io_timeout=job.request.io_timeout,
@@ -415,9 +555,9 @@ def _write(reader_uri: str, disk: Endpoint, target: DiskTarget, job: _Job, on_pr
         raise disk.explain(error) from error
 
 
-def _verify(reader_uri: str, target: DiskTarget, job: _Job, candidate: Candidate) -> None:
-    """Read the disk back through a second, read-only endpoint (VADP facts 29), so that no cache answers."""
-    report = job.progress.disk(target.source.key, f"{target.source.label}, read back", target.source.capacity_bytes)
+def _verify(reader_uri: str, target: DiskTarget, job: _Job, candidate: Candidate, areas: Extents) -> None:
+    """Read the areas back through a second, read-only endpoint (VADP facts 29), so that no cache answers."""
+    report = job.progress.disk(target.source.key, f"{target.source.label}, read back", areas.total_bytes)
     job.context.on_wait = report.wait
     state = "failed"
     try:
@@ -427,6 +567,7 @@ def _verify(reader_uri: str, target: DiskTarget, job: _Job, candidate: Candidate
                     reader_uri,
                     disk.uri,
                     target.source.capacity_bytes,
+                    areas=areas,
                     on_progress=report.update,
                     io_timeout=job.request.io_timeout,
                 )
@@ -453,7 +594,7 @@ def _entry(
     """:param written: how; without it, as it is planned."""
     plan_ = target.transport
     if written is None:
-        written = _Written(CopyResult(), plan_.chosen, plan_.method, plan_.reasons(), plan_.notes(plan_.chosen))
+        written = _Written(CopyResult(), 0, plan_.chosen, plan_.method, plan_.reasons(), plan_.notes(plan_.chosen))
     return {
         "key": target.source.key,
         "label": target.source.label,
@@ -464,20 +605,40 @@ def _entry(
         "transport_reasons": written.reasons,
         "transport_notes": written.notes,
         "bytes_read": measured.get("bytes_read", 0),
-        "bytes_written": measured.get("bytes_written", 0),
+        "bytes_written": written.bytes_written,
         "seconds": measured.get("seconds", 0.0),
         "verified": measured.get("verified"),
+        "changed_only": measured.get("changed_only", False),
         "reason": reason,
+        _CHANGED: measured.get("written_to", True),
     }
 
 
+def _predicted(point: Point, vm: VmRef, targets: List[DiskTarget], request: RestoreRequest) -> List[Dict[str, Any]]:
+    """The disks as they would be written. What changed on them is not known without a snapshot."""
+    if not request.changed_only:
+        return [_entry(target, vm, "it would be written") for target in targets]
+    known = known_beforehand(vm, point, _journal_store(point, vm, targets), _pairs(targets))
+    entries = []
+    for target in targets:
+        changes = known.get(target.disk.key)
+        reason = "what changed since the point would be written, unless change tracking turns out not to tell"
+        if isinstance(changes, Changes):
+            reason = "an interrupted restore of it would be finished from its journal"
+        elif changes is not None:
+            reason = f"its whole content would be written: {changes}"
+        entries.append(_entry(target, vm, reason, changed_only=not isinstance(changes, str)))
+    return entries
+
+
 def _result(point: Point, vm: VmRef, restored: List[Dict[str, Any]]) -> Dict[str, Any]:
+    written = [entry for entry in restored if entry.pop(_CHANGED)]
     return {
-        "changed": True,
+        "changed": bool(written),
         "point": point.name,
         "restored": restored,
         "diff": {
-            "before": {entry["target"]: "its present content" for entry in restored},
-            "after": {entry["target"]: f"disk {entry['key']} of {point}" for entry in restored},
+            "before": {entry["target"]: "its present content" for entry in written},
+            "after": {entry["target"]: f"disk {entry['key']} of {point}" for entry in written},
         },
     }

@@ -1,22 +1,29 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""Whether two NBD servers serve the same bytes: both are read as a whole, what they say of holes is not believed."""
+"""Whether, or where, two NBD servers serve the same bytes: what they say of holes is not believed, all is read."""
 
 from __future__ import annotations
 
 import errno
 import os
 import select
+import struct
 import time
+from array import array
 from collections import deque
-from typing import Any, Callable, Deque, Dict, List, Optional, Tuple
+from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Tuple
 
+from ..datapath.extents import Extents
 from ..errors import DataPathError
 from ..libraries import nbd
 
 _PROGRESS_SECONDS = 0.5
 _WAKE_MILLISECONDS = 250
 _READ, _WRITE = 1, 2  # of aio_get_direction
+# Where a part of a piece differs, its sectors are compared.
+_PART_BYTES = 65536
+_SECTOR_BYTES = 512
+_WRITTEN = "the disk that was written"
 
 
 class _Side:
@@ -45,12 +52,28 @@ class _Pair:
             return self.data[0] == self.data[1]
         return self.data[0][: self.length] == self.data[1][: self.length]
 
+    def differences(self) -> Iterator[Tuple[int, int]]:
+        """(start, end) of the sectors that differ, in bytes of the disk, ascending; neighbours are not joined."""
+        one, other = (memoryview(data) for data in self.data)
+        for start in range(0, self.length, _PART_BYTES):
+            end = min(start + _PART_BYTES, self.length)
+            if one[start:end] == other[start:end]:
+                continue
+            whole, rest = divmod(end - start, _SECTOR_BYTES)
+            sectors = struct.Struct(f"{_SECTOR_BYTES}s" * whole + (f"{rest}s" if rest else ""))
+            pairs = zip(sectors.unpack(one[start:end]), sectors.unpack(other[start:end]))
+            for number, (expected, found) in enumerate(pairs):
+                if expected != found:
+                    at = self.offset + start + number * _SECTOR_BYTES
+                    yield at, at + len(found)
+
 
 def first_difference(
     expected_uri: str,
     found_uri: str,
     capacity_bytes: int,
     *,
+    areas: Optional[Extents] = None,
     on_progress: Optional[Callable[[int, int], None]] = None,
     io_timeout: float = 180,
     request_bytes: int = 1 << 20,
@@ -60,14 +83,39 @@ def first_difference(
 
     :param expected_uri: NBD URI of the disk as it should be.
     :param found_uri: NBD URI of the disk as it is.
+    :param areas: what is compared; None: all.
     :param on_progress: called with (done, total) bytes at most every 0.5 s, and at the end.
     :param io_timeout: seconds without any answer from a side that owes one.
     :param request_bytes: the size of a piece; *depth* of them are on their way at once.
     :raises DataPathError: one of the servers can't be read.
     """
-    comparison = _Comparison(capacity_bytes, request_bytes, depth, io_timeout, on_progress)
+    comparison = _Comparison(capacity_bytes, areas, request_bytes, depth, io_timeout, on_progress)
+    comparison.stop_early = True
+    _compare(comparison, expected_uri, found_uri, _WRITTEN)
+    return comparison.difference
+
+
+def differing_areas(
+    expected_uri: str,
+    found_uri: str,
+    capacity_bytes: int,
+    *,
+    areas: Optional[Extents] = None,
+    on_progress: Optional[Callable[[int, int], None]] = None,
+    io_timeout: float = 180,
+    request_bytes: int = 1 << 20,
+    depth: int = 8,
+) -> Extents:
+    """Where two disks differ, to the sector. Parameters and errors as of :func:`first_difference`."""
+    comparison = _Comparison(capacity_bytes, areas, request_bytes, depth, io_timeout, on_progress)
+    _compare(comparison, expected_uri, found_uri, "the disk")
+    ends = comparison.different
+    return Extents.of((ends[at], ends[at + 1] - ends[at]) for at in range(0, len(ends), 2))
+
+
+def _compare(comparison: _Comparison, expected_uri: str, found_uri: str, found_name: str) -> None:
     try:
-        comparison.connect(expected_uri, found_uri)
+        comparison.connect(expected_uri, found_uri, found_name)
         comparison.run()
     except nbd.Error as error:
         comparison.fail("a disk", error.string, error.errnum or 0)
@@ -76,23 +124,31 @@ def first_difference(
     # Raised only now: an exception would hold the connections open, and a server with one does not end.
     if comparison.failure is not None:
         raise comparison.failure
-    if comparison.difference is None and on_progress is not None:
-        on_progress(capacity_bytes, capacity_bytes)
-    return comparison.difference
+    if comparison.difference is None or not comparison.stop_early:
+        comparison.tell_end()
 
 
 class _Comparison:
-    """See :func:`first_difference`. Pieces come in any order: those below a difference are still waited for."""
+    """See :func:`first_difference`. Pieces come in any order: those below a difference are still waited for.
+
+    ``different`` holds the start and the end of each part that differs, in any order.
+    """
 
     def __init__(
         self,
         capacity_bytes: int,
+        areas: Optional[Extents],
         request_bytes: int,
         depth: int,
         io_timeout: float,
         on_progress: Optional[Callable[[int, int], None]],
     ) -> None:
+        wanted = Extents.whole(capacity_bytes) if areas is None else areas.clip(capacity_bytes)
         self.capacity = capacity_bytes
+        self.total_bytes = wanted.total_bytes
+        self.pieces = wanted.pieces(request_bytes)
+        self.stop_early = False
+        self.different = array("Q")
         self.request_bytes = request_bytes
         self.io_timeout = io_timeout
         self.on_progress = on_progress
@@ -100,14 +156,13 @@ class _Comparison:
         self.free = [_Pair(request_bytes) for _number in range(depth)]
         self.completed: Deque[Tuple[_Side, _Pair, int]] = deque()
         self.poller = select.poll()
-        self.position = 0
         self.done_bytes = 0
         self.last_progress = time.monotonic()
         self.difference: Optional[int] = None
         self.failure: Optional[DataPathError] = None
 
-    def connect(self, expected_uri: str, found_uri: str) -> None:
-        for name, uri in (("the restore point", expected_uri), ("the disk that was written", found_uri)):
+    def connect(self, expected_uri: str, found_uri: str, found_name: str) -> None:
+        for name, uri in (("the restore point", expected_uri), (found_name, found_uri)):
             self.sides.append(_Side(name, uri))
         while self.failure is None and not all(side.handle.aio_is_ready() for side in self.sides):
             self.turn()
@@ -120,17 +175,19 @@ class _Comparison:
     def run(self) -> None:
         while self.failure is None:
             # After a difference only what lies before it matters, and that is on its way already.
-            while self.free and self.position < self.capacity and self.difference is None:
-                self.read(self.free.pop())
+            while self.free and not (self.stop_early and self.difference is not None):
+                area = next(self.pieces, None)
+                if area is None:
+                    break
+                self.read(self.free.pop(), *area)
             if not any(side.in_flight for side in self.sides):
                 return
             self.turn()
 
-    def read(self, pair: _Pair) -> None:
-        pair.offset = self.position
-        pair.length = min(self.request_bytes, self.capacity - self.position)
+    def read(self, pair: _Pair, offset: int, length: int) -> None:
+        pair.offset = offset
+        pair.length = length
         pair.missing = len(self.sides)
-        self.position += pair.length
         for side, data, buffer in zip(self.sides, pair.data, pair.buffers):
             if pair.length != self.request_bytes:
                 buffer = nbd.Buffer.from_buffer(memoryview(data)[: pair.length])
@@ -176,7 +233,11 @@ class _Comparison:
             self._complete(*self.completed.popleft())
         if self.on_progress is not None and now - self.last_progress >= _PROGRESS_SECONDS:
             self.last_progress = now
-            self.on_progress(self.done_bytes, self.capacity)
+            self.on_progress(self.done_bytes, self.total_bytes)
+
+    def tell_end(self) -> None:
+        if self.on_progress is not None:
+            self.on_progress(self.total_bytes, self.total_bytes)
 
     def _complete(self, side: _Side, pair: _Pair, number: int) -> None:
         side.in_flight -= 1
@@ -187,8 +248,15 @@ class _Comparison:
         if pair.missing:
             return
         self.done_bytes += pair.length
-        if not pair.same() and (self.difference is None or pair.offset < self.difference):
-            self.difference = pair.offset
+        if not pair.same():
+            if self.difference is None or pair.offset < self.difference:
+                self.difference = pair.offset
+            if not self.stop_early:
+                for start, end in pair.differences():
+                    if self.different and self.different[-1] == start:
+                        self.different[-1] = end
+                    else:
+                        self.different.extend((start, end))
         self.free.append(pair)
 
     def fail(self, name: str, reason: str, number: int) -> None:
@@ -198,7 +266,10 @@ class _Comparison:
                 f"Reading {name} back failed",
                 reason=reason,
                 retryable=number in (errno.ENOTCONN, errno.ETIMEDOUT),
-                details={"errno": errno.errorcode.get(number, str(number))},
+                details={
+                    "errno": errno.errorcode.get(number, str(number)),
+                    "side": "target" if self.sides and name == self.sides[-1].name else "source",
+                },
             )
 
     def close(self) -> None:

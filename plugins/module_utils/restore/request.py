@@ -52,6 +52,7 @@ class RestoreRequest:
     format: str = "raw"
     disks: List[DiskChoice] = field(default_factory=list)
     overwrite: bool = False
+    changed_only: bool = False
     verify: bool = True
     progress_file: Optional[str] = None
     connection: Optional[Connection] = None
@@ -102,6 +103,8 @@ class RestoreRequest:
             raise InputError(
                 "A disk is listed twice in disks", subject=", ".join(map(str, twice)), remedy="Name each disk once"
             )
+        if self.changed_only and self.target != IN_PLACE:
+            raise InputError("The option changed_only is for target=in_place")
         if self.target == FILE:
             self._check_file()
         else:

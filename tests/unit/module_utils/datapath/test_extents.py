@@ -124,3 +124,15 @@ def test_a_million_areas_fit_in_little_memory_and_time():
     assert len(rounded) == 1
     # the sort's chunk of 32,768 tuples costs the same for any number of areas
     assert peak < (4 << 20) + 32768 * 160
+
+
+def test_what_lies_close_together_is_joined_and_the_whole_grows_by_no_more_than_the_share():
+    areas = Extents.of([(0, 512), (1024, 512), (2048, 4096), (6144 + 512, 4096), (20000, 8), (20009, 8)])
+    assert list(areas.joined(8)) == [(0, 512), (1024, 9728), (20000, 17)]
+    source = random.Random(5)
+    for share in (1, 8):
+        areas = Extents.of((source.randrange(1 << 20), source.randrange(1, 4096)) for _number in range(300))
+        joined = areas.joined(share)
+        assert not areas.subtract(joined)
+        assert len(joined) < len(areas) and joined.total_bytes <= areas.total_bytes * (1 + 1 / share)
+    assert not Extents.of().joined(8)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, List, Tuple
 
 import pytest
+from ansible_collections.openvadp.backup.plugins.module_utils.datapath.extents import Extents
 from ansible_collections.openvadp.backup.plugins.module_utils.errors import DataPathError
-from ansible_collections.openvadp.backup.plugins.module_utils.restore.readback import first_difference
+from ansible_collections.openvadp.backup.plugins.module_utils.restore.readback import differing_areas, first_difference
 
 CAPACITY = (5 << 20) + 3 * 512
 
@@ -71,3 +72,44 @@ def test_a_disk_that_is_too_small_a_dead_server_and_a_silent_one(disks: Any, tmp
     gone.stop(1)
     with pytest.raises(DataPathError):
         first_difference(gone.uri, disks[3], CAPACITY)
+
+
+def _scribble(path: Path, *places: Tuple[int, int]) -> None:
+    """Every byte becomes another one."""
+    content = bytearray(path.read_bytes())
+    for offset, length in places:
+        content[offset : offset + length] = bytes(byte ^ 1 for byte in content[offset : offset + length])
+    path.write_bytes(content)
+
+
+def test_all_that_differs_is_found_to_the_sector(disks: Any) -> None:
+    seen: List[Tuple[int, int]] = []
+    assert not differing_areas(disks[2], disks[3], CAPACITY)
+    places = [(0, 512), (65536 - 512, 1024), (1 << 20, 3 << 20), (CAPACITY - 512, 512)]
+    _scribble(disks[1], *places)
+    found = differing_areas(disks[2], disks[3], CAPACITY, on_progress=lambda *at: seen.append(at))
+    assert list(found) == places and seen[-1] == (CAPACITY, CAPACITY)
+    _scribble(disks[1], (200_000, 1))
+    assert (200_000 // 512 * 512, 512) in differing_areas(disks[2], disks[3], CAPACITY)
+
+
+def test_only_the_areas_that_are_given_are_compared(disks: Any) -> None:
+    seen: List[Tuple[int, int]] = []
+    _scribble(disks[1], (0, 4096), (3 << 20, 4096), (CAPACITY - 512, 512))
+    areas = Extents.of([(2048, 1024), (5000, 100_000), ((3 << 20) - 512, 1024), (CAPACITY - 1024, 4096)])
+    wanted = [(2048, 1024), (3 << 20, 512), (CAPACITY - 512, 512)]
+    assert list(differing_areas(disks[2], disks[3], CAPACITY, areas=areas)) == wanted
+    options: Any = {"on_progress": lambda *at: seen.append(at)}
+    assert first_difference(disks[2], disks[3], CAPACITY, areas=areas, **options) == 2048
+    same = Extents.of([(4096, 1 << 20)])
+    assert first_difference(disks[2], disks[3], CAPACITY, areas=same, **options) is None
+    assert seen[-1] == (1 << 20, 1 << 20)
+    assert first_difference(disks[2], disks[3], CAPACITY, areas=Extents.of()) is None
+
+
+def test_which_side_can_not_be_read_is_told(disks: Any, nbdkit: Any) -> None:
+    broken = nbdkit("--filter=error", "file", disks[0], "error-pread-rate=100%")
+    for uris, side in (((disks[2], broken.uri), "target"), ((broken.uri, disks[3]), "source")):
+        with pytest.raises(DataPathError) as caught:
+            differing_areas(*uris, CAPACITY)
+        assert caught.value.details["side"] == side

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""What of a disk has to be written so that it holds a point again, where change tracking can tell (VADP facts 12).
+
+"Now" is a snapshot of ours, which is gone before anything is written. Whatever can't be proved makes a restore of the
+whole disk, and the reason is told. A disk that an earlier restore left half-written is never asked about again: it is
+finished from that restore's journal, or written as a whole.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+
+from ..datapath.extents import Extents
+from ..errors import AuthenticationError, ConnectionLostError, PrivilegeError, VadpError, VsphereError
+from ..repository import journal, trust
+from ..repository.chain import DiskNow, tracking_obstacle
+from ..repository.layout import VmStore
+from ..repository.runs import Run, new_run_id
+from ..vsphere.changed_areas import ChangedAreasUnavailable, query_changed_areas
+from ..vsphere.disks import Disk
+from ..vsphere.inventory import VmRef
+from ..vsphere.session import Session
+from ..vsphere.snapshots import (
+    Snapshot,
+    consolidate_if_needed,
+    create_snapshot,
+    list_snapshots,
+    marker_text,
+    remove_snapshot,
+)
+from .point import Point, PointDisk
+
+_NAME_LIMIT = 80
+# Of the areas that are joined for fewer requests at most this part did not differ.
+_JOINED_SHARE = 8
+
+Pairs = Sequence[Tuple[PointDisk, Disk]]
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What of a disk is compared with the point; only what differs is written.
+
+    :param disk_uuid: of the disk that was looked at.
+    :param areas: outside of these the disk holds the point's bytes.
+    :param kept: what the journal of an interrupted restore holds. Then ``areas`` is the whole disk: nobody knows who
+        has written to it since.
+    """
+
+    disk_uuid: Optional[str]
+    areas: Extents
+    kept: Optional[Extents] = None
+
+    @property
+    def reason(self) -> str:
+        if self.kept is not None:
+            return "an interrupted restore of it was finished from its journal"
+        return "what changed since the point was written"
+
+    @staticmethod
+    def to_write(differing: Extents) -> Extents:
+        """What is written so that *differing* is: not much more, by fewer requests."""
+        return differing.joined(_JOINED_SHARE)
+
+    def to_keep(self, wanted: Extents) -> Extents:
+        """What the journal has to hold before *wanted* is written."""
+        return (self.areas if self.kept is None else self.kept).union(wanted)
+
+    def to_verify(self, wanted: Extents) -> Extents:
+        """What is read back after *wanted* was written. The rest of a finished disk was compared before."""
+        return self.areas.union(wanted) if self.kept is None else wanted
+
+
+#: By device key of the disk that is written: its changes, or why it is written as a whole.
+ChangesOf = Dict[int, Union[Changes, str]]
+
+
+def journal_of(vm: VmRef, point: Point, source: PointDisk, disk: Disk) -> journal.JournalOf:
+    """What the journal of a disk belongs to."""
+    return journal.JournalOf(
+        vm_uuid=vm.instance_uuid.lower(),
+        key=disk.key,
+        disk_uuid=disk.uuid,
+        capacity_bytes=source.capacity_bytes,
+        point=point.name,
+        manifest_blake3=str(point.manifest["manifest_blake3"]),
+    )
+
+
+def plan_changes(session: Session, vm: VmRef, point: Point, store: VmStore, run: Run, pairs: Pairs) -> ChangesOf:
+    """Find out what changed. A snapshot is made and removed; nothing else is touched. Under the VM's lock.
+
+    :param run: gets the snapshot's intent.
+    :raises VsphereError: no answer, or the snapshot can't be removed.
+    """
+    found = known_beforehand(vm, point, store, pairs)
+    unknown = [(source, disk) for source, disk in pairs if disk.key not in found]
+    if not unknown:
+        return found
+    name = f"openvadp restore {point.name}"[:_NAME_LIMIT]
+    run.record("snapshot", name=name, vm_moid=vm.moid)
+    try:
+        found.update(_asked(session, vm, point, store, run, name, unknown))
+    except BaseException:
+        # What brought us here is what has to be told.
+        with suppress(VadpError):
+            _remove_snapshots(session, vm, store, run)
+        raise
+    _remove_snapshots(session, vm, store, run)
+    return found
+
+
+def known_beforehand(vm: VmRef, point: Point, store: VmStore, pairs: Pairs) -> ChangesOf:
+    """What needs no snapshot: disks that are finished from a journal, and those that must be written as a whole.
+
+    A disk that is not in the answer is to be asked about.
+    """
+    points, marks = store.points(), trust.marks(store)
+    found: ChangesOf = {}
+    for source, disk in pairs:
+        known: Changes | str | None = _not_the_same(vm, point, source, disk)
+        if known is None:
+            marked = trust.in_force(marks, points, disk.key, disk.uuid) is not None
+            known = _interrupted(vm, point, store, source, disk, marked)
+        if known is None:
+            known = _untracked(point, source, disk, points, marks)
+        if known is not None:
+            found[disk.key] = known
+    return found
+
+
+def _not_the_same(vm: VmRef, point: Point, source: PointDisk, disk: Disk) -> Optional[str]:
+    if vm.instance_uuid.lower() != point.store.uuid:
+        return "the point is another virtual machine's"
+    if disk.key != source.key or disk.uuid is None or disk.uuid != source.entry["uuid"]:
+        return "it is not the disk that was backed up"
+    return None
+
+
+def _interrupted(
+    vm: VmRef, point: Point, store: VmStore, source: PointDisk, disk: Disk, marked: bool
+) -> Changes | str | None:
+    """What earlier restores that did not come to their end mean for a disk; None if they did not write it."""
+    of = journal_of(vm, point, source, disk)
+    kept: Optional[Extents] = None
+    half_written = False
+    for earlier in store.runs():
+        for intent in earlier.intents("restore"):
+            if intent.get("vm_uuid") != vm.instance_uuid:
+                continue
+            areas = journal.read(earlier, of)
+            if disk.key in intent.get("half_written", []):
+                half_written = True
+                if areas is None:
+                    return (
+                        f"a restore of point {intent.get('point')} wrote a part of it and left no journal for point"
+                        f" {point.name}"
+                    )
+            if areas is not None:
+                kept = areas if kept is None else kept.union(areas)
+    # With a journal alone, nothing was written yet: change tracking can be asked again.
+    if kept is not None and (half_written or marked):
+        return Changes(disk.uuid, Extents.whole(source.capacity_bytes), kept)
+    return None
+
+
+def _untracked(
+    point: Point, source: PointDisk, disk: Disk, points: List[Dict[str, Any]], marks: List[Dict[str, Any]]
+) -> Optional[str]:
+    """What speaks against change tracking before a snapshot shows the disk's change id."""
+    then = source.entry["change_id"]
+    if then is None:
+        return f"point {point.name} has no change id of it"
+    same = DiskNow(disk.key, disk.uuid, disk.capacity_bytes, then)
+    return tracking_obstacle(same, point.manifest, points, marks)
+
+
+def _asked(session: Session, vm: VmRef, point: Point, store: VmStore, run: Run, name: str, pairs: Pairs) -> ChangesOf:
+    description = marker_text(store.repository.id, run.run_id, point.name)
+    try:
+        made = create_snapshot(session, vm, name, description, quiesce="never")
+    except (AuthenticationError, ConnectionLostError):
+        raise
+    except VsphereError as error:
+        reason = f"a snapshot to compare with can't be made: {error.reason or error.what}"
+        return {disk.key: reason for _source, disk in pairs}
+    frozen = {disk.key: disk for disk in made.disks}
+    points, marks = store.points(), trust.marks(store)
+    found: ChangesOf = {}
+    for source, disk in pairs:
+        now = frozen.get(disk.key)
+        if now is None or now.uuid != disk.uuid:
+            found[disk.key] = "the snapshot to compare with does not hold it"
+            continue
+        obstacle = tracking_obstacle(now, point.manifest, points, marks, created=made.snapshot.created)
+        found[disk.key] = _areas(session, vm, made.snapshot, now, source) if obstacle is None else obstacle
+    return found
+
+
+def _areas(session: Session, vm: VmRef, snapshot: Snapshot, disk: Disk, source: PointDisk) -> Changes | str:
+    then = source.entry["change_id"]
+    try:
+        # Extents.of reads to the end, so the pages are known to cover the disk.
+        areas = Extents.of(query_changed_areas(session, vm, snapshot.obj, disk.key, disk.capacity_bytes, then))
+    except (ChangedAreasUnavailable, PrivilegeError) as error:
+        return f"the changed areas are not known: {error.reason}"
+    return Changes(disk.uuid, areas)
+
+
+# The snapshot's end
+
+
+def clear_leftovers(session: Session, vm: VmRef, store: VmStore) -> None:
+    """Remove the snapshot that a killed restore of this virtual machine left: no disk is written below one."""
+    if any(_may_have_left(run) for run in store.runs()):
+        with store.lock(new_run_id(), "vadp_disk_restore"):
+            for run in store.runs():
+                if _may_have_left(run):
+                    _remove_snapshots(session, vm, store, run)
+
+
+def _may_have_left(run: Run) -> bool:
+    return run.data["point"] is None and bool(run.intents("snapshot"))
+
+
+def _remove_snapshots(session: Session, vm: VmRef, store: VmStore, run: Run) -> None:
+    """Neither in the tree nor as a delta (VADP facts 15)."""
+    for snapshot in list_snapshots(session, vm):
+        marker = snapshot.marker or {}
+        if marker.get("repository_id") == store.repository.id and marker.get("run_id") == run.run_id:
+            remove_snapshot(session, vm, snapshot)
+    consolidate_if_needed(session, vm)
+    for intent in run.intents("snapshot"):
+        run.done(intent["id"])
