@@ -82,7 +82,9 @@ options:
       - Two machines of one name are an error that lists both.
     type: str
   point:
-    description: Name of the restore point, or V(latest).
+    description:
+      - Name of the restore point, V(latest), or a time such as V(2026-11-20T03:00Z), which means the newest point whose
+        snapshot was taken before it.
     type: str
     default: latest
   target:
@@ -311,7 +313,6 @@ def options() -> Options:
     connection = {name: dict(spec) for name, spec in connection_options().argument_spec.items()}
     needed = [name for name, spec in connection.items() if spec.pop("required", False)]
     own = dict(
-        point=dict(type="str", default="latest"),
         target=dict(type="str", choices=list(TARGETS), default="file"),
         dest=dict(type="path"),
         format=dict(type="str", choices=list(FORMATS), default="raw"),
