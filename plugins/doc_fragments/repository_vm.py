@@ -20,8 +20,8 @@ options:
       - V(latest) is the point whose snapshot is the newest.
       - A time, such as V(2026-11-20T03:00Z), V(2026-11-20T03:00:00Z), V(2026-11-20T04:00+01:00) or V(before
         2026-11-20T03:00Z), is the newest point whose snapshot was taken before it. The time zone has to be stated.
-      - If any manifest of the virtual machine is damaged, nobody can tell which point is the latest. One has to be named
-        then.
+      - If any manifest of the virtual machine is damaged, nobody can tell which point is the latest. One has to be
+        named then.
     type: str
     default: latest
 """
