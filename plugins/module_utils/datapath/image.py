@@ -268,6 +268,29 @@ def serve(
             )
 
 
+def overlay_opts(layer: str, overlay: str) -> str:
+    """``--image-opts`` of a throw-away overlay over a layer, which itself is only read."""
+    chain_files(layer)
+    base = os.path.abspath(layer).replace(",", ",,")
+    top = _image_opts(overlay, "qcow2", compress=False)
+    return f"{top},backing.driver=qcow2,backing.file.driver=file,backing.file.filename={base}"
+
+
+def layer_opts(layer: str) -> str:
+    """``--image-opts`` of a layer."""
+    chain_files(layer)
+    return _image_opts(layer, "qcow2", compress=False)
+
+
+def create_overlay(path: str, capacity_bytes: int) -> None:
+    """Make the empty image of :func:`overlay_opts`. It names no backing file: who opens it does."""
+    run_tool(
+        ["qemu-img", "create", "-q", "-f", "qcow2", os.path.abspath(path), str(capacity_bytes)],
+        what="An overlay can't be made",
+        subject=path,
+    )
+
+
 def image_info(path: str, chain: bool = False) -> Any:
     """What ``qemu-img info`` says: a dictionary, or with *chain* a list of them, the layer first.
 

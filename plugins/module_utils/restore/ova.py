@@ -277,7 +277,7 @@ class _Member:
         info.uname = info.gname = "root"
         # OVF asks for USTAR, which can't tell the size of a larger file; what reads OVAs understands GNU's way as well.
         form = tarfile.USTAR_FORMAT if self.size < _USTAR_BYTES else tarfile.GNU_FORMAT
-        return info.tobuf(form)
+        return info.tobuf(form)  # type: ignore[arg-type]
 
 
 def _append(archive: IO[bytes], name: str, data: bytes, created: int) -> str:
