@@ -26,7 +26,7 @@ import time
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence
+from typing import IO, Any, Dict, Iterator, List, Optional, Sequence
 from urllib.parse import quote
 
 from ..datapath.image import atomic_write, create_overlay, layer_opts, overlay_opts
@@ -406,8 +406,11 @@ def _start(place: _Place, store: VmStore, request: ServeRequest, record: Dict[st
                 _remove_socket(disk["socket"])
         script = _script(place, record, commands)
         os.set_inheritable(lock, True)
-        server = start_detached(["/bin/sh", "-c", script], log_path=str(place.folder / "log"), pass_fds=(lock,))
-        _wait_until_ready(place, server, len(commands))
+        log_path = str(place.folder / "log")
+        # Held open: a server that ends at once removes its folder, and what it said must not go with it.
+        with open(log_path, "x+", encoding="utf-8", errors="replace") as log:
+            server = start_detached(["/bin/sh", "-c", script], log_path=log_path, pass_fds=(lock,))
+            _wait_until_ready(place, server, len(commands), log)
         begun = True
     except OSError as error:
         raise DataPathError("The point can't be served", subject=str(place.folder), reason=error.strerror) from None
@@ -458,12 +461,14 @@ def _script(place: _Place, record: Dict[str, Any], commands: List[str]) -> str:
     return "\n".join([*lines, f"rm -rf -- {folder}"])
 
 
-def _wait_until_ready(place: _Place, server: Any, count: int) -> None:
+def _wait_until_ready(place: _Place, server: Any, count: int, log: IO[str]) -> None:
     deadline = time.monotonic() + _READY_SECONDS
     while not all(place.ready_path(number).exists() for number in range(count)):
-        words = _log_tail(place)
+        ended = server.poll() is not None
+        log.seek(0)
+        words = "; ".join(log.read().splitlines()[-5:])
         # One that ends says why; the others would go on.
-        if server.poll() is not None or "qemu-nbd: " in words:
+        if ended or "qemu-nbd: " in words:
             raise DataPathError(
                 "The point can't be served", subject=str(place.folder), reason=words or "the server ended at once"
             )
@@ -475,14 +480,6 @@ def _wait_until_ready(place: _Place, server: Any, count: int) -> None:
                 retryable=True,
             )
         time.sleep(_LOOK_SECONDS)
-
-
-def _log_tail(place: _Place) -> str:
-    try:
-        lines = (place.folder / "log").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return ""
-    return "; ".join(lines[-5:])
 
 
 def _result(record: Dict[str, Any], changed: bool) -> Dict[str, Any]:
