@@ -14,4 +14,14 @@ options:
       - Name that the virtual machine had when it was last backed up.
       - Two machines of one name are an error that lists both.
     type: str
+  point:
+    description:
+      - Which restore point of the virtual machine, by its name, as V(latest), or by a time.
+      - V(latest) is the point whose snapshot is the newest.
+      - A time, such as V(2026-11-20T03:00Z), V(2026-11-20T03:00:00Z), V(2026-11-20T04:00+01:00) or V(before
+        2026-11-20T03:00Z), is the newest point whose snapshot was taken before it. The time zone has to be stated.
+      - If any manifest of the virtual machine is damaged, nobody can tell which point is the latest. One has to be
+        named then.
+    type: str
+    default: latest
 """

@@ -70,9 +70,9 @@ def repository_options() -> Options:
 
 
 def repository_vm_options(required: bool = True) -> Options:
-    """Doc fragment ``openvadp.backup.repository_vm``: a VM as the repository knows it, no vCenter needed."""
+    """Doc fragment ``openvadp.backup.repository_vm``: a VM and a point, as the repository knows them."""
     return Options(
-        dict(vm_uuid=dict(type="str"), vm_name=dict(type="str")),
+        dict(vm_uuid=dict(type="str"), vm_name=dict(type="str"), point=dict(type="str", default="latest")),
         required_one_of=[("vm_uuid", "vm_name")] if required else [],
         mutually_exclusive=[("vm_uuid", "vm_name")],
     )

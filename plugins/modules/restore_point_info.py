@@ -31,7 +31,8 @@ options:
   point:
     description:
       - Only the point of this name. The list is empty if there is none.
-      - V(latest) means the point of each virtual machine whose snapshot is the newest.
+      - V(latest) means the point of each virtual machine whose snapshot is the newest; a time, such as
+        V(2026-11-20T03:00Z) or V(before 2026-11-20T03:00Z), the newest whose snapshot was taken before it.
     type: str
   manifests:
     description: Whether each point carries its whole manifest, with the hashes of all its files.

@@ -27,13 +27,6 @@ attributes:
   idempotent:
     support: full
 options:
-  point:
-    description:
-      - Name of the point. V(latest) is the one whose snapshot is the newest.
-      - If any manifest of the virtual machine is damaged, nobody can tell which point is the latest. That counts as
-        damage.
-    type: str
-    default: latest
   level:
     description:
       - V(structure) compares each file with its hash, which finds every changed bit, and checks that the images are
@@ -160,7 +153,6 @@ from ..module_utils.runner import Options, repository_options, repository_vm_opt
 
 OPTIONS = Options(
     dict(
-        point=dict(type="str", default="latest"),
         level=dict(type="str", choices=["structure", "data"], default="structure"),
         fail_on_damage=dict(type="bool", default=True),
     )

@@ -83,7 +83,9 @@ options:
       - Two machines of one name are an error that lists both.
     type: str
   point:
-    description: Name of the restore point, or V(latest).
+    description:
+      - Name of the restore point, V(latest), or a time such as V(2026-11-20T03:00Z), which means the newest point whose
+        snapshot was taken before it.
     type: str
     default: latest
   target:
@@ -99,15 +101,21 @@ options:
   dest:
     description:
       - Folder for the image files, which has to exist. Required for O(target=file).
-      - The files are named C(<name of the virtual machine>-<label of the disk>-<device key>.<format>), such as
-        C(app01-hard-disk-1-2000.raw). RV(restored) returns their paths.
+      - The files are named C(<name of the virtual machine>-<label of the disk>-<device key>.<extension>), such as
+        C(app01-hard-disk-1-2000.raw); with O(format=ova) there is one, C(<name of the virtual machine>.ova).
+        RV(restored) returns their paths.
       - An image appears there when it is complete. Until then it is beside, with C(.part-) in its name. What a crashed
         restore left in the folder is removed.
     type: path
   format:
-    description: Format of the image files. It is of no meaning for O(target=in_place).
+    description:
+      - Format of the image files. It is of no meaning for other targets than O(target=file).
+      - V(vmdk) is a sparse VMDK that grows, V(vmdk_stream) a compressed one that is read from its beginning to its end
+        (C(streamOptimized)), as packages and uploads want it. Both have the extension C(vmdk).
+      - V(ova) is one file for all disks, with the machine's configuration as an OVF descriptor, its NVRAM, and the
+        SHA-256 of all of them. For a while the largest disk takes its space twice.
     type: str
-    choices: [raw, qcow2, vmdk]
+    choices: [raw, qcow2, vmdk, vmdk_stream, ova]
     default: raw
   disks:
     description: Which disks of the point are restored, and how. If not given, or empty, all of them are.
@@ -128,9 +136,9 @@ options:
         description: Datastore on which the disk that is written has to lie, with O(target=in_place).
         type: str
       format:
-        description: Format of this disk's image file, if another than O(format).
+        description: Format of this disk's image file, if another than O(format). Not with O(format=ova).
         type: str
-        choices: [raw, qcow2, vmdk]
+        choices: [raw, qcow2, vmdk, vmdk_stream]
   overwrite:
     description:
       - Consent to replace what is there, namely image files with other content, or what the disks of the virtual
@@ -320,7 +328,7 @@ from ..module_utils.backup.request import parse_rate
 from ..module_utils.datapath.image import FORMATS
 from ..module_utils.libraries import first_missing
 from ..module_utils.restore import in_place, to_file
-from ..module_utils.restore.request import IN_PLACE, TARGETS, RestoreRequest
+from ..module_utils.restore.request import FILE_FORMATS, IN_PLACE, TARGETS, RestoreRequest
 from ..module_utils.runner import (
     Options,
     connection_options,
@@ -346,10 +354,9 @@ def options() -> Options:
     connection = {name: dict(spec) for name, spec in connection_options().argument_spec.items()}
     needed = [name for name, spec in connection.items() if spec.pop("required", False)]
     own = dict(
-        point=dict(type="str", default="latest"),
         target=dict(type="str", choices=list(TARGETS), default="file"),
         dest=dict(type="path"),
-        format=dict(type="str", choices=list(FORMATS), default="raw"),
+        format=dict(type="str", choices=list(FILE_FORMATS), default="raw"),
         disks=dict(type="list", elements="dict", options=DISK, default=[]),
         overwrite=dict(type="bool", default=False),
         changed_only=dict(type="bool", default=False),

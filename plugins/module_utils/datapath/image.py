@@ -19,7 +19,7 @@ import os
 import re
 import struct
 import uuid
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 from urllib.parse import quote
 
 from ..errors import DamagedError, DataPathError
@@ -28,13 +28,52 @@ from .processes import Child, run_tool, tool_result
 CLUSTER_BYTES = 65536
 
 #: Formats that :func:`convert` writes.
-FORMATS = ("raw", "qcow2", "vmdk")
+FORMATS = ("raw", "qcow2", "vmdk", "vmdk_stream")
+# What each of them is to qemu: driver, type of a VMDK.
+_VMDK_TYPES = {"vmdk": "monolithicSparse", "vmdk_stream": "streamOptimized"}
+_VMDK_MAGIC = b"KDMV"
+_VMDK_TYPE = re.compile(rb'createType="([A-Za-z0-9]+)"')
+_SECTOR_BYTES = 512
 
 _QCOW2_MAGIC = 0x514649FB
 _INCOMPATIBLE_DATA_FILE = 1 << 2
 _EXTENSION_BACKING_FORMAT = 0xE2792ACA
 
 _PERCENT = re.compile(rb"\((\d+(?:\.\d+)?)/100%\)")
+
+
+def driver_of(image_format: str) -> str:
+    """The name of a format of :data:`FORMATS` in qemu, and the extension of such a file."""
+    return "vmdk" if image_format in _VMDK_TYPES else image_format
+
+
+def is_of_format(path: str, image_format: str) -> bool:
+    """Whether a file may be what :func:`convert` writes in that format, as far as its header tells."""
+    if image_format == "qcow2":
+        try:
+            return read_header(path).backing is None
+        except DamagedError:
+            return False
+    if image_format in _VMDK_TYPES:
+        return _vmdk_type(path) == _VMDK_TYPES[image_format]
+    return True
+
+
+def _vmdk_type(path: str) -> Optional[str]:
+    """What a sparse VMDK calls itself in the descriptor that it holds."""
+    try:
+        with open(path, "rb") as image:
+            header = image.read(_SECTOR_BYTES)
+            if len(header) < _SECTOR_BYTES or not header.startswith(_VMDK_MAGIC):
+                return None
+            offset, length = struct.unpack_from("<QQ", header, 28)
+            if not 0 < length <= 2048 or offset > 1 << 32:
+                return None
+            image.seek(offset * _SECTOR_BYTES)
+            found = _VMDK_TYPE.search(image.read(length * _SECTOR_BYTES))
+    except OSError as error:
+        raise DataPathError("An image can't be read", subject=path, reason=error.strerror) from error
+    return found.group(1).decode("ascii") if found else None
 
 
 class Qcow2Header(NamedTuple):
@@ -229,6 +268,29 @@ def serve(
             )
 
 
+def overlay_opts(layer: str, overlay: str) -> str:
+    """``--image-opts`` of a throw-away overlay over a layer, which itself is only read."""
+    chain_files(layer)
+    base = os.path.abspath(layer).replace(",", ",,")
+    top = _image_opts(overlay, "qcow2", compress=False)
+    return f"{top},backing.driver=qcow2,backing.file.driver=file,backing.file.filename={base}"
+
+
+def layer_opts(layer: str) -> str:
+    """``--image-opts`` of a layer."""
+    chain_files(layer)
+    return _image_opts(layer, "qcow2", compress=False)
+
+
+def create_overlay(path: str, capacity_bytes: int) -> None:
+    """Make the empty image of :func:`overlay_opts`. It names no backing file: who opens it does."""
+    run_tool(
+        ["qemu-img", "create", "-q", "-f", "qcow2", os.path.abspath(path), str(capacity_bytes)],
+        what="An overlay can't be made",
+        subject=path,
+    )
+
+
 def image_info(path: str, chain: bool = False) -> Any:
     """What ``qemu-img info`` says: a dictionary, or with *chain* a list of them, the layer first.
 
@@ -267,16 +329,23 @@ def check(path: str) -> Dict[str, Any]:
     return report
 
 
-def compare(a: str, b: str, *, a_format: str = "qcow2", b_format: str = "qcow2") -> bool:
+def compare(
+    a: str, b: str, *, a_format: str = "qcow2", b_format: str = "qcow2", b_window: Optional[Tuple[int, int]] = None
+) -> bool:
     """Both images hold the same bytes and have the same size.
 
+    :param b_window: offset and length of the image within the file *b*, if it does not fill it (an archive).
     :raises DataPathError: one of them can't be read.
     """
     for path, image_format in ((a, a_format), (b, b_format)):
         if image_format == "qcow2":
             chain_files(path)
+    a_opts, b_opts = _image_opts(a, driver_of(a_format), False), _image_opts(b, driver_of(b_format), False)
+    if b_window is not None:
+        within = f"file.driver=raw,file.offset={b_window[0]},file.size={b_window[1]},file.file.driver=file,file.file."
+        b_opts = b_opts.replace("file.driver=file,file.", within, 1)
     result = tool_result(
-        ["qemu-img", "compare", "-f", a_format, "-F", b_format, os.path.abspath(a), os.path.abspath(b)],
+        ["qemu-img", "compare", "--image-opts", a_opts, b_opts],
         what="Two images can't be compared",
         subject=f"{a} and {b}",
         accept=(0, 1),
@@ -298,7 +367,7 @@ def convert(
     Written to ``<dest>.part-<part_id>``, synced, then renamed, so *dest* is either whole or what it was.
 
     :param source: a qcow2 layer.
-    :param format: raw, qcow2 or vmdk (monolithicSparse).
+    :param format: raw, qcow2, vmdk (monolithicSparse) or vmdk_stream (streamOptimized).
     :param part_id: the run's id; a random one otherwise.
     :param on_progress: gets done and total bytes.
     :raises DamagedError: the chain leaves the layer's folder, or a file of it is missing.
@@ -310,7 +379,9 @@ def convert(
     chain_files(source)
     total = read_header(source).capacity_bytes
     part = f"{dest}.part-{part_id or uuid.uuid4().hex[:12]}"
-    command = ["qemu-img", "convert", "-f", "qcow2", "-O", format, "-m", "16", "-W"]
+    command = ["qemu-img", "convert", "-f", "qcow2", "-O", driver_of(format), "-m", "16"]
+    # Who imports a streamOptimized VMDK reads it once, from the beginning to the end: its grains stay in order.
+    command += ["-o", "subformat=streamOptimized,adapter_type=lsilogic"] if format == "vmdk_stream" else ["-W"]
 
     def percent(piece: bytes) -> None:
         found = _PERCENT.findall(piece)

@@ -35,6 +35,7 @@ _STILL_OURS = 'test "$PPID" = "$1" || exit 125; shift; exec "$@"'
 
 # Program -> the packages that hold it, where none is named like it everywhere.
 _PACKAGES = dict.fromkeys(("qemu-img", "qemu-nbd"), "qemu-utils (Debian, Ubuntu) or qemu-img (Fedora, RHEL)")
+_PACKAGES.update(setpriv="util-linux", timeout="coreutils")
 
 # A variable that can carry a password does not go to a child.
 _SECRET = re.compile(r"^VMWARE_|PASSW|SECRET|TOKEN|CREDENTIAL", re.IGNORECASE)
@@ -154,17 +155,8 @@ def _environment(extra: Optional[Mapping[str, str]] = None) -> Dict[str, str]:
 
 def _spawn(argv: Sequence[str], env: Optional[Mapping[str, str]] = None, **popen: Any) -> subprocess.Popen[bytes]:
     """Start *argv* in a session of its own, bound to the life of this thread."""
-    program = shutil.which(argv[0])
-    setpriv = shutil.which("setpriv")
-    for name, found, package in ((argv[0], program, argv[0]), ("setpriv", setpriv, "util-linux")):
-        if found is None:
-            raise DataPathError(
-                "A program is not installed",
-                subject=name,
-                reason="it is not in the search path",
-                remedy=f"Install the package {_PACKAGES.get(package, package)}",
-            )
-    command = [str(setpriv), "--pdeathsig", "KILL", "/bin/sh", "-c", _STILL_OURS, "sh", str(os.getpid()), str(program)]
+    program, setpriv = require_program(argv[0]), require_program("setpriv")
+    command = [setpriv, "--pdeathsig", "KILL", "/bin/sh", "-c", _STILL_OURS, "sh", str(os.getpid()), program]
     return subprocess.Popen(
         command + list(argv[1:]),
         stdin=subprocess.DEVNULL,
@@ -173,6 +165,47 @@ def _spawn(argv: Sequence[str], env: Optional[Mapping[str, str]] = None, **popen
         close_fds=True,
         **popen,
     )
+
+
+def start_detached(argv: Sequence[str], *, log_path: str, pass_fds: Sequence[int] = ()) -> subprocess.Popen[bytes]:
+    """Start a process that outlives this one, in a session of its own; it has to see to its own end.
+
+    :param log_path: appended to; made with mode 0600.
+    :param pass_fds: file descriptors that it inherits under the same numbers.
+    """
+    log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        return subprocess.Popen(
+            list(argv),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=_environment(),
+            start_new_session=True,
+            close_fds=True,
+            pass_fds=tuple(pass_fds),
+            cwd="/",
+        )
+    finally:
+        os.close(log)
+
+
+def require_program(name: str) -> str:
+    """The path of a program. DataPathError: it is not installed."""
+    found = shutil.which(name)
+    if found is None:
+        raise DataPathError(
+            "A program is not installed",
+            subject=name,
+            reason="it is not in the search path",
+            remedy=f"Install the package {_PACKAGES.get(name, name)}",
+        )
+    return found
+
+
+def is_listening(path: str) -> bool:
+    """Somebody listens on the Unix socket *path* (absolute)."""
+    return _listening(path)
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:

@@ -15,7 +15,7 @@ import re
 import uuid as uuid_module
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Collection, Dict, List, Optional, Tuple
+from typing import Any, Collection, Dict, List, Optional, Sequence, Tuple
 
 from ..datapath.hashes import hash_file
 from ..datapath.image import Qcow2Header, atomic_write, fsync_dir, read_header
@@ -49,6 +49,11 @@ PART = ".part-"
 
 _UUID = re.compile(UUID_PATTERN)
 _POINT = re.compile(POINT_PATTERN)
+# A time and its zone; a colon can't be in a point's name. YAML and JSON have forms of their own for what a user writes.
+_MOMENT = re.compile(
+    r"(?:before\s+)?(?P<day>[0-9]{4}-[0-9]{2}-[0-9]{2})[Tt ](?P<minute>[0-9]{2}:[0-9]{2})(?::(?P<second>[0-9]{2})"
+    r"(?:\.(?P<fraction>[0-9]{1,6})0*)?)?\s?(?P<zone>[Zz]|[+-][0-9]{2}:[0-9]{2})"
+)
 _NEW_FACTS = "Name the VM by vm_uuid; its next backup writes the file anew"
 _DISK_FOLDER = re.compile(r"disk-(0|[1-9][0-9]*)")
 _PART_FILE = re.compile(r".+\.part-[A-Za-z0-9._-]+")
@@ -94,6 +99,42 @@ def _name_problem(name: object) -> str:
         return f"it has {len(name)} characters"
     strange = "".join(dict.fromkeys(re.sub(r"[A-Za-z0-9._+-]", "", name)))
     return f"it holds {strange!r}" if strange else f"it begins with {name[0]!r}"
+
+
+def moment_of(point: str) -> Optional[datetime]:
+    """The time that *point* states instead of a name: ``2026-11-20T03:00Z``, ``before 2026-11-20T03:00:00+01:00``.
+
+    :returns: in UTC; None if it states none, and so is a name or ``latest``.
+    :raises InputError: it is meant as a time, but is none, or has no zone.
+    """
+    if not isinstance(point, str) or not (":" in point or point.startswith("before ")):
+        return None
+    found = _MOMENT.fullmatch(point.strip())
+    reason = "it has another form, or no zone"
+    if found is not None:
+        part = found.groupdict()
+        zone = "+00:00" if part["zone"] in "Zz" else part["zone"]
+        try:
+            return datetime.strptime(
+                f"{part['day']}T{part['minute']}:{part['second'] or '00'}.{part['fraction'] or '0'}{zone}",
+                "%Y-%m-%dT%H:%M:%S.%f%z",
+            ).astimezone(timezone.utc)
+        except (ValueError, OverflowError) as error:
+            reason = str(error)
+    raise InputError(
+        "This is no time that a restore point can be chosen by",
+        subject=repr(point)[:200],
+        reason=reason,
+        remedy="Write it as 2026-11-20T03:00Z or 2026-11-20T03:00:00Z (UTC), or with an offset such as +01:00",
+    )
+
+
+def newest_before(points: Sequence[Dict[str, Any]], moment: Optional[datetime]) -> Optional[Dict[str, Any]]:
+    """Of manifests, oldest first, the last whose snapshot was taken before *moment*, or the last at all (None)."""
+    for manifest in reversed(points):
+        if moment is None or parse_time(manifest["snapshot"]["created"]) < moment:
+            return manifest
+    return None
 
 
 def new_point_name(taken: Collection[str], now: datetime) -> str:
@@ -418,11 +459,14 @@ class VmStore:
     def resolve(self, point: str) -> Dict[str, Any]:
         """The manifest of a point that has to exist.
 
-        :param point: its name, or ``latest``.
-        :raises RepositoryError: there is none. DamagedError: it is damaged, or (with ``latest``) another that may
-            be newer is.
+        :param point: its name, ``latest``, or a time (:func:`moment_of`): the newest point whose snapshot was taken
+            before it.
+        :raises RepositoryError: there is none. DamagedError: it is damaged, or (without a name) another that may be
+            newer is.
+        :raises InputError: a time that is none.
         """
-        if point != LATEST:
+        moment = moment_of(point)
+        if point != LATEST and moment is None:
             found = self.point(point)
             if found is None:
                 names = [manifest["point"] for manifest in self.points()]
@@ -434,19 +478,27 @@ class VmStore:
                 )
             return found
         readable, problems = self.read_points()
+        newest = newest_before(readable, moment)
         if problems:
-            newest = readable[-1]["point"] if readable else None
+            shown = None if newest is None else newest["point"]
             raise DamagedError(
-                "The latest restore point can't be told",
+                "The latest restore point can't be told" + ("" if moment is None else f" before {format_time(moment)}"),
                 subject=self.shown,
                 reason="; ".join(str(error).rstrip(".") for error in problems.values()),
-                remedy="Name the point" + (f": the newest that can be read is {newest}" if newest else ""),
+                remedy="Name the point" + (f": the newest that can be read is {shown}" if shown else ""),
             )
+        if newest is not None:
+            return newest
         if not readable:
             raise RepositoryError(
                 "There is no restore point", subject=self.shown, remedy="Make one with vadp_disk_export"
             )
-        return readable[-1]
+        raise RepositoryError(
+            "There is no restore point that old",
+            subject=f"{point} of {self.shown}",
+            reason=f"the oldest is {readable[0]['point']}, of {readable[0]['snapshot']['created']}",
+            remedy="See restore_point_info",
+        )
 
     @property
     def shown(self) -> str:

@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Optional
 
 from ..errors import DamagedError, InputError
 from ..libraries import jmespath
-from .layout import LATEST, Repository, VmStore, check_point_name
+from .layout import LATEST, Repository, VmStore, check_point_name, moment_of, newest_before
 from .verify import point_problems, verify_point
 
 _DISK_FIELDS = (
@@ -38,12 +38,13 @@ def describe_points(
 
     Damaged ones come at the end of a VM.
 
-    :param point: only the one of that name, or the latest of each VM (with the damaged ones: one of them may be later).
+    :param point: only the one of that name; or of each VM the latest, or the latest before a time, with the damaged
+        ones: one of them may be later.
     :param manifests: with the whole manifest of each.
     :returns: as restore_point_info documents them. A damaged one has ``damaged`` true and says why in ``problem``.
     :raises RepositoryError: a VM was named that the repository does not hold.
     """
-    if point not in (None, LATEST):
+    if point not in (None, LATEST) and moment_of(str(point)) is None:
         check_point_name(str(point))
     if vm_uuid is None and vm_name is None:
         stores = repository.vms()
@@ -59,8 +60,10 @@ def _points_of(store: VmStore, point: Optional[str], manifests: bool) -> List[Di
     readable, problems = store.read_points()
     # The facts may be damaged; the newest manifest knows the name as well.
     name = readable[-1]["vm_name"] if readable else None
-    if point == LATEST:
-        readable = readable[-1:]
+    moment = None if point is None else moment_of(point)
+    if point == LATEST or moment is not None:
+        newest = newest_before(readable, moment)
+        readable = [] if newest is None else [newest]
     elif point is not None:
         readable = [manifest for manifest in readable if manifest["point"] == point]
         problems = {damaged: error for damaged, error in problems.items() if damaged == point}
@@ -119,7 +122,7 @@ def search(query: Optional[str], points: List[Dict[str, Any]]) -> Any:
 def verify(store: VmStore, point: str, level: str) -> Dict[str, Any]:
     """Verify a point: {ok, vm_uuid, vm_name, point, level, problems, disks}; damage is told, not raised.
 
-    :param point: its name, or ``latest``.
+    :param point: its name, ``latest``, or a time.
     :raises RepositoryError: there is no such point, or it was written by a newer version.
     """
     result: Dict[str, Any] = {"vm_uuid": store.uuid, "vm_name": None, "point": point, "level": level, "disks": []}

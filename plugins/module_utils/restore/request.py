@@ -16,6 +16,9 @@ from ..vsphere.session import Connection
 FILE = "file"
 IN_PLACE = "in_place"
 TARGETS = (FILE, IN_PLACE)
+OVA = "ova"
+#: What target=file writes: a file a disk, or one for all of them.
+FILE_FORMATS = (*FORMATS, OVA)
 VM_OPTIONS = ("name", "uuid", "use_instance_uuid", "moid", "folder", "datacenter")
 
 
@@ -128,9 +131,15 @@ class RestoreRequest:
                 raise InputError(
                     "The options target_key and datastore of a disk are for target=in_place", f"disk {choice.key}"
                 )
+            if choice.format is not None and self.format == OVA:
+                raise InputError(
+                    "An OVA holds all its disks in one format",
+                    f"disk {choice.key}",
+                    remedy="Leave out the disk's format",
+                )
             if choice.format not in (None, *FORMATS):
                 raise InputError("An image file can't have this format", subject=str(choice.format))
-        if self.format not in FORMATS:
+        if self.format not in FILE_FORMATS:
             raise InputError("An image file can't have this format", subject=self.format)
         if self.rate_limit is not None:
             raise InputError("The option rate_limit is for target=in_place")

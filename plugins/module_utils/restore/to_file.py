@@ -10,35 +10,19 @@ lock: points do not change.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
-import json
 import os
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, List
 
 from ..datapath import image
-from ..datapath.processes import run_tool
 from ..datapath.progress import Progress
-from ..errors import DamagedError, DataPathError, InputError
-from ..repository.chain import chain_of
-from ..repository.layout import REPOSITORY_FILE
-from ..repository.manifest import entry_of
-from ..repository.runs import new_run_id
-from ..repository.shapes import RUN_ID_PATTERN
+from ..errors import DataPathError, InputError
+from . import ova
+from .dest import dest_folder, file_name, own_run, remove_leftovers, require_room, require_writable
 from .point import Point, PointDisk, checked_beside, open_point
-from .request import RestoreRequest
-
-# A file's name may have 255 bytes: this leaves enough for the disk's part, twice ".part-<run id>" and the extension.
-_VM_NAME_BYTES = 100
-_LABEL_CHARACTERS = 30
-# What an image file has besides data and tables, and more.
-_IMAGE_BYTES = 4 << 20
-_LOCK = re.compile(rf"\.openvadp-restore-({RUN_ID_PATTERN})\.lock")
-_PART = re.compile(rf".+-[0-9]+\.(?:{'|'.join(image.FORMATS)})\.part-({RUN_ID_PATTERN})(?:\.part-{RUN_ID_PATTERN})?")
+from .request import OVA, RestoreRequest
 
 
 @dataclass(frozen=True)
@@ -61,24 +45,26 @@ def restore_point(request: RestoreRequest, check_mode: bool) -> Dict[str, Any]:
     """
     request.check()
     point = open_point(request)
-    folder = _folder(request.dest)
+    if request.format == OVA:
+        return ova.restore_point(point, request, check_mode)
+    folder = dest_folder(request.dest)
     with Progress(None if check_mode else request.progress_file) as progress, checked_beside(point, progress) as proven:
         files = [_look(disk, folder, point, request, proven) for disk in point.disks]
         _require_consent(files, request)
         todo = [file for file in files if not file.same]
-        _require_room(folder, todo, point)
+        require_room(folder, [file.disk for file in todo], point)
         restored: Dict[int, Dict[str, Any]] = {file.disk.key: _unchanged(file) for file in files if file.same}
         if check_mode:
             proven()
             restored.update({file.disk.key: _planned(file) for file in todo})
         elif todo:
-            _require_writable(folder)
-            with _own_run(folder) as run_id:
+            require_writable(folder)
+            with own_run(folder) as run_id:
                 for file in todo:
                     restored[file.disk.key] = _write(file, run_id, request, progress, proven)
         elif os.access(str(folder), os.W_OK):
             # The last act of a restore that crashed may have been to finish the files.
-            _remove_leftovers(folder)
+            remove_leftovers(folder)
     return {
         "changed": bool(todo),
         "point": point.name,
@@ -90,47 +76,7 @@ def restore_point(request: RestoreRequest, check_mode: bool) -> Dict[str, Any]:
     }
 
 
-def file_name(vm_name: str, label: str, key: int, image_format: str) -> str:
-    """The name of a disk's image file: ``app01-hard-disk-1-2000.qcow2``."""
-    cleaned = re.sub(r"[/\x00-\x1f\x7f]", "_", vm_name).lstrip(".-") or "vm"
-    while len(cleaned.encode("utf-8")) > _VM_NAME_BYTES:
-        cleaned = cleaned[:-1]
-    slug = re.sub(r"[^a-z0-9]+", "-", label.lower())[:_LABEL_CHARACTERS].strip("-") or "disk"
-    return f"{cleaned}-{slug}-{key}.{image_format}"
-
-
 # Before the first write
-
-
-def _folder(dest: Optional[str]) -> Path:
-    if dest is None:
-        raise InputError("There is no folder for the image files", remedy="Give dest")
-    folder = Path(dest)
-    if not folder.is_dir():
-        reason = "it is no folder" if os.path.lexists(dest) else "it does not exist"
-        raise InputError(
-            "The image files can't be written", subject=dest, reason=reason, remedy="Make the folder first"
-        )
-    real = Path(os.path.realpath(dest))
-    for parent in (real, *real.parents):
-        if (parent / REPOSITORY_FILE).exists():
-            raise InputError(
-                "The folder for the image files lies in a repository",
-                subject=dest,
-                reason=f"{parent} is one",
-                remedy="Choose a folder outside it",
-            )
-    return folder
-
-
-def _require_writable(folder: Path) -> None:
-    if not os.access(str(folder), os.W_OK | os.X_OK):
-        raise InputError(
-            "The image files can't be written",
-            subject=str(folder),
-            reason=f"user id {os.geteuid()} may not write there, or it is mounted read-only",
-            remedy="Give that user the folder, or choose another",
-        )
 
 
 def _look(
@@ -154,13 +100,9 @@ def _look(
 
 def _holds(path: str, image_format: str, disk: PointDisk) -> bool:
     """Whether an image file holds exactly the disk's bytes."""
-    if image_format == "qcow2":
-        try:
-            if image.read_header(path).backing is not None:
-                return False
-        except DamagedError:
-            return False
     try:
+        if not image.is_of_format(path, image_format):
+            return False
         return image.compare(disk.layer, path, b_format=image_format)
     except DataPathError:
         # The point was found intact, so it is the file that is no image of this format.
@@ -177,116 +119,7 @@ def _require_consent(files: List[ImageFile], request: RestoreRequest) -> None:
         )
 
 
-def _require_room(folder: Path, files: List[ImageFile], point: Point) -> None:
-    """:raises DataPathError: the folder's file system has less free space than the disks' data take."""
-    status = os.statvfs(str(folder))
-    free = status.f_bavail * status.f_frsize
-    points = point.store.points()
-    if sum(_stored_bytes_at_most(file.disk, point, points) for file in files) <= free:
-        return
-    needed = sum(_stored_bytes(file.disk) for file in files)
-    if needed > free:
-        raise DataPathError(
-            "There is not enough free space for the image files",
-            subject=str(folder),
-            reason=f"they take about {needed} bytes, {free} are free",
-            remedy="Free some space, choose another folder, or restore fewer disks at a time",
-            details={"needed_bytes": needed, "free_bytes": free},
-        )
-
-
-def _stored_bytes_at_most(disk: PointDisk, point: Point, points: List[Dict[str, Any]]) -> int:
-    """All that was ever read into the disk's chain, and an image's tables: told by the manifests alone."""
-    manifests = {manifest["point"]: manifest for manifest in points}
-    names = chain_of(points, point.name, disk.key)
-    data = sum(entry_of(manifests[name], disk.key)["bytes_read"] for name in names)
-    return int(data + (disk.capacity_bytes >> 10) + _IMAGE_BYTES)
-
-
-def _stored_bytes(disk: PointDisk) -> int:
-    """What the disk takes without its zeros: every format that is written here leaves them out."""
-    image.chain_files(disk.layer)
-    text = run_tool(
-        ["qemu-img", "measure", "--output=json", "-O", "qcow2", "-f", "qcow2", disk.layer],
-        what="The size of an image file can't be told",
-        subject=disk.layer,
-    )
-    return int(json.loads(text)["required"])
-
-
 # Writing
-
-
-@contextlib.contextmanager
-def _own_run(folder: Path) -> Iterator[str]:
-    """The id of this restore, which unfinished files carry. While its lock file is locked, they are in use.
-
-    What crashed restores left in the folder goes first: unfinished files whose lock nobody holds any more.
-    """
-    run_id = new_run_id()
-    lock = folder / f".openvadp-restore-{run_id}.lock"
-    descriptor = _open_lock(lock)
-    try:
-        _remove_leftovers(folder)
-        yield run_id
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            lock.unlink()
-        os.close(descriptor)
-
-
-def _open_lock(lock: Path) -> int:
-    while True:
-        try:
-            descriptor = os.open(str(lock), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        except OSError as error:
-            raise DataPathError(
-                "The image files can't be written", subject=str(lock.parent), reason=error.strerror
-            ) from None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if lock.exists() and os.fstat(descriptor).st_ino == lock.stat().st_ino:
-                return descriptor
-            # Another restore took it for a leftover before it was locked: again.
-            os.close(descriptor)
-        except OSError as error:
-            os.close(descriptor)
-            raise DataPathError(
-                "The folder's file system does not support locks", subject=str(lock.parent), reason=error.strerror
-            ) from None
-
-
-def _remove_leftovers(folder: Path) -> None:
-    names = sorted(os.listdir(str(folder)))
-    alive = set()
-    for name in names:
-        found = _LOCK.fullmatch(name)
-        if found and _is_locked(folder / name):
-            alive.add(found.group(1))
-    for name in names:
-        found = _PART.fullmatch(name) or _LOCK.fullmatch(name)
-        if found and found.group(1) not in alive:
-            with contextlib.suppress(FileNotFoundError):
-                (folder / name).unlink()
-
-
-def _is_locked(lock: Path) -> bool:
-    try:
-        descriptor = os.open(str(lock), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        # Another user's: not ours to judge, nor to remove.
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            raise
-        return True
-    finally:
-        os.close(descriptor)
-    return False
 
 
 def _write(

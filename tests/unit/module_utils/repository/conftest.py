@@ -89,6 +89,7 @@ class World:
         self.repository = Repository.open(str(path), create=True)
         self.store: VmStore = self.repository.vm(UUID)
         self.count = 0
+        self.config: Dict[str, Any] = {"name": "app01"}
 
     def layer(
         self, point: str, capacity: int, writes: List[Tuple[int, bytes]], parent: Optional[str] = None
@@ -129,7 +130,7 @@ class World:
         """Commit a point of one disk; the lock is held."""
         fields: Dict[str, Any] = {
             "repository_id": self.repository.id,
-            "configuration": self.store.write_config(name, {"name": "app01"}),
+            "configuration": self.store.write_config(name, self.config),
             "nvram": self.store.write_nvram(name, b"nvram of " + name.encode()),
         }
         fields.update(changes)

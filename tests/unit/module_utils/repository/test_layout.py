@@ -22,6 +22,7 @@ from ansible_collections.openvadp.backup.plugins.module_utils.repository import 
 from ansible_collections.openvadp.backup.plugins.module_utils.repository.layout import (
     Repository,
     check_point_name,
+    moment_of,
     new_point_name,
 )
 from ansible_collections.openvadp.backup.plugins.module_utils.repository.runs import Run, new_run_id
@@ -237,6 +238,66 @@ def test_points_are_ordered_by_their_snapshots(world: World) -> None:
     assert list(world.store.read_points()[1]) == ["alpha"]
     with pytest.raises(DamagedError, match="newest that can be read is zulu"):
         world.store.resolve("latest")
+
+
+@pytest.mark.parametrize(
+    "point, hour, minute, second, micro",
+    [
+        ("2026-11-20T03:00Z", 3, 0, 0, 0),
+        ("2026-11-20T03:00:00Z", 3, 0, 0, 0),
+        ("before 2026-11-20T03:00Z", 3, 0, 0, 0),
+        ("2026-11-20t03:04:05.25z", 3, 4, 5, 250000),
+        ("2026-11-20T04:30+01:30", 3, 0, 0, 0),
+        # What YAML makes of a time that is not quoted, as Python writes it and as JSON does.
+        ("2026-11-20 03:00:00+00:00", 3, 0, 0, 0),
+        ("2026-11-20T03:00:00.500000+00:00", 3, 0, 0, 500000),
+    ],
+)
+def test_times_that_choose_a_point(point: str, hour: int, minute: int, second: int, micro: int) -> None:
+    assert moment_of(point) == datetime(2026, 11, 20, hour, minute, second, micro, tzinfo=timezone.utc)
+
+
+@pytest.mark.parametrize(
+    "point, words",
+    [
+        ("2026-11-20T03:00", "no zone"),
+        ("before 2026-11-20", "no zone"),
+        ("before sunday", "another form"),
+        ("2026-11-31T03:00Z", "day"),
+        ("2026-11-20T25:00Z", "does not match|hour"),
+        ("0001-01-01T00:00+12:00", "out of range"),
+        ("03:00Z", "another form"),
+        ("2026-11-20T03:00Z or so", "another form"),
+    ],
+)
+def test_times_that_are_none(point: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        moment_of(point)
+
+
+def test_what_is_no_time_is_a_name() -> None:
+    assert [moment_of(name) for name in ("latest", "20261122T084203Z", "2026-11-20", "before")] == [None] * 4
+
+
+def test_a_time_means_the_newest_point_before_it(world: World) -> None:
+    zulu = world.point("zulu", MIB, [(0, b"a" * 65536)])
+    alpha = world.point("alpha", MIB, [(65536, b"b" * 65536)], parent="zulu")
+    assert (zulu["snapshot"]["created"], alpha["snapshot"]["created"]) == (
+        "2026-11-22T08:43:03Z",
+        "2026-11-22T08:44:03Z",
+    )
+    assert world.store.resolve("2030-01-01T00:00Z") == alpha
+    assert world.store.resolve("2026-11-22T08:44:04Z") == alpha
+    # Strictly before: at that very moment the point is not there yet.
+    assert world.store.resolve("before 2026-11-22T08:44:03Z") == zulu
+    assert world.store.resolve("2026-11-22T09:44:03+01:00") == zulu
+    assert world.store.resolve("2026-11-22T08:43:03.5Z") == zulu
+    with pytest.raises(RepositoryError, match="no restore point that old.*the oldest is zulu, of 2026-11-22T08:43:03Z"):
+        world.store.resolve("2026-11-22T08:43:03Z")
+    # What is damaged might be the one that is meant.
+    world.store.manifest_path("alpha").write_text("{}")
+    with pytest.raises(DamagedError, match="can't be told before 2026-11-22T08:44:03Z.*can be read is zulu"):
+        world.store.resolve("2026-11-22T08:44:03Z")
 
 
 def test_a_commit_needs_all_that_the_manifest_names(world: World) -> None:

@@ -64,6 +64,14 @@ def test_info(held: World, call: Call) -> None:
     assert [point["manifest"] for point in whole] == [held.store.resolve("alpha")]
     assert call(restore_point_info, query="[?mode == 'full'].point")["points"] == ["zulu"]
     assert call(restore_point_info, vm_name="app01", point="nothing")["points"] == []
+    for moment, names in (
+        ("2026-11-22T08:44Z", ["zulu"]),
+        ("before 2030-01-01T00:00Z", ["alpha"]),
+        ("2001-01-01T00:00Z", []),
+    ):
+        assert [point["point"] for point in call(restore_point_info, point=moment)["points"]] == names
+    assert call(restore_point_verify, vm_name="app01", point="2026-11-22T08:44Z")["point"] == "zulu"
+    assert "no time" in call(restore_point_info, point="2026-11-22T08:44")["msg"]
     assert "can't be applied" in call(restore_point_info, query="[?")["msg"]
     assert "no such virtual machine" in call(restore_point_info, vm_name="app02")["msg"]
     assert "can't be the name" in call(restore_point_info, point="../x")["msg"]

@@ -16,6 +16,7 @@ from typing import Any, Dict
 import pytest
 from ansible_collections.openvadp.backup.plugins.module_utils.errors import DamagedError, DataPathError, InputError
 from ansible_collections.openvadp.backup.plugins.module_utils.repository.runs import new_run_id
+from ansible_collections.openvadp.backup.plugins.module_utils.restore import dest as dest_module
 from ansible_collections.openvadp.backup.plugins.module_utils.restore import point as restored_point
 from ansible_collections.openvadp.backup.plugins.module_utils.restore import to_file
 from ansible_collections.openvadp.backup.plugins.module_utils.restore.request import DiskChoice, RestoreRequest
@@ -67,17 +68,18 @@ def bytes_of(path: str, image_format: str) -> bytes:
     return data
 
 
-@pytest.mark.parametrize("image_format", ["raw", "qcow2", "vmdk"])
+@pytest.mark.parametrize("image_format", ["raw", "qcow2", "vmdk", "vmdk_stream"])
 def test_an_image_holds_the_points_bytes_and_a_second_run_changes_nothing(
     world: Any, dest: Path, disk: bytes, image_format: str
 ) -> None:
+    driver = "vmdk" if image_format == "vmdk_stream" else image_format
     planned = restore(world, dest, check_mode=True, format=image_format)
     assert planned["changed"] and os.listdir(dest) == []
     result = restore(world, dest, format=image_format)
     entry = result["restored"][0]
     assert result["changed"] and result["point"] == "p2" and entry["verified"] is True
-    assert entry["target"] == planned["restored"][0]["target"] == f"{dest}/app01-hard-disk-1-2000.{image_format}"
-    assert bytes_of(entry["target"], image_format) == disk
+    assert entry["target"] == planned["restored"][0]["target"] == f"{dest}/app01-hard-disk-1-2000.{driver}"
+    assert bytes_of(entry["target"], driver) == disk
     assert os.listdir(dest) == [os.path.basename(entry["target"])]
     assert result["diff"]["before"][entry["target"]] == "absent"
     before = os.stat(entry["target"])
@@ -286,4 +288,4 @@ def test_any_name_makes_a_file_name_and_a_leftover_of_it_is_recognised(
     part = f"{name}.part-{run_id}.part-{run_id}"
     assert "/" not in name and "\0" not in name and "\n" not in name and not name.startswith((".", "-"))
     assert len(part.encode("utf-8")) <= 255
-    assert to_file._PART.fullmatch(part) and not to_file._PART.fullmatch(name)
+    assert dest_module.UNFINISHED.fullmatch(part) and not dest_module.UNFINISHED.fullmatch(name)
