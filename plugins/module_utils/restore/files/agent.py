@@ -18,11 +18,12 @@ import os
 import resource
 import sys
 import time
-from typing import Any, BinaryIO, Dict, FrozenSet, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, BinaryIO, Dict, FrozenSet, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, cast
 
 from ...errors import VadpError
+from ...transport.disk_format import read_partitions
 from . import parsers
-from .disk import CheckedDisk
+from .disk import CheckedDisk, Slice
 from .filesystems import BROKEN, DIRECTORY, FILE, LINK, OTHER, FileSystem, Info, Unreadable, guess, open_file_system
 from .frames import DATA, encode, encode_hole, encode_json
 from .names import bad_name
@@ -36,6 +37,7 @@ _VISITED_TIMES = 50
 _TELL_SECONDS = 1.0
 # What a sparse file may claim to be, of the disk's size.
 _SPARSE_TIMES = 64
+_EXTENDED = ("05", "0f", "85")
 
 
 class Volume(NamedTuple):
@@ -122,26 +124,21 @@ class Agent:
 
     def _parts(self, disk: CheckedDisk, key: int) -> List[_Part]:
         """The partitions of a disk, or the whole of it."""
-        whole = _Part(f"{key}", key, disk, disk.size)
-        try:
-            found = list(parsers.disk().Disk(disk).partitions)
-            parts = []
-            for partition in found:
-                size = int(partition.size)
-                if size > 0:
-                    parts.append(_Part(f"{key}p{partition.number}", key, partition.open(), size))
-        except BROKEN:
-            return [whole]
-        # The boot sector of a file system on a whole disk passes for a partition table.
-        if not parts or any(int(partition.offset) + int(partition.size) > disk.size for partition in found):
-            parts = parts if parts and self._looks(whole) is None else [whole]
-        return parts
-
-    def _looks(self, part: _Part) -> Optional[FileSystem]:
-        try:
-            return open_file_system(part.stream, part.size)
-        except BROKEN:
-            return None
+        stream = cast(BinaryIO, disk)
+        parts = []
+        before = len(self._volumes)
+        for entry in read_partitions(stream) or ():
+            part = _Part(f"{key}p{entry.number}", key, stream, entry.length)
+            if entry.kind in _EXTENDED:
+                continue
+            if entry.offset >= disk.size:
+                self._unreadable(part, "unknown", "it lies outside the disk")
+                continue
+            length = min(entry.length, disk.size - entry.offset)
+            parts.append(_Part(part.name, key, cast(BinaryIO, Slice(stream, entry.offset, length)), length))
+        if parts or len(self._volumes) > before:
+            return parts
+        return [_Part(str(key), key, stream, disk.size)]
 
     @staticmethod
     def _is_physical_volume(part: _Part) -> bool:

@@ -14,7 +14,7 @@ import json
 import mmap
 import os
 from collections import OrderedDict
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, BinaryIO, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from ...datapath.hashes import hash_file, read_hashes
 from ...datapath.image import serve
@@ -98,7 +98,62 @@ class _Server:
             raise _differs("A layer can't be read", self.layer, f"{length} bytes at {offset}: {error.string}") from None
 
 
-class CheckedDisk(io.RawIOBase):
+class _ReadOnly(io.RawIOBase):
+    """A file of *size* bytes to read from; :meth:`_at` has the bytes."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self._position = 0
+
+    def _at(self, offset: int, length: int) -> bytes:
+        """All of the bytes."""
+        raise NotImplementedError
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def read(self, size: Optional[int] = -1) -> bytes:
+        left = max(0, self.size - self._position)
+        wanted = left if size is None or size < 0 else min(size, left)
+        data = self._at(self._position, wanted) if wanted else b""
+        self._position += len(data)
+        return data
+
+    def readall(self) -> bytes:
+        return self.read()
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+class Slice(_ReadOnly):
+    """A part of another file."""
+
+    def __init__(self, stream: BinaryIO, offset: int, size: int) -> None:
+        super().__init__(size)
+        self._stream = stream
+        self._offset = offset
+
+    def _at(self, offset: int, length: int) -> bytes:
+        self._stream.seek(self._offset + offset)
+        return self._stream.read(length)
+
+
+class CheckedDisk(_ReadOnly):
     """A disk at a restore point, read-only.
 
     :param layers: base first, each {"layer": path, "hashes": path, "blake3": of the hashes' file}.
@@ -106,8 +161,7 @@ class CheckedDisk(io.RawIOBase):
     """
 
     def __init__(self, layers: Sequence[Dict[str, str]], capacity_bytes: int, run_dir: str) -> None:
-        super().__init__()
-        self.size = capacity_bytes
+        super().__init__(capacity_bytes)
         #: The first damage that was met. Who reads through others, which take any error for one of the file system's,
         #: looks here.
         self.damage: Optional[VadpError] = None
@@ -116,7 +170,6 @@ class CheckedDisk(io.RawIOBase):
         self._stack = contextlib.ExitStack()
         self._servers: Dict[int, _Server] = {}
         self._cache: OrderedDict[int, bytes] = OrderedDict()
-        self._position = 0
         try:
             self._hashes = [HashFile(layer["hashes"], layer["blake3"]) for layer in self._layers]
             self._block_bytes = max(hashes.block_bytes for hashes in self._hashes)
@@ -137,41 +190,15 @@ class CheckedDisk(io.RawIOBase):
     def _top(self) -> str:
         return self._layers[-1]["layer"]
 
-    # A file
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def read(self, size: Optional[int] = -1) -> bytes:
-        left = max(0, self.size - self._position)
-        wanted = left if size is None or size < 0 else min(size, left)
+    def _at(self, offset: int, length: int) -> bytes:
         parts = []
-        while wanted:
-            number, inside = divmod(self._position, self._block_bytes)
-            part = self._block(number)[inside : inside + wanted]
+        while length:
+            number, inside = divmod(offset, self._block_bytes)
+            part = self._block(number)[inside : inside + length]
             parts.append(part)
-            self._position += len(part)
-            wanted -= len(part)
+            offset += len(part)
+            length -= len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    def readall(self) -> bytes:
-        return self.read()
-
-    def readinto(self, buffer: Any) -> int:
-        data = self.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
 
     # Checked blocks
 

@@ -40,6 +40,10 @@ Run = Tuple[Optional[int], int]
 CHUNK_BYTES = 1 << 20
 _ZERO_BYTES = 65536
 _MOST_RUNS = 4 << 20
+# The kernel compresses 128 KiB at a time.
+_MOST_COMPRESSED = 1 << 20
+# Seconds of 64 bits, in nanoseconds: btrfs' are signed, its parser takes them for unsigned.
+_SIGN = (1 << 63) * 10**9
 
 FILE, DIRECTORY, LINK, OTHER = "file", "directory", "link", "other"
 _KINDS = {stat.S_IFREG: FILE, stat.S_IFDIR: DIRECTORY, stat.S_IFLNK: LINK}
@@ -350,7 +354,7 @@ class Xfs(FileSystem):
 
     def entries(self, node: Any) -> Iterator[Tuple[str, Any]]:
         for child in node.iterdir():
-            if child.filename is not None:
+            if child.filename not in (None, ".", ".."):
                 yield child.filename, child
 
     def info(self, node: Any) -> Info:
@@ -417,7 +421,7 @@ class Btrfs(FileSystem):
         return Info(
             kind=kind,
             size=node.size,
-            mtime_ns=node.mtime_ns,
+            mtime_ns=(node.mtime_ns + _SIGN) % (2 * _SIGN) - _SIGN,
             mode=stat.S_IMODE(node.mode),
             uid=node.uid,
             gid=node.gid,
@@ -429,7 +433,47 @@ class Btrfs(FileSystem):
         return str(node.link)
 
     def read(self, node: Any) -> Iterator[Piece]:
-        yield from stream_pieces(node.open(), node.size)
+        size = node.size
+        stream = node.open()
+        if not hasattr(stream, "extents"):
+            yield from stream_pieces(stream, size)
+            return
+        left = size
+        for extent in stream.extents:
+            length = min(extent.length, left)
+            if length < 0:
+                raise ValueError("its extents overlap")
+            left -= length
+            if not extent.disk_offset and not extent.disk_length:
+                if length:
+                    yield length
+            elif extent.compression:
+                yield self._decoded(extent, length)
+            else:
+                position = extent.disk_offset + extent.offset
+                while length:
+                    self.fs._logical_fh.seek(position)
+                    data = self.fs._logical_fh.read(min(length, CHUNK_BYTES))
+                    if not data:
+                        raise EOFError("an extent lies outside the volume")
+                    yield data
+                    position += len(data)
+                    length -= len(data)
+            if not left:
+                return
+        if left:
+            yield left
+
+    def _decoded(self, extent: Any, length: int) -> bytes:
+        """A part of a compressed extent. Zeros at its end are not stored."""
+        if extent.disk_length > _MOST_COMPRESSED or extent.offset + length > _MOST_COMPRESSED:
+            raise ValueError("a compressed extent is too large")
+        self.fs._logical_fh.seek(extent.disk_offset)
+        stored = self.fs._logical_fh.read(extent.disk_length)
+        decoded = parsers.btrfs_stream().decode_extent(
+            stored, extent.compression, extent.encryption, self.fs.sector_size
+        )
+        return bytes(decoded[extent.offset : extent.offset + length].ljust(length, b"\0"))
 
 
 class Ntfs(FileSystem):
@@ -507,6 +551,8 @@ class Fat(FileSystem):
     name = "fat"
     ignores_case = True
 
+    _LOWER_BASE, _LOWER_EXTENSION = 0x08, 0x10
+
     def __init__(self, volume: BinaryIO, size: int) -> None:
         super().__init__(volume, size)
         self.fs = parsers.fat().FATFS(volume)
@@ -529,7 +575,19 @@ class Fat(FileSystem):
     def entries(self, node: Any) -> Iterator[Tuple[str, Any]]:
         for child in node.iterdir():
             if child.name not in (".", "..") and not child.is_volume_id():
-                yield str(child.name), child
+                yield self._name_of(child), child
+
+    def _name_of(self, node: Any) -> str:
+        """The long name; the short one in lower case where its entry says so."""
+        if node.ldirents:
+            return str(node.name)
+        base, dot, extension = str(node.short_name).partition(".")
+        flags = node.dirent.DIR_NTRes
+        if flags & self._LOWER_BASE:
+            base = base.lower()
+        if flags & self._LOWER_EXTENSION:
+            extension = extension.lower()
+        return base + dot + extension
 
     def info(self, node: Any) -> Info:
         directory = node is self.fs.root or node.is_directory()

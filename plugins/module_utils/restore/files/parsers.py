@@ -54,6 +54,10 @@ def btrfs() -> Any:
     return _import("dissect.btrfs")
 
 
+def btrfs_stream() -> Any:
+    return _import("dissect.btrfs.stream")
+
+
 def ntfs() -> Any:
     return _import("dissect.ntfs")
 
@@ -61,9 +65,6 @@ def ntfs() -> Any:
 def fat() -> Any:
     return _import("dissect.fat.fat")
 
-
-def disk() -> Any:
-    return _import("dissect.volume.disk")
 
 
 def lvm() -> Any:
