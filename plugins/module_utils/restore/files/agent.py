@@ -29,7 +29,7 @@ from .frames import DATA, encode, encode_hole, encode_json
 from .names import bad_name
 from .patterns import Patterns, State, is_literal, parts_of
 
-MEMORY_BYTES = 3 << 30
+MEMORY_BYTES = 3 << 29
 _RECURSION = 3000
 _MOST_LINKS = 40
 _MOST_DEPTH = 250

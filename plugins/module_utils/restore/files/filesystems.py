@@ -40,6 +40,8 @@ Run = Tuple[Optional[int], int]
 CHUNK_BYTES = 1 << 20
 _ZERO_BYTES = 65536
 _MOST_RUNS = 4 << 20
+# FAT's directories can't be larger.
+_MOST_DIRECTORY = 2 << 20
 # The kernel compresses 128 KiB at a time.
 _MOST_COMPRESSED = 1 << 20
 # Seconds of 64 bits, in nanoseconds: btrfs' are signed, its parser takes them for unsigned.
@@ -573,6 +575,9 @@ class Fat(FileSystem):
         return self.fs.root
 
     def entries(self, node: Any) -> Iterator[Tuple[str, Any]]:
+        if node is not self.fs.root or self.fs.root.cluster:
+            # In place of the parser's own, which does not end if the chain goes in a circle.
+            node._runlist = _merged(iter(self._chain(node.cluster, _MOST_DIRECTORY // self.fs.cluster_size + 1)))
         for child in node.iterdir():
             if child.name not in (".", "..") and not child.is_volume_id():
                 yield self._name_of(child), child
@@ -605,15 +610,24 @@ class Fat(FileSystem):
         if not size:
             return
         cluster = self.fs.cluster_size
-        clusters: List[Optional[int]] = []
         needed = -(-size // cluster)
-        for number in self.fs.fat.chain(node.cluster):
-            clusters.append(number - 2)
-            if len(clusters) >= needed:
-                break
+        clusters = self._chain(node.cluster, needed)
         if len(clusters) < needed:
             raise ValueError("its chain of clusters is too short")
         yield from self._clusters(_merged(iter(clusters)), size, cluster)
+
+    def _chain(self, first: int, most: int) -> List[Optional[int]]:
+        """The first *most* clusters of a chain, as blocks of the data area."""
+        clusters: List[Optional[int]] = []
+        seen = set()
+        for number in self.fs.fat.chain(first):
+            if number < 2 or number in seen:
+                raise ValueError("its chain of clusters is damaged")
+            seen.add(number)
+            clusters.append(number - 2)
+            if len(clusters) >= most:
+                break
+        return clusters
 
     def _clusters(self, runs: List[Run], size: int, cluster: int) -> Iterator[Piece]:
         data_area = self.fs.data_stream

@@ -10,6 +10,7 @@ import os
 import random
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import pytest
@@ -147,3 +148,11 @@ def put_odd_names(tree: Path) -> None:
     """Files with the names that are hard."""
     for number, name in enumerate(ODD_NAMES):
         Path(os.fsdecode(os.fsencode(tree) + b"/etc/" + name)).write_bytes(b"odd %d" % number)
+
+
+@pytest.fixture
+def c() -> Any:
+    """What this file has, for tests that can't import it."""
+    return SimpleNamespace(
+        MIB=MIB, ROOT=ROOT, ODD_NAMES=ODD_NAMES, tool=tool, sums=sums, put_odd_names=put_odd_names, Disks=Disks
+    )

@@ -15,18 +15,6 @@ import pytest
 from ansible_collections.openvadp.backup.plugins.module_utils.restore.files.filesystems import open_file_system
 
 
-@pytest.fixture(scope="module")
-def c() -> Any:
-    import importlib.util
-
-    path = Path(__file__).with_name("conftest.py")
-    spec = importlib.util.spec_from_file_location("files_conftest", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def restored(c: Any, disks: Any, *paths: str, **options: Any) -> Dict[bytes, str]:
     """Restore, and compare what is told with what lies there."""
     result = disks.restore(*paths, **options)
