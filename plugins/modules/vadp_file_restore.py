@@ -12,9 +12,9 @@ description:
     proxy, or lists them. The backup need not know of files, and nothing is unpacked or mounted.
   - It needs no vCenter, no root and no kernel driver. Exactly one of O(vm_uuid) and O(vm_name) is required.
   - It reads ext2, ext3, ext4, XFS, btrfs on one device, NTFS and FAT, in GPT and MBR partitions, in LVM volumes and on
-    whole disks, by dissect's libraries. What they can't read, guestfish can where it is installed.
+    whole disks, by dissect's libraries. Encrypted volumes are told in RV(volumes), and can't be read.
   - A process of its own reads the disks, and can do nothing but answer. Each block of the disk is compared with the hash
-    that was taken when it was backed up (with O(reader=guestfish) all of the point is, before the first file is read).
+    that was taken when it was backed up, so no damage of the repository gets into a file unseen.
   - All files are written into a hidden folder in O(dest) and get their places when the last one is complete. If anything
     fails before, nothing is there. Nothing is written outside O(dest), whatever the image says.
   - Symbolic links are restored as links and never followed here. In O(paths), links of the guest on the way to a file are
@@ -114,15 +114,6 @@ options:
     description: Most files that may be selected. More of them are an error.
     type: int
     default: 100000
-  reader:
-    description:
-      - What reads the file systems. V(auto) is V(dissect) where its libraries are installed, and V(guestfish) where that
-        is installed and V(dissect) is not, or can't read a volume and does not find each of O(paths).
-      - V(guestfish) starts a small virtual machine, which takes longer, but knows every file system that Linux knows. It
-        also replays journals.
-    type: str
-    choices: [auto, dissect, guestfish]
-    default: auto
   io_timeout:
     description: Seconds after which a reader that says nothing is killed, for example over a damaged file system.
     type: int
@@ -135,15 +126,13 @@ requirements:
   - blake3
   - libnbd's Python binding
   - qemu-nbd
-  - Python 3.10 or newer with dissect.volume, dissect.extfs, dissect.xfs, dissect.btrfs, dissect.ntfs and dissect.fat, or
-    guestfish
+  - Python 3.10 or newer with dissect.volume, dissect.extfs, dissect.xfs, dissect.btrfs, dissect.ntfs and dissect.fat
   - jmespath, for O(query)
 notes:
-  - The file systems are as they were at the snapshot. V(dissect) does not replay a journal, so of a snapshot that was not
+  - The file systems are as they were at the snapshot. A journal is not replayed, so of a snapshot that was not
     quiesced the changes of the last seconds may be missing. For ext3 and ext4 a warning tells when that may be so.
   - The times of FAT are local times of the guest; they are taken for UTC.
 seealso:
-  - module: openvadp.backup.vadp_file_versions
   - module: openvadp.backup.vadp_disk_restore
 """
 
@@ -192,7 +181,7 @@ vm_uuid:
   type: str
   sample: 500c1a2b-7d5e-0a4b-9a3c-2f1e0d9c8b7a
 reader:
-  description: What read the file systems, V(dissect) or V(guestfish).
+  description: What read the file systems.
   returned: success
   type: str
   sample: dissect
@@ -331,7 +320,7 @@ from ansible.module_utils.basic import AnsibleModule, missing_required_lib
 from ..module_utils.datapath.progress import Progress
 from ..module_utils.libraries import first_missing
 from ..module_utils.repository.report import search
-from ..module_utils.restore.files.request import PRESERVE, READERS, FilesRequest
+from ..module_utils.restore.files.request import PRESERVE, FilesRequest
 from ..module_utils.restore.files.run import restore_files
 from ..module_utils.runner import Options, progress_options, repository_options, repository_vm_options, run_module
 
@@ -350,7 +339,6 @@ OPTIONS = Options(
         preserve=dict(type="list", elements="str", choices=list(PRESERVE), default=["times"]),
         fail_on_skipped=dict(type="bool", default=False),
         limit=dict(type="int", default=100000),
-        reader=dict(type="str", choices=list(READERS), default="auto"),
         io_timeout=dict(type="int", default=180),
         timeout=dict(type="int", default=86400),
     ),

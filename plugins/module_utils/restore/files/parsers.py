@@ -66,7 +66,6 @@ def fat() -> Any:
     return _import("dissect.fat.fat")
 
 
-
 def lvm() -> Any:
     return _import("dissect.volume.lvm")
 

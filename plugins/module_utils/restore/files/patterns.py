@@ -104,7 +104,7 @@ class Patterns:
         return _compiled(part, self._ignore_case).match(name) is not None
 
     def _with_any_depth(self, states: Iterable[State]) -> FrozenSet[State]:
-        """"**" also stands for no directory at all."""
+        """ "**" also stands for no directory at all."""
         found = set(states)
         todo = list(found)
         while todo:

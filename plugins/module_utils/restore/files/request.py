@@ -13,7 +13,6 @@ from .patterns import parts_of
 
 TIMES, MODE, OWNER, SPECIAL = "times", "mode", "owner", "special_bits"
 PRESERVE = (TIMES, MODE, OWNER, SPECIAL)
-READERS = ("auto", "dissect", "guestfish")
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,6 @@ class FilesRequest:
     fail_on_skipped: bool = False
     preserve: Tuple[str, ...] = (TIMES,)
     limit: int = 100000
-    reader: str = "auto"
     io_timeout: int = 180
     timeout: int = 86400
 

@@ -27,13 +27,13 @@ from ...repository.runs import new_run_id
 from ...repository.verify import missing_problems
 from .disk import layers_of
 from .filesystems import DIRECTORY, FILE, LINK
-from .guestfish import GuestfishReader
 from .names import encoded, path_fields, shown
 from .reader import DiskSource, DissectReader, Entry, FileReader, Unread
 from .request import FilesRequest
 from .writer import FREE, OTHER_KIND, Blocked, Destination, Stage
 
-READERS: Tuple[Type[FileReader], ...] = (DissectReader, GuestfishReader)
+#: The first one that can be used is used.
+READERS: Tuple[Type[FileReader], ...] = (DissectReader,)
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _SHOWN = 5
 _ZEROS = bytes(1 << 20)
@@ -126,48 +126,28 @@ def open_source(request: FilesRequest, point: str) -> Source:
 
 @contextlib.contextmanager
 def opened(request: FilesRequest, source: Source) -> Iterator[Selection]:
-    """The files that the request selects, by a reader that stays open meanwhile.
-
-    With ``reader: auto`` it is dissect where it is installed; guestfish, where that is, reads what dissect can't.
-    """
+    """The files that the request selects, by a reader that stays open meanwhile."""
     deadline = time.monotonic() + request.timeout
-    usable = _usable(request)
+    kind = _usable()
     with RuntimeDir(new_run_id()) as run_dir:
-        for number, kind in enumerate(usable):
-            with contextlib.ExitStack() as stack:
-                options = dict(io_timeout=float(request.io_timeout), deadline=deadline)
-                reader = stack.enter_context(kind(source.disks, run_dir.path, **options))
-                selection = Selection(reader)
-                volumes = _chosen(request, reader)
-                if not volumes and number + 1 < len(usable):
-                    continue
-                walk = reader.walk(volumes, request.paths, request.recurse, request.limit, selection.skip)
-                selection.entries = list(walk)
-                missed = len(reader.matched) < len(request.paths)
-                if missed and number + 1 < len(usable) and _unread(reader):
-                    # What is missing may lie where this one can't look.
-                    continue
-                yield selection
-                return
+        with kind(source.disks, run_dir.path, io_timeout=float(request.io_timeout), deadline=deadline) as reader:
+            selection = Selection(reader)
+            walk = reader.walk(_chosen(request, reader), request.paths, request.recurse, request.limit, selection.skip)
+            selection.entries = list(walk)
+            yield selection
 
 
-def _usable(request: FilesRequest) -> List[Type[FileReader]]:
-    wanted = [kind for kind in READERS if request.reader in ("auto", kind.name)]
-    usable = [kind for kind in wanted if not kind.missing()]
-    if not usable:
-        reasons = "; ".join(f"{kind.name}: {', '.join(kind.missing())}" for kind in wanted)
-        raise InputError(
-            "Files can't be read out of images here",
-            reason=f"missing are, for {reasons}",
-            remedy="Install them on the backup proxy; role backup_proxy does",
-            details={"missing": {kind.name: kind.missing() for kind in wanted}},
-        )
-    return usable
-
-
-def _unread(reader: FileReader) -> bool:
-    harmless = ("empty", "swap")
-    return any(not volume["readable"] and volume["type"] not in harmless for volume in reader.volumes)
+def _usable() -> Type[FileReader]:
+    for kind in READERS:
+        if not kind.missing():
+            return kind
+    missing = {kind.name: kind.missing() for kind in READERS}
+    raise InputError(
+        "Files can't be read out of images here",
+        reason="; ".join(f"{name} needs {', '.join(packages)}" for name, packages in missing.items()),
+        remedy="Install them on the backup proxy; role backup_proxy does, where its Python is new enough",
+        details={"missing": missing},
+    )
 
 
 def _chosen(request: FilesRequest, reader: FileReader) -> List[int]:
@@ -388,9 +368,7 @@ class _Restore:
                     raise DataPathError(
                         "Not all of the files can be read, and nothing was written",
                         subject=str(self._source),
-                        reason="; ".join(
-                            f"{one['path']}: {one['reason']}" for one in self._selection.skipped[:_SHOWN]
-                        ),
+                        reason="; ".join(f"{one['path']}: {one['reason']}" for one in self._selection.skipped[:_SHOWN]),
                         remedy="Set fail_on_skipped: false to have the others",
                     )
                 stage.publish(ready, self._request.preserve)

@@ -301,9 +301,7 @@ class Stage:
         with self._destination._parent(entry.path + "/x", made):
             pass
 
-    def _place(
-        self, entry: Entry, name: bytes, made: List[bytes], placed: List[str], preserve: Sequence[str]
-    ) -> None:
+    def _place(self, entry: Entry, name: bytes, made: List[bytes], placed: List[str], preserve: Sequence[str]) -> None:
         if entry.kind == FILE:
             descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._folder)
             try:

@@ -21,7 +21,16 @@ MIB = 1 << 20
 BLOCK = 64 << 10
 ROOT = Path(__file__).resolve().parents[5]
 #: Names as guests have them: spaces, a line's end, Japanese, an arrow key, bytes that are no UTF-8.
-ODD_NAMES = [b"two words", b"two\nlines", "日本語.txt".encode(), b"\x1b[A", b"bytes\xff\xfe", b"-rf", b"*?[x]", b"back\\slash"]
+ODD_NAMES = [
+    b"two words",
+    b"two\nlines",
+    "日本語.txt".encode(),
+    b"\x1b[A",
+    b"bytes\xff\xfe",
+    b"-rf",
+    b"*?[x]",
+    b"back\\slash",
+]
 
 
 def _repository_conftest() -> Any:
@@ -40,8 +49,22 @@ def tool(*argv: Any, **options: Any) -> str:
     """Run a tool that makes file systems."""
     # Without these mkfs.xfs makes nothing below 300 MiB.
     small = {"TEST_DIR": "1", "TEST_DEV": "1", "QA_CHECK_FS": "1"}
-    env = {**os.environ, **small, "PATH": os.environ["PATH"] + ":/usr/sbin:/sbin", "LC_ALL": "C.UTF-8", "MTOOLS_SKIP_CHECK": "1"}
-    done = subprocess.run([os.fspath(word) if isinstance(word, os.PathLike) else str(word) if not isinstance(word, bytes) else word for word in argv], capture_output=True, env=env, **options)
+    env = {
+        **os.environ,
+        **small,
+        "PATH": os.environ["PATH"] + ":/usr/sbin:/sbin",
+        "LC_ALL": "C.UTF-8",
+        "MTOOLS_SKIP_CHECK": "1",
+    }
+    done = subprocess.run(
+        [
+            os.fspath(word) if isinstance(word, os.PathLike) else str(word) if not isinstance(word, bytes) else word
+            for word in argv
+        ],
+        capture_output=True,
+        env=env,
+        **options,
+    )
     assert done.returncode == 0, (argv, done.stderr, done.stdout)
     return done.stdout.decode("utf-8", "replace")
 

@@ -40,7 +40,21 @@ def test_ext_with_all_names_in_a_gpt_partition(c: Any, disks: Any, tree: Path, k
     image = disks.image(40 * c.MIB)
     ((start, size),) = partition(c, image, "gpt", "start=2048, type=linux")
     block = "1024" if kind == "ext2" else "4096"
-    c.tool(f"mkfs.{kind}", "-q", "-F", "-b", block, "-L", "data", "-E", f"offset={start}", "-d", tree, image, f"{size // 1024}k")
+    c.tool(
+        f"mkfs.{kind}",
+        "-q",
+        "-F",
+        "-b",
+        block,
+        "-L",
+        "data",
+        "-E",
+        f"offset={start}",
+        "-d",
+        tree,
+        image,
+        f"{size // 1024}k",
+    )
     disks.chain(image)
     found = restored(c, disks, "/etc", "/big", "/sparse")
     assert found == c.sums(tree)
@@ -213,6 +227,9 @@ def test_logical_volumes_over_two_partitions(c: Any, disks: Any, tree: Path, tmp
                 file.write(volumes[fields[1]][at : at + count * extent])
     disks.chain(image)
     listed = disks.restore("/**", list_only=True)
-    assert [(volume["name"], volume["label"]) for volume in listed["volumes"]] == [("vg0/root", "root"), ("vg0/home", "home")]
+    assert [(volume["name"], volume["label"]) for volume in listed["volumes"]] == [
+        ("vg0/root", "root"),
+        ("vg0/home", "home"),
+    ]
     found = restored(c, disks, "/*", volumes=["vg0/root"])
     assert {path: digest for path, digest in found.items() if b"lost+found" not in path} == c.sums(tree)
