@@ -18,7 +18,8 @@ author: openvadp maintainers (@openvadp)
 description:
   - Renders what module M(openvadp.backup.vadp_file_restore) returns, or what role
     P(openvadp.backup.vm_file_restore#role) leaves in C(vm_file_restore_result).
-  - Each file is one line. What was skipped stands below the table. What O(ignore:query) made of the list is not rendered.
+  - Each file is one line. What was skipped stands below the table. What option C(query) made of the list is not
+    rendered.
   - Print the lines with M(openvadp.backup.show_lines).
 options:
   _input:

@@ -13,12 +13,12 @@ description:
   - It needs no vCenter, no root and no kernel driver. Exactly one of O(vm_uuid) and O(vm_name) is required.
   - It reads ext2, ext3, ext4, XFS, btrfs on one device, NTFS and FAT, in GPT and MBR partitions, in LVM volumes and on
     whole disks, by dissect's libraries. Encrypted volumes are told in RV(volumes), and can't be read.
-  - A process of its own reads the disks, and can do nothing but answer. Each block of the disk is compared with the hash
-    that was taken when it was backed up, so no damage of the repository gets into a file unseen.
-  - All files are written into a hidden folder in O(dest) and get their places when the last one is complete. If anything
-    fails before, nothing is there. Nothing is written outside O(dest), whatever the image says.
-  - Symbolic links are restored as links and never followed here. In O(paths), links of the guest on the way to a file are
-    followed within its volume. Devices, pipes and sockets are skipped, and told in RV(skipped).
+  - A process of its own reads the disks, and can do nothing but answer. Each block of the disk is compared with the
+    hash that was taken when it was backed up, so no damage of the repository gets into a file unseen.
+  - All files are written into a hidden folder in O(dest) and get their places when the last one is complete. If
+    anything fails before, nothing is there. No name or link of the image leads outside O(dest).
+  - Symbolic links are restored as links and never followed here. In O(paths), links of the guest on the way to a file
+    are followed within its volume. Devices, pipes and sockets are skipped, and told in RV(skipped).
 author:
   - openvadp maintainers (@openvadp)
 extends_documentation_fragment:
@@ -80,8 +80,8 @@ options:
     default: []
   volumes:
     description:
-      - The volumes that are searched, each by its name, label or UUID as RV(volumes) tells them. Empty means all that can
-        be read.
+      - The volumes that are searched, each by its name, label or UUID as RV(volumes) tells them. Empty means all that
+        can be read.
       - If the same path exists on two of them, this has to name the one that is meant.
     type: list
     elements: str
@@ -98,8 +98,8 @@ options:
         guest's users are not those of this machine.
       - V(times) is the time of the last change. V(mode) are the permissions, V(special_bits) the set-user-id and
         set-group-id bits of them. V(owner) are the guest's user and group ids; it takes root.
-      - NTFS and FAT have no modes and owners that mean anything here. Access control lists and other extended attributes
-        are not restored.
+      - NTFS and FAT have no modes and owners that mean anything here. Access control lists and other extended
+        attributes are not restored.
     type: list
     elements: str
     choices: [times, mode, owner, special_bits]

@@ -47,7 +47,9 @@ def test_the_playbook(own_simulator: Simulator, backups: Backups, tmp_path: Path
     dest = tmp_path / "files"
     dest.mkdir()
     variables = {"repository": str(backups.repository), "vm": "app01", "vm_file_restore_disks": [2000]}
-    outcome = backups.ansible.run("openvadp.backup.restore_files", variables=dict(variables, paths="/**", list=True)).ok()
+    outcome = backups.ansible.run(
+        "openvadp.backup.restore_files", variables=dict(variables, paths="/**", list=True)
+    ).ok()
     paths = [file["path"] for file in outcome.result("vadp_file_restore")["files"] if file["type"] == "file"]
     assert outcome.changed == 0 and paths[0] in outcome.stdout and "listed" in outcome.stdout
     restore = dict(variables, paths=paths, dest=str(dest))

@@ -13,18 +13,33 @@ An answer may be {error} instead: a ``VadpError`` as ``to_result`` tells it.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import resource
 import sys
 import time
-from typing import Any, BinaryIO, Dict, FrozenSet, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, cast
+from typing import (
+    Any,
+    BinaryIO,
+    Callable,
+    Dict,
+    FrozenSet,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+    cast,
+)
 
 from ...errors import VadpError
 from ...transport.disk_format import read_partitions
 from . import parsers
 from .disk import CheckedDisk, Slice
-from .filesystems import BROKEN, DIRECTORY, FILE, LINK, OTHER, FileSystem, Info, Unreadable, guess, open_file_system
+from .filesystems import BROKEN, DIRECTORY, FILE, LINK, OTHER, FileSystem, Info, guess, open_file_system
 from .frames import DATA, encode, encode_hole, encode_json
 from .names import bad_name
 from .patterns import Patterns, State, is_literal, parts_of
@@ -76,7 +91,7 @@ class Agent:
 
     def serve(self, requests: Iterator[bytes]) -> None:
         """Answer until there are no more requests."""
-        calls = {"open": self.open, "walk": self.walk, "read": self.read}
+        calls: Dict[str, Callable[..., None]] = {"open": self.open, "walk": self.walk, "read": self.read}
         try:
             for line in requests:
                 request = json.loads(line)
@@ -152,7 +167,7 @@ class Agent:
         """The logical volumes of all physical ones; a group with a part missing tells so."""
         groups: Dict[str, List[Any]] = {}
         keys: Dict[str, int] = {}
-        lvm = parsers.lvm() if physical else None
+        lvm: Any = parsers.lvm() if physical else None
         parts: List[_Part] = []
         for part in physical:
             try:
@@ -171,7 +186,7 @@ class Agent:
             try:
                 volumes = list(lvm.LVM2(groups[name]).volume_group.logical_volumes.items())
             except BROKEN as error:
-                self._unreadable(_Part(name, keys[name], self._disks[keys[name]], 0), "lvm", problem_of(error))
+                self._unreadable(_Part(name, keys[name], io.BytesIO(), 0), "lvm", problem_of(error))
                 continue
             for volume_name, volume in volumes:
                 full = f"{name}/{volume_name}"
@@ -181,7 +196,7 @@ class Agent:
                     stream = volume.open()
                     parts.append(_Part(full, keys[name], stream, int(stream.size)))
                 except BROKEN as error:
-                    self._unreadable(_Part(full, keys[name], self._disks[keys[name]], 0), "lvm", problem_of(error))
+                    self._unreadable(_Part(full, keys[name], io.BytesIO(), 0), "lvm", problem_of(error))
         return parts
 
     def _unreadable(self, part: _Part, kind: str, why: str) -> None:

@@ -314,7 +314,7 @@ class Ext(FileSystem):
                 return
             each = per_block ** (level - 1)
             if pointer == 0:
-                for dummy in range(min(wanted, each * per_block)):
+                for _number in range(min(wanted, each * per_block)):
                     yield None
                 return
             table = _from(self.volume, pointer * self.fs.block_size, self.fs.block_size)

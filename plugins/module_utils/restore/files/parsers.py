@@ -24,6 +24,14 @@ PACKAGES = {
 _ERRORS = ("dissect.extfs", "dissect.xfs", "dissect.btrfs", "dissect.ntfs", "dissect.fat", "dissect.volume")
 
 
+_in_use: List[bool] = []
+
+
+def use() -> None:
+    """Say that this process reads file systems: others need not know what parsers raise, which takes their import."""
+    _in_use.append(True)
+
+
 def missing() -> List[str]:
     """What has to be installed before dissect can be used here; empty if nothing is missing."""
     if sys.version_info < PYTHON:
@@ -72,7 +80,7 @@ def lvm() -> Any:
 
 def errors() -> Tuple[Type[BaseException], ...]:
     """The base classes of what the parsers raise."""
-    if missing():
+    if not _in_use or missing():
         return ()
     found = []
     for package in _ERRORS:

@@ -2,8 +2,8 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 """The small interface through which files come out of an image, and the reader by dissect.
 
-The disks come from a guest that nobody vouches for. So a process of its own reads them (:mod:`.agent`), and what it says
-is checked here before anything is made of it.
+The disks come from a guest that nobody vouches for. So a process of its own reads them (:mod:`.agent`), and what it
+says is checked here before anything is made of it.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ OnSkipped = Callable[[int, str, str], None]
 # sys.path is that of the module, which runs out of an archive.
 _PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]);"
+    f" from {parsers.__name__} import use; use();"
     f" from {agent.__name__} import main; main(int(sys.argv[2]), int(sys.argv[3]))"
 )
 
@@ -339,6 +340,8 @@ def _as_error(document: Dict[str, Any]) -> VadpError:
     kind = getattr(errors, str(document.get("kind")), DataPathError)
     if not (isinstance(kind, type) and issubclass(kind, VadpError)):
         kind = DataPathError
-    names = ("what", "subject", "reason", "remedy", "retryable", "details")
-    error: VadpError = kind(**{name: document.get(name) for name in names})
+    fields: Dict[str, Any] = {
+        name: document.get(name) for name in ("what", "subject", "reason", "remedy", "retryable", "details")
+    }
+    error: VadpError = kind(**fields)
     return error

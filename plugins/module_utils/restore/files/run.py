@@ -129,12 +129,12 @@ def opened(request: FilesRequest, source: Source) -> Iterator[Selection]:
     """The files that the request selects, by a reader that stays open meanwhile."""
     deadline = time.monotonic() + request.timeout
     kind = _usable()
-    with RuntimeDir(new_run_id()) as run_dir:
-        with kind(source.disks, run_dir.path, io_timeout=float(request.io_timeout), deadline=deadline) as reader:
-            selection = Selection(reader)
-            walk = reader.walk(_chosen(request, reader), request.paths, request.recurse, request.limit, selection.skip)
-            selection.entries = list(walk)
-            yield selection
+    timeout = float(request.io_timeout)
+    with RuntimeDir(new_run_id()) as run_dir, kind(source.disks, run_dir.path, timeout, deadline) as reader:
+        selection = Selection(reader)
+        walk = reader.walk(_chosen(request, reader), request.paths, request.recurse, request.limit, selection.skip)
+        selection.entries = list(walk)
+        yield selection
 
 
 def _usable() -> Type[FileReader]:

@@ -3,8 +3,8 @@
 """Files of a guest in a folder here, and nothing outside it.
 
 Every name is opened relative to the descriptor of the directory that it lies in, and no symbolic link is followed: not
-one that came out of the image, and not one that somebody puts there meanwhile. Files are written into a hidden folder in
-the destination first, and get their places when all of them are complete; what fails before leaves nothing behind.
+one that came out of the image, and not one that somebody puts there meanwhile. Files are written into a hidden folder
+in the destination first, and get their places when all of them are complete; what fails before leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -325,10 +325,11 @@ class Stage:
     def _finish_directory(self, entry: Entry, preserve: Sequence[str]) -> None:
         """Last of all: its files would change its time, and its mode may forbid them."""
         with self._destination._parent(entry.path) as (folder, last):
-            descriptor = os.dup(folder) if not last else os.open(last, _FOLDER, dir_fd=folder)
+            if folder is None or not last:
+                return
+            descriptor = os.open(last, _FOLDER, dir_fd=folder)
             try:
-                if last:
-                    _keep(descriptor, entry, preserve)
+                _keep(descriptor, entry, preserve)
             finally:
                 os.close(descriptor)
 

@@ -6,12 +6,10 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
 import pytest
-
 from ansible_collections.openvadp.backup.plugins.module_utils.restore.files.filesystems import open_file_system
 
 

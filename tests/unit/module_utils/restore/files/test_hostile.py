@@ -205,7 +205,7 @@ def test_damage_anywhere(c: Any, disks: Any, tree: Path, outside: Path, kind: st
     for seed in range(3):
         dice = random.Random(seed)
         data = bytearray(sound)
-        for dummy in range(60):
+        for _number in range(60):
             data[dice.choice(metadata) + dice.randrange(512)] = dice.randrange(256)
         name = f"damage{seed}"
         if parent is None:
