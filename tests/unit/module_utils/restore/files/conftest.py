@@ -56,15 +56,8 @@ def tool(*argv: Any, **options: Any) -> str:
         "LC_ALL": "C.UTF-8",
         "MTOOLS_SKIP_CHECK": "1",
     }
-    done = subprocess.run(
-        [
-            os.fspath(word) if isinstance(word, os.PathLike) else str(word) if not isinstance(word, bytes) else word
-            for word in argv
-        ],
-        capture_output=True,
-        env=env,
-        **options,
-    )
+    words = [word if isinstance(word, bytes) else os.fsencode(str(word)) for word in argv]
+    done = subprocess.run(words, check=False, capture_output=True, env=env, **options)
     assert done.returncode == 0, (argv, done.stderr, done.stdout)
     return done.stdout.decode("utf-8", "replace")
 
@@ -73,7 +66,7 @@ def sums(tree: Path) -> Dict[bytes, str]:
     """{path: SHA-256} of the files of a folder."""
     found = {}
     top = os.fsencode(tree)
-    for folder, dummy, names in os.walk(top):
+    for folder, _folders, names in os.walk(top):
         for name in names:
             path = os.path.join(folder, name)
             if os.path.isfile(path) and not os.path.islink(path):
