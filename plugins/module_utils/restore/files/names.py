@@ -37,6 +37,8 @@ def encoded(name: str) -> bytes:
 
 def shown(path: str) -> str:
     """A path for people and for JSON: what is no text, or would move the cursor, stands as ``\\xNN`` or ``\\n``."""
+    if path.isprintable():
+        return path
     parts = []
     for letter in encoded(path).decode("utf-8", "surrogateescape"):
         if "\udc80" <= letter <= "\udcff":
