@@ -23,7 +23,6 @@ from ...errors import DamagedError, DataPathError, InputError, RepositoryError
 from ...repository.chain import chain_of
 from ...repository.layout import Repository, VmStore
 from ...repository.manifest import disk_of
-from ...repository.runs import new_run_id
 from ...repository.verify import missing_problems
 from .disk import layers_of
 from .filesystems import DIRECTORY, FILE, LINK
@@ -130,7 +129,10 @@ def opened(request: FilesRequest, source: Source) -> Iterator[Selection]:
     deadline = time.monotonic() + request.timeout
     kind = _usable()
     timeout = float(request.io_timeout)
-    with RuntimeDir(new_run_id()) as run_dir, kind(source.disks, run_dir.path, timeout, deadline) as reader:
+    # The folder's name is the same for each restore of a VM's files, so the next one clears up after a crash.
+    name = f"files-{source.store.uuid}"
+    RuntimeDir.leftovers(name, remove=True)
+    with RuntimeDir(name) as run_dir, kind(source.disks, run_dir.path, timeout, deadline) as reader:
         selection = Selection(reader)
         walk = reader.walk(_chosen(request, reader), request.paths, request.recurse, request.limit, selection.skip)
         selection.entries = list(walk)
