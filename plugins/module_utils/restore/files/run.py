@@ -316,7 +316,8 @@ class _Restore:
         if entry.kind == LINK:
             return self._destination.link_target(entry.path) == encoded(entry.target or "")
         try:
-            with self._destination.content(entry.path) as descriptor:
+            descriptor = self._destination.content(entry.path)
+            try:
                 if os.fstat(descriptor).st_size != entry.size:
                     return False
                 digest = hashlib.sha256()
@@ -325,6 +326,8 @@ class _Restore:
                         return False
                 self._sums[id(entry)] = digest.hexdigest()
                 return True
+            finally:
+                os.close(descriptor)
         except OSError as error:
             raise InputError(
                 "A file that is there can't be compared",

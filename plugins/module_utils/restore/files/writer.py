@@ -134,19 +134,16 @@ class Destination:
                 return None
             return os.readlink(name, dir_fd=folder)
 
-    @contextlib.contextmanager
-    def content(self, path: str) -> Iterator[int]:
-        """The descriptor of the file at a path, to read what is there now."""
+    def content(self, path: str) -> int:
+        """A descriptor of the file at a path, to read what is there now; the caller closes it."""
         with self._parent(path) as (folder, name):
             if folder is None:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
             descriptor = os.open(name, _READ, dir_fd=folder)
-            try:
-                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                    raise OSError(errno.EINVAL, "it is no ordinary file")
-                yield descriptor
-            finally:
-                os.close(descriptor)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise OSError(errno.EINVAL, "it is no ordinary file")
+        return descriptor
 
     @contextlib.contextmanager
     def _parent(self, path: str, make: Optional[List[bytes]] = None) -> Iterator[Tuple[Optional[int], bytes]]:
