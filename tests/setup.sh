@@ -20,7 +20,7 @@ as_root() {
 }
 
 PACKAGES=(python3 python3-venv python3-dev python3-libnbd libnbd-bin nbdkit qemu-utils gcc libc6-dev make git openssl curl
-    e2fsprogs ntfs-3g xfsprogs dosfstools fdisk util-linux procps openssh-client shellcheck
+    e2fsprogs ntfs-3g xfsprogs btrfs-progs dosfstools mtools fdisk util-linux procps openssh-client shellcheck
     iproute2 iputils-ping)
 
 apt_install() {

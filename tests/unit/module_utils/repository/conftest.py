@@ -99,14 +99,24 @@ class World:
         path = str(self.store.layer_path(KEY, point))
         create_layer(path, capacity, backing=None if parent is None else f"{parent}.qcow2")
         with HashWriter(str(self.store.hashes_path(KEY, point)), capacity) as hashes:
+            commands = []
+            sources = []
             for offset, data in writes:
                 padded = data + bytes(-len(data) % 512)
-                source = folder / "piece"
+                source = folder / f"piece-{len(sources)}"
                 source.write_bytes(padded)
-                command = f"write -q -s {source} {offset} {len(padded)}"
-                subprocess.run(["qemu-io", "-f", "qcow2", "-c", command, path], check=True, stdout=subprocess.DEVNULL)
-                source.unlink()
+                sources.append(source)
+                commands += ["-c", f"write -q -s {source} {offset} {len(padded)}"]
                 hashes.add(offset, data)
+            # One after the other, by as few processes as their command lines allow.
+            for start in range(0, len(commands), 400):
+                subprocess.run(
+                    ["qemu-io", "-f", "qcow2", *commands[start : start + 400], path],
+                    check=True,
+                    stdout=subprocess.DEVNULL,
+                )
+            for source in sources:
+                source.unlink()
         shrink_to(path, capacity)
         self.count += 1
         return disk_entry(

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""The table that ends a restore of files: one line a file, what was skipped below it."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Dict, List, Mapping, Sequence
+
+from ansible.errors import AnsibleFilterError
+
+from ..plugin_utils.tables import NONE, fold, format_bytes, render
+
+DOCUMENTATION = r"""
+name: file_table
+short_description: Restored files as a table for people
+version_added: 0.1.0
+author: openvadp maintainers (@openvadp)
+description:
+  - Renders what module M(openvadp.backup.vadp_file_restore) returns, or what role
+    P(openvadp.backup.vm_file_restore#role) leaves in C(vm_file_restore_result).
+  - Each file is one line. What was skipped stands below the table. What option C(query) made of the list is not
+    rendered.
+  - Print the lines with M(openvadp.backup.show_lines).
+options:
+  _input:
+    description: Results of M(openvadp.backup.vadp_file_restore), in the order of the table.
+    type: list
+    elements: dict
+    required: true
+  most:
+    description: Most files that are shown of each result; the others are counted.
+    type: int
+    default: 40
+  width:
+    description: Columns that the text below the table is folded to.
+    type: int
+    default: 140
+seealso:
+  - plugin: openvadp.backup.show_lines
+    plugin_type: module
+"""
+
+EXAMPLES = r"""
+- name: Show what was restored
+  openvadp.backup.show_lines:
+    lines: "{{ [vm_file_restore_result] | openvadp.backup.file_table }}"
+"""
+
+RETURN = r"""
+_value:
+  description: The table's lines, without line ends.
+  type: list
+  elements: str
+"""
+
+_HEADINGS = ["point", "volume", "file", "size", "changed", "sha256", "state"]
+_SHOWN_DIGITS = 12
+
+
+def file_table(results: Sequence[Mapping[str, Any]], most: int = 40, width: int = 140) -> List[str]:
+    """The lines of the table.
+
+    :param results: what module vadp_file_restore returned, each with ``point``, ``files`` and ``skipped``.
+    :param most: files shown of each.
+    :param width: columns for the text below the table.
+    """
+    if isinstance(results, (str, bytes, Mapping)) or not all(isinstance(result, Mapping) for result in results):
+        raise AnsibleFilterError("file_table takes a list of what module vadp_file_restore returned.")
+    rows = []
+    below: List[str] = []
+    for result in results:
+        files = [file for file in result.get("files") or [] if isinstance(file, Mapping) and "path" in file]
+        for file in files[:most]:
+            rows.append(
+                [
+                    str(result.get("point") or NONE),
+                    str(file.get("volume") or NONE),
+                    str(file.get("dest") or file["path"]) + ("/" if file.get("type") == "directory" else ""),
+                    format_bytes(file.get("size")) if file.get("type") == "file" else NONE,
+                    str(file.get("mtime") or NONE),
+                    str(file.get("sha256") or NONE)[:_SHOWN_DIGITS],
+                    str(file.get("state") or NONE),
+                ]
+            )
+        if len(files) > most:
+            below.append(f"and {len(files) - most} more")
+        for skipped in (result.get("skipped") or [])[:most]:
+            below += fold(f"skipped: {skipped.get('path')} on {skipped.get('volume')}: {skipped.get('reason')}", width)
+    return render(_HEADINGS, {"size"}, rows) + below
+
+
+class FilterModule:
+    """The filters of this file."""
+
+    def filters(self) -> Dict[str, Callable[..., Any]]:
+        return {"file_table": file_table}

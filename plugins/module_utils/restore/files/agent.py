@@ -1,0 +1,463 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""The process that reads a disk's file systems: it writes nothing, has bounds, and can be killed at any time.
+
+It takes requests as JSON lines and answers with frames (see :mod:`.frames`):
+
+- ``open``: {disks: [{key, label, capacity_bytes, layers}], run_dir} -> {volumes}
+- ``walk``: {volumes, patterns, recurse, limit} -> an object for each file, then {end}
+- ``read``: {id} of a file that was walked -> data and holes, then {end}
+
+An answer may be {error} instead: a ``VadpError`` as ``to_result`` tells it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import resource
+import sys
+import time
+from typing import (
+    Any,
+    BinaryIO,
+    Callable,
+    Dict,
+    FrozenSet,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+    cast,
+)
+
+from ...errors import VadpError
+from ...transport.disk_format import read_partitions
+from . import parsers
+from .disk import CheckedDisk, Slice
+from .filesystems import BROKEN, DIRECTORY, FILE, LINK, OTHER, FileSystem, Info, guess, open_file_system
+from .frames import DATA, encode, encode_hole, encode_json
+from .names import bad_name
+from .patterns import Patterns, State, is_literal, parts_of
+
+MEMORY_BYTES = 3 << 29
+_RECURSION = 3000
+_MOST_LINKS = 40
+_MOST_DEPTH = 250
+_VISITED_TIMES = 50
+_TELL_SECONDS = 1.0
+# What a sparse file may claim to be, of the disk's size.
+_SPARSE_TIMES = 64
+_EXTENDED = ("05", "0f", "85")
+
+
+class Volume(NamedTuple):
+    """A part of a disk, and what is on it."""
+
+    facts: Dict[str, Any]
+    system: Optional[FileSystem]
+
+
+class _Part(NamedTuple):
+    name: str
+    key: int
+    stream: BinaryIO
+    size: int
+
+
+def problem_of(error: BaseException) -> str:
+    """What a parser stumbled over, in a line."""
+    if isinstance(error, RecursionError):
+        return "its structures go in a circle"
+    if isinstance(error, MemoryError):
+        return "it would need more memory than it may have"
+    text = str(error).strip().splitlines()
+    return text[0][:200] if text else type(error).__name__
+
+
+class Agent:
+    """What the process keeps between requests."""
+
+    def __init__(self, out: int) -> None:
+        self._out = out
+        self._disks: Dict[int, CheckedDisk] = {}
+        self._volumes: List[Volume] = []
+        self._files: List[Tuple[FileSystem, Any, Info]] = []
+        self._told = 0.0
+
+    def serve(self, requests: Iterator[bytes]) -> None:
+        """Answer until there are no more requests."""
+        calls: Dict[str, Callable[..., None]] = {"open": self.open, "walk": self.walk, "read": self.read}
+        try:
+            for line in requests:
+                request = json.loads(line)
+                try:
+                    calls[request.pop("op")](**request)
+                    self._raise_damage()
+                except VadpError as error:
+                    self._say(error=error.to_result())
+        finally:
+            for disk in self._disks.values():
+                disk.close()
+
+    def _send(self, frame: bytes) -> None:
+        view = memoryview(frame)
+        while view:
+            view = view[os.write(self._out, view) :]
+
+    def _say(self, **document: Any) -> None:
+        self._told = time.monotonic()
+        self._send(encode_json(document))
+
+    def _raise_damage(self) -> None:
+        for disk in self._disks.values():
+            if disk.damage is not None:
+                raise disk.damage
+
+    # open
+
+    def open(self, disks: Sequence[Dict[str, Any]], run_dir: str) -> None:
+        """Find the volumes of the disks, and what is on them."""
+        parts: List[_Part] = []
+        physical: List[_Part] = []
+        for entry in disks:
+            disk = CheckedDisk(entry["layers"], entry["capacity_bytes"], run_dir)
+            self._disks[entry["key"]] = disk
+            for part in self._parts(disk, entry["key"]):
+                (physical if self._is_physical_volume(part) else parts).append(part)
+            self._raise_damage()
+        parts += self._logical(physical)
+        self._raise_damage()
+        for part in parts:
+            self._volumes.append(self._volume(part))
+            self._raise_damage()
+        self._say(volumes=[volume.facts for volume in self._volumes])
+
+    def _parts(self, disk: CheckedDisk, key: int) -> List[_Part]:
+        """The partitions of a disk, or the whole of it."""
+        stream = cast(BinaryIO, disk)
+        parts = []
+        before = len(self._volumes)
+        for entry in read_partitions(stream) or ():
+            part = _Part(f"{key}p{entry.number}", key, stream, entry.length)
+            if entry.kind in _EXTENDED:
+                continue
+            if entry.offset >= disk.size:
+                self._unreadable(part, "unknown", "it lies outside the disk")
+                continue
+            length = min(entry.length, disk.size - entry.offset)
+            parts.append(_Part(part.name, key, cast(BinaryIO, Slice(stream, entry.offset, length)), length))
+        if parts or len(self._volumes) > before:
+            return parts
+        return [_Part(str(key), key, stream, disk.size)]
+
+    @staticmethod
+    def _is_physical_volume(part: _Part) -> bool:
+        try:
+            part.stream.seek(0)
+            return b"LABELONE" in part.stream.read(4096)
+        except BROKEN:
+            return False
+
+    def _logical(self, physical: Sequence[_Part]) -> List[_Part]:
+        """The logical volumes of all physical ones; a group with a part missing tells so."""
+        groups: Dict[str, List[Any]] = {}
+        keys: Dict[str, int] = {}
+        lvm: Any = parsers.lvm() if physical else None
+        parts: List[_Part] = []
+        for part in physical:
+            try:
+                device = lvm.LVM2Device(part.stream)
+                metadata = device.metadata
+                name = next(key for key, value in (metadata or {}).items() if isinstance(value, dict))
+            except BROKEN as error:
+                self._unreadable(part, "lvm", problem_of(error))
+                continue
+            except StopIteration:
+                self._unreadable(part, "lvm", "it belongs to no volume group")
+                continue
+            groups.setdefault(name, []).append(device)
+            keys.setdefault(name, part.key)
+        for name in sorted(groups):
+            try:
+                volumes = list(lvm.LVM2(groups[name]).volume_group.logical_volumes.items())
+            except BROKEN as error:
+                self._unreadable(_Part(name, keys[name], io.BytesIO(), 0), "lvm", problem_of(error))
+                continue
+            for volume_name, volume in volumes:
+                full = f"{name}/{volume_name}"
+                try:
+                    if not volume.is_visible:
+                        continue
+                    stream = volume.open()
+                    parts.append(_Part(full, keys[name], stream, int(stream.size)))
+                except BROKEN as error:
+                    self._unreadable(_Part(full, keys[name], io.BytesIO(), 0), "lvm", problem_of(error))
+        return parts
+
+    def _unreadable(self, part: _Part, kind: str, why: str) -> None:
+        self._volumes.append(Volume(self._facts(part, kind, problem=why), None))
+
+    @staticmethod
+    def _facts(part: _Part, kind: str, **more: Any) -> Dict[str, Any]:
+        facts = {
+            "name": part.name,
+            "disk": part.key,
+            "size": part.size,
+            "type": kind,
+            "label": None,
+            "uuid": None,
+            "readable": False,
+            "problem": None,
+            "warnings": [],
+        }
+        facts.update(more)
+        return facts
+
+    def _volume(self, part: _Part) -> Volume:
+        kind = "unknown"
+        try:
+            system = open_file_system(part.stream, part.size)
+            if system is None:
+                known = guess(part.stream)
+                return Volume(self._facts(part, known["type"], problem=known["why"]), None)
+            kind = system.name
+            system.info(system.root())
+        except BROKEN as error:
+            return Volume(self._facts(part, kind, problem=f"it can't be read: {problem_of(error)}"), None)
+        facts = self._facts(
+            part, kind, label=system.label, uuid=system.uuid, readable=True, warnings=list(system.warnings)
+        )
+        return Volume(facts, system)
+
+    # walk
+
+    def walk(self, volumes: Sequence[int], patterns: Sequence[str], recurse: bool, limit: int) -> None:
+        """Tell the files that patterns select: in a tree, a directory comes before what is in it."""
+        self._files = []
+        ended = None
+        matched: Set[int] = set()
+        for number in volumes:
+            system = self._volumes[number].system
+            if system is not None:
+                walk = _Walk(self, number, system, recurse, limit)
+                walk.run([parts_of(pattern) for pattern in patterns])
+                ended = ended or walk.ended
+                matched |= walk.matched
+            self._raise_damage()
+        self._say(end=True, limit=ended, matched=sorted(matched))
+
+    def found(self, volume: int, system: FileSystem, path: str, node: Any, info: Info) -> None:
+        """Tell a file that was found."""
+        entry: Dict[str, Any] = {
+            "volume": volume,
+            "path": path,
+            "kind": info.kind,
+            "size": info.size,
+            "mtime_ns": info.mtime_ns,
+            "mode": info.mode,
+            "uid": info.uid,
+            "gid": info.gid,
+        }
+        if info.kind == LINK:
+            entry["target"] = system.link(node)
+        elif info.kind == FILE:
+            entry["id"] = len(self._files)
+            self._files.append((system, node, info))
+        self._say(file=entry)
+
+    @property
+    def found_files(self) -> int:
+        return len(self._files)
+
+    def skipped(self, volume: int, path: str, reason: str) -> None:
+        """Tell a file that can't be had."""
+        self._say(skipped={"volume": volume, "path": path, "reason": reason})
+
+    def alive(self) -> None:
+        """Tell that the work goes on, now and then."""
+        if time.monotonic() - self._told > _TELL_SECONDS:
+            self._say(alive=True)
+
+    # read
+
+    def read(self, id: int) -> None:
+        """Send what a file holds. What can't be read ends with {problem} instead of {end}."""
+        system, node, info = self._files[id]
+        sent = 0
+        try:
+            for piece in system.read(node):
+                sent += piece if isinstance(piece, int) else len(piece)
+                if sent > info.size:
+                    raise ValueError("it is longer than its inode says")
+                self._send(encode_hole(piece) if isinstance(piece, int) else encode(DATA, piece))
+            if sent != info.size:
+                raise ValueError(f"{info.size - sent} bytes are missing at its end")
+        except BROKEN as error:
+            self._raise_damage()
+            self._say(problem=f"it can't be read: {problem_of(error)}")
+            return
+        self._say(end=True)
+
+
+class _Walk:
+    """One way through one file system."""
+
+    def __init__(self, agent: Agent, volume: int, system: FileSystem, recurse: bool, limit: int) -> None:
+        self._agent = agent
+        self._volume = volume
+        self._system = system
+        self._recurse = recurse
+        self._limit = limit
+        self._found = 0
+        self._visited = 0
+        self._links = 0
+        self._told: Set[str] = set()
+        #: The patterns that select something, by their numbers.
+        self.matched: Set[int] = set()
+        #: Why it ended before its end.
+        self.ended: Optional[str] = None
+
+    def run(self, patterns: List[List[str]]) -> None:
+        todo = list(enumerate(patterns))
+        while todo and self.ended is None:
+            origins = [origin for origin, dummy in todo]
+            matcher = Patterns([parts for dummy, parts in todo], self._system.ignores_case)
+            start = matcher.start()
+            follow: List[Tuple[int, List[str]]] = []
+            root = self._system.root()
+            if start.selected:
+                self._match(start.selected, origins)
+                self._tell("/", root)
+            seen = {self._identity(root)}
+            everything = bool(start.selected) and self._recurse
+            self._directory(matcher, origins, root, start.below, everything, seen, follow)
+            self._links += 1
+            if follow and self._links > _MOST_LINKS:
+                self._agent.skipped(self._volume, "/" + "/".join(follow[0][1]), "too many symbolic links")
+                return
+            todo = follow
+
+    def _match(self, selected: FrozenSet[int], origins: List[int]) -> None:
+        self.matched.update(origins[number] for number in selected)
+
+    def _identity(self, node: Any) -> Any:
+        return self._system.info(node).inode
+
+    def _directory(
+        self,
+        matcher: Patterns,
+        origins: List[int],
+        top: Any,
+        top_states: FrozenSet[State],
+        top_all: bool,
+        seen: Set[Any],
+        follow: List[Tuple[int, List[str]]],
+    ) -> None:
+        """Depth first, without recursion: a tree may be as deep as its author liked."""
+        stack = [("", self._entries(top, ""), top_states, top_all)]
+        while stack:
+            path, entries, states, everything = stack[-1]
+            try:
+                name, node = next(entries)
+            except StopIteration:
+                stack.pop()
+                continue
+            self._visited += 1
+            self._agent.alive()
+            if self._found > self._limit or self._visited > self._limit * _VISITED_TIMES:
+                self.ended = f"more than {self._limit} files"
+                return
+            step = matcher.step(states, name)
+            selected = everything or bool(step.selected)
+            if not selected and not step.below:
+                continue
+            child = f"{path}/{name}"
+            reason = bad_name(name, child)
+            if reason is not None:
+                self._agent.skipped(self._volume, child, reason)
+                continue
+            try:
+                info = self._system.info(node)
+                if info.kind == LINK and not selected:
+                    follow += self._followed(matcher, origins, step.literal, path, node)
+                    continue
+            except BROKEN as error:
+                self._agent.skipped(self._volume, child, f"it can't be read: {problem_of(error)}")
+                continue
+            self._match(step.selected, origins)
+            if selected and not self._tell(child, node, info):
+                continue
+            below = everything or (bool(step.selected) and self._recurse)
+            if info.kind != DIRECTORY or not (below or step.below):
+                continue
+            if info.inode in seen:
+                self._agent.skipped(self._volume, child, "the directory is there twice: the file system is damaged")
+            elif len(stack) >= _MOST_DEPTH:
+                self._agent.skipped(self._volume, child, f"it lies more than {_MOST_DEPTH} directories deep")
+            else:
+                seen.add(info.inode)
+                stack.append((child, self._entries(node, child), step.below, below))
+
+    def _entries(self, node: Any, path: str) -> Iterator[Tuple[str, Any]]:
+        try:
+            yield from self._system.entries(node)
+        except BROKEN as error:
+            self._agent.skipped(self._volume, path or "/", f"the directory can't be read: {problem_of(error)}")
+
+    def _tell(self, path: str, node: Any, info: Optional[Info] = None) -> bool:
+        if path in self._told:
+            return True
+        self._told.add(path)
+        try:
+            info = info or self._system.info(node)
+            if info.kind == OTHER:
+                self._agent.skipped(self._volume, path, f"it is {info.what}")
+                return False
+            if info.size > self._system.size * _SPARSE_TIMES:
+                self._agent.skipped(self._volume, path, f"it claims to have {info.size} bytes")
+                return False
+            self._agent.found(self._volume, self._system, path, node, info)
+            self._found += 1
+        except BROKEN as error:
+            self._agent.skipped(self._volume, path, f"it can't be read: {problem_of(error)}")
+            return False
+        return True
+
+    def _followed(
+        self, matcher: Patterns, origins: List[int], states: FrozenSet[State], path: str, node: Any
+    ) -> List[Tuple[int, List[str]]]:
+        """The patterns that a symbolic link makes of those which name it and go on behind it."""
+        made = []
+        for state in states:
+            rest = matcher.rest(state)
+            if not rest:
+                continue
+            target = self._system.link(node)
+            steps = [] if target.startswith("/") else [part for part in path.split("/") if part]
+            for part in target.split("/"):
+                if part == "..":
+                    steps = steps[:-1]
+                elif part not in ("", "."):
+                    steps.append(part)
+            # A link's name is a name, whatever is in it.
+            parts = [part if is_literal(part) else _escaped(part) for part in steps]
+            made.append((origins[state[0]], parts + rest))
+        return made
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+
+
+def main(request_fd: int, frame_fd: int) -> None:
+    """Serve until the requests end. Who started this made sure that it dies with him."""
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    sys.setrecursionlimit(_RECURSION)
+    with os.fdopen(request_fd, "rb") as requests:
+        Agent(frame_fd).serve(requests)

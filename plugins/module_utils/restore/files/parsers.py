@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""dissect's libraries, imported when they are wanted. They need Python 3.10 or newer."""
+
+from __future__ import annotations
+
+import calendar
+import importlib
+import importlib.util
+import sys
+from datetime import datetime
+from typing import Any, List, Tuple, Type
+
+PYTHON = (3, 10)
+#: import name -> what to install
+PACKAGES = {
+    "dissect.volume": "dissect.volume",
+    "dissect.extfs": "dissect.extfs",
+    "dissect.xfs": "dissect.xfs",
+    "dissect.btrfs": "dissect.btrfs",
+    "dissect.ntfs": "dissect.ntfs",
+    "dissect.fat": "dissect.fat",
+}
+_ERRORS = ("dissect.extfs", "dissect.xfs", "dissect.btrfs", "dissect.ntfs", "dissect.fat", "dissect.volume")
+
+
+_in_use: List[bool] = []
+
+
+def use() -> None:
+    """Say that this process reads file systems: others need not know what parsers raise, which takes their import."""
+    _in_use.append(True)
+
+
+def missing() -> List[str]:
+    """What has to be installed before dissect can be used here; empty if nothing is missing."""
+    if sys.version_info < PYTHON:
+        return ["Python 3.10 or newer"]
+    return [package for name, package in PACKAGES.items() if not _there(name)]
+
+
+def _there(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ImportError:
+        return False
+
+
+def _import(name: str) -> Any:
+    return importlib.import_module(name)
+
+
+def extfs() -> Any:
+    return _import("dissect.extfs.extfs")
+
+
+def xfs() -> Any:
+    return _import("dissect.xfs.xfs")
+
+
+def btrfs() -> Any:
+    return _import("dissect.btrfs")
+
+
+def btrfs_stream() -> Any:
+    return _import("dissect.btrfs.stream")
+
+
+def ntfs() -> Any:
+    return _import("dissect.ntfs")
+
+
+def fat() -> Any:
+    return _import("dissect.fat.fat")
+
+
+def lvm() -> Any:
+    return _import("dissect.volume.lvm")
+
+
+def errors() -> Tuple[Type[BaseException], ...]:
+    """The base classes of what the parsers raise."""
+    if not _in_use or missing():
+        return ()
+    found = []
+    for package in _ERRORS:
+        for name in (f"{package}.exceptions", f"{package}.exception"):
+            if not _there(name):
+                continue
+            error = getattr(_import(name), "Error", None)
+            if isinstance(error, type) and issubclass(error, Exception):
+                found.append(error)
+    return tuple(found)
+
+
+def utc_ns(moment: datetime) -> int:
+    """A time without a zone, as nanoseconds of UTC."""
+    return calendar.timegm(moment.timetuple()) * 10**9 + moment.microsecond * 1000

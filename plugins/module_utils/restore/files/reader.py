@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""The small interface through which files come out of an image, and the reader by dissect.
+
+The disks come from a guest that nobody vouches for. So a process of its own reads them (:mod:`.agent`), and what it
+says is checked here before anything is made of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, Generator, Iterator, List, Optional, Sequence, Set, Tuple
+
+from ... import errors
+from ...datapath.processes import Child
+from ...errors import DataPathError, VadpError
+from . import agent, parsers
+from .filesystems import DIRECTORY, FILE, LINK, Piece
+from .frames import DATA, HOLE, JSON, Ended, FrameReader, Silent, widen
+from .names import bad_name, encoded
+
+KINDS = (FILE, DIRECTORY, LINK)
+_LARGEST = 1 << 63
+_TARGET_BYTES = 4095
+
+OnSkipped = Callable[[int, str, str], None]
+
+# sys.path is that of the module, which runs out of an archive.
+_PROGRAM = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]);"
+    f" from {parsers.__name__} import use; use();"
+    f" from {agent.__name__} import main; main(int(sys.argv[2]), int(sys.argv[3]))"
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file of a disk.
+
+    :param volume: index into :attr:`FileReader.volumes`.
+    :param path: from the volume's root, beginning with ``/``; see :mod:`.names`.
+    :param handle: the reader's own.
+    """
+
+    volume: int
+    path: str
+    kind: str
+    size: int
+    mtime_ns: int
+    mode: Optional[int] = None
+    uid: Optional[int] = None
+    gid: Optional[int] = None
+    target: Optional[str] = None
+    handle: Any = None
+
+
+@dataclass(frozen=True)
+class DiskSource:
+    """A disk at a restore point.
+
+    :param layers: as :class:`.disk.CheckedDisk` takes them.
+    """
+
+    key: int
+    label: str
+    capacity_bytes: int
+    layers: List[Dict[str, str]]
+
+
+class Unread(VadpError):
+    """One file can't be read; the others can."""
+
+
+class FileReader:
+    """What reads files. A context manager: entering finds the volumes.
+
+    ``volumes`` are dictionaries: {name, disk, size, type, label, uuid, readable, problem, warnings}.
+    """
+
+    name = ""
+
+    def __init__(self, disks: Sequence[DiskSource], run_dir: str, io_timeout: float, deadline: Optional[float]) -> None:
+        self.disks = list(disks)
+        self.run_dir = run_dir
+        self.io_timeout = io_timeout
+        self.deadline = deadline
+        self.volumes: List[Dict[str, Any]] = []
+        #: Which patterns of the last walk selected something, by their numbers.
+        self.matched: Set[int] = set()
+
+    @staticmethod
+    def missing() -> List[str]:
+        """What has to be installed for it; empty if it can be used."""
+        raise NotImplementedError
+
+    def __enter__(self) -> FileReader:
+        raise NotImplementedError
+
+    def __exit__(self, *exc_info: Any) -> None:
+        raise NotImplementedError
+
+    def walk(
+        self, volumes: Sequence[int], patterns: Sequence[str], recurse: bool, limit: int, on_skipped: OnSkipped
+    ) -> Iterator[Entry]:
+        """The files that patterns select; a directory comes before what is in it.
+
+        :param recurse: what is selected is selected with all that is below it.
+        :param limit: more files than that are an error.
+        :param on_skipped: gets volume, path and reason of what can't be had.
+        :raises DataPathError: it takes too long, or there are too many. DamagedError: the restore point is damaged.
+        """
+        raise NotImplementedError
+
+    def read(self, entry: Entry) -> Generator[Piece, None, None]:
+        """What a file of the last walk holds: bytes, or the length of a hole.
+
+        :raises Unread: this file can't be read. Otherwise as :meth:`walk`.
+        """
+        raise NotImplementedError
+
+
+class DissectReader(FileReader):
+    """By dissect's parsers, in pure Python; without a mount, root or a virtual machine."""
+
+    name = "dissect"
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._child: Optional[Child] = None
+        self._descriptors: List[int] = []
+
+    @staticmethod
+    def missing() -> List[str]:
+        return parsers.missing()
+
+    def __enter__(self) -> FileReader:
+        request_end, self._requests = os.pipe()
+        self._frames, frame_end = os.pipe()
+        self._descriptors = [self._requests, self._frames]
+        try:
+            widen(self._frames)
+            self._child = Child.start(
+                [sys.executable, "-I", "-c", _PROGRAM, json.dumps(sys.path), str(request_end), str(frame_end)],
+                log_path=os.path.join(self.run_dir, "reader.log"),
+                name="the reader of file systems",
+                pass_fds=(request_end, frame_end),
+            )
+        except BaseException:
+            self._close()
+            raise
+        finally:
+            os.close(request_end)
+            os.close(frame_end)
+        try:
+            self._ask(op="open", disks=[vars(disk) for disk in self.disks], run_dir=self.run_dir)
+            self.volumes = [_checked_volume(volume) for volume in self._answer("volumes")["volumes"]]
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+        self._descriptors = []
+        if self._child is not None:
+            # It holds nothing that has to be put in order; its servers die with it.
+            self._child.stop(timeout=0)
+
+    def walk(
+        self, volumes: Sequence[int], patterns: Sequence[str], recurse: bool, limit: int, on_skipped: OnSkipped
+    ) -> Iterator[Entry]:
+        self._ask(op="walk", volumes=list(volumes), patterns=list(patterns), recurse=recurse, limit=limit)
+        while True:
+            document = self._document()
+            if "file" in document:
+                yield self._checked_entry(document["file"])
+            elif "skipped" in document:
+                skipped = document["skipped"]
+                on_skipped(self._volume(skipped), str(skipped.get("path")), str(skipped.get("reason"))[:500])
+            elif "end" in document:
+                if document.get("limit"):
+                    raise DataPathError(
+                        "Too many files are selected",
+                        subject=", ".join(patterns),
+                        reason=str(document["limit"]),
+                        remedy="Name fewer paths, or raise 'limit'",
+                    )
+                self.matched = {number for number in document.get("matched", []) if isinstance(number, int)}
+                return
+
+    def read(self, entry: Entry) -> Generator[Piece, None, None]:
+        self._ask(op="read", id=entry.handle)
+        left = entry.size
+        over = False
+        try:
+            while True:
+                kind, content = self._frame()
+                if kind == JSON:
+                    over = True
+                    if "problem" in content:
+                        raise Unread("A file can't be read", subject=entry.path, reason=str(content["problem"])[:500])
+                    if "end" in content and not left:
+                        return
+                    raise self._nonsense()
+                left -= content if kind == HOLE else len(content)
+                if left < 0 or kind not in (HOLE, DATA):
+                    raise self._nonsense()
+                yield content
+        except GeneratorExit:
+            # Whoever wanted no more of it: the rest has to be heard before the next request.
+            while not over:
+                over = self._frame()[0] == JSON
+            raise
+
+    # The other side
+
+    def _ask(self, **request: Any) -> None:
+        data = json.dumps(request).encode("ascii") + b"\n"
+        try:
+            while data:
+                data = data[os.write(self._requests, data) :]
+        except BrokenPipeError:
+            raise self._failure("it ended") from None
+
+    def _answer(self, key: str) -> Dict[str, Any]:
+        document = self._document()
+        if key not in document:
+            raise self._nonsense()
+        return document
+
+    def _document(self) -> Dict[str, Any]:
+        kind, content = self._frame()
+        if kind != JSON:
+            raise self._nonsense()
+        document: Dict[str, Any] = content
+        return document
+
+    def _frame(self) -> Tuple[bytes, Any]:
+        try:
+            kind, content = FrameReader(self._frames, self.io_timeout, self.deadline).next()
+        except Silent:
+            if self.deadline is not None and time.monotonic() >= self.deadline:
+                raise DataPathError(
+                    "The files were not read in time",
+                    reason="the time that 'timeout' allows is over",
+                    remedy="Name fewer paths, or raise 'timeout'",
+                ) from None
+            raise self._failure(
+                f"it said nothing for {self.io_timeout:g} s", "The file system may be damaged; see 'io_timeout'"
+            ) from None
+        except Ended as error:
+            raise self._failure(str(error)) from None
+        if kind == JSON and "error" in content:
+            raise _as_error(content["error"])
+        return kind, content
+
+    def _failure(self, reason: str, remedy: Optional[str] = None) -> DataPathError:
+        assert self._child is not None
+        self._child.stop(timeout=0)
+        last = self._child.log_tail(3)
+        return DataPathError(
+            "The file systems can't be read",
+            subject=", ".join(f"disk {disk.key} ('{disk.label}')" for disk in self.disks),
+            reason=f"{reason}: {last}" if last else reason,
+            remedy=remedy,
+        )
+
+    def _nonsense(self) -> DataPathError:
+        return self._failure("the reader said what makes no sense")
+
+    def _volume(self, document: Dict[str, Any]) -> int:
+        number = document.get("volume")
+        if not isinstance(number, int) or not 0 <= number < len(self.volumes):
+            raise self._nonsense()
+        return number
+
+    def _checked_entry(self, document: Dict[str, Any]) -> Entry:
+        path, kind = document.get("path"), document.get("kind")
+        numbers = [document.get(name) for name in ("size", "mtime_ns")]
+        if not isinstance(path, str) or kind not in KINDS or not all(isinstance(number, int) for number in numbers):
+            raise self._nonsense()
+        if path != "/":
+            steps = path.split("/")
+            if steps[0] or any(bad_name(step, path) for step in steps[1:]):
+                raise self._nonsense()
+        size, mtime_ns = int(document["size"]), int(document["mtime_ns"])
+        target = document.get("target")
+        if kind == LINK and (not isinstance(target, str) or not 0 < len(encoded(target)) <= _TARGET_BYTES):
+            target = None
+        if not 0 <= size < _LARGEST or (kind == FILE and not isinstance(document.get("id"), int)):
+            raise self._nonsense()
+        return Entry(
+            volume=self._volume(document),
+            path=path,
+            kind=str(kind),
+            size=size if kind == FILE else 0,
+            mtime_ns=mtime_ns,
+            mode=_count(document.get("mode"), 0o7777),
+            uid=_count(document.get("uid"), (1 << 32) - 2),
+            gid=_count(document.get("gid"), (1 << 32) - 2),
+            target=target,
+            handle=document.get("id"),
+        )
+
+
+def _count(value: Any, most: int) -> Optional[int]:
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most else None
+
+
+def _checked_volume(document: Dict[str, Any]) -> Dict[str, Any]:
+    """A volume as results tell it; a label may be anything."""
+    return {
+        "name": str(document["name"]),
+        "disk": int(document["disk"]),
+        "size": int(document["size"]),
+        "type": str(document["type"]),
+        "label": _text(document.get("label")),
+        "uuid": _text(document.get("uuid")),
+        "readable": document.get("readable") is True,
+        "problem": _text(document.get("problem")),
+        "warnings": [str(_text(warning)) for warning in document.get("warnings", [])],
+    }
+
+
+def _text(value: Any) -> Optional[str]:
+    if value is None:
+        return None
+    return encoded(str(value)).decode("utf-8", "replace")[:500]
+
+
+def _as_error(document: Dict[str, Any]) -> VadpError:
+    kind = getattr(errors, str(document.get("kind")), DataPathError)
+    if not (isinstance(kind, type) and issubclass(kind, VadpError)):
+        kind = DataPathError
+    fields: Dict[str, Any] = {
+        name: document.get(name) for name in ("what", "subject", "reason", "remedy", "retryable", "details")
+    }
+    error: VadpError = kind(**fields)
+    return error

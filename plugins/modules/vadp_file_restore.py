@@ -1,0 +1,366 @@
+#!/usr/bin/python
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: vadp_file_restore
+short_description: Copy or list files out of a restore point
+version_added: 0.1.0
+description:
+  - Reads the file systems on the disks of a restore point, and copies files out of them into a folder on the backup
+    proxy, or lists them. The backup need not know of files, and nothing is unpacked or mounted.
+  - It needs no vCenter, no root and no kernel driver. Exactly one of O(vm_uuid) and O(vm_name) is required.
+  - It reads ext2, ext3, ext4, XFS, btrfs on one device, NTFS and FAT, in GPT and MBR partitions, in LVM volumes and on
+    whole disks, by dissect's libraries. Encrypted volumes are told in RV(volumes), and can't be read.
+  - A process of its own reads the disks, and can do nothing but answer. Each block of the disk is compared with the
+    hash that was taken when it was backed up, so no damage of the repository gets into a file unseen.
+  - All files are written into a hidden folder in O(dest) and get their places when the last one is complete. If
+    anything fails before, nothing is there. No name or link of the image leads outside O(dest).
+  - Symbolic links are restored as links and never followed here. In O(paths), links of the guest on the way to a file
+    are followed within its volume. Devices, pipes and sockets are skipped, and told in RV(skipped).
+author:
+  - openvadp maintainers (@openvadp)
+extends_documentation_fragment:
+  - openvadp.backup.repository
+  - openvadp.backup.repository_vm
+  - openvadp.backup.progress
+  - openvadp.backup.attributes
+attributes:
+  check_mode:
+    support: full
+    details: The files are found and compared with what is in O(dest), but nothing is written.
+  diff_mode:
+    support: full
+  idempotent:
+    support: full
+    details: A file whose content is in its place already is left as it is.
+options:
+  point:
+    description: Name of the restore point. V(latest) is the one whose snapshot is the newest.
+    type: str
+    default: latest
+  paths:
+    description:
+      - Paths in the guest, from the root of their volume on, each beginning with C(/). On Windows volumes too, without
+        the drive letter.
+      - V(*), V(?) and V([...]) stand for parts of a name, V(**) for any number of directories. The case of letters does
+        not matter on NTFS and FAT.
+      - Each of them must be there, if files are restored.
+    type: list
+    elements: str
+    required: true
+  dest:
+    description:
+      - Folder that the files are written to. It must exist. A file C(/etc/hosts) becomes O(dest)C(/etc/hosts).
+      - Directories on the way to a file that are not restored themselves are made for the owner alone.
+      - Required unless O(list=true).
+    type: path
+  list:
+    description: Whether the files are only told by RV(files), and not written.
+    type: bool
+    default: false
+  checksums:
+    description: Whether O(list=true) also tells the SHA-256 of each file, which reads all of it.
+    type: bool
+    default: false
+  query:
+    description:
+      - JMESPath expression that is applied to the list of files. What comes out is returned as RV(files).
+      - It needs the Python library jmespath.
+    type: str
+  recurse:
+    description: Whether a directory comes with all that is in it.
+    type: bool
+    default: true
+  disks:
+    description: Device keys of the disks of the point that are read. Empty means all.
+    type: list
+    elements: int
+    default: []
+  volumes:
+    description:
+      - The volumes that are searched, each by its name, label or UUID as RV(volumes) tells them. Empty means all that
+        can be read.
+      - If the same path exists on two of them, this has to name the one that is meant.
+    type: list
+    elements: str
+    default: []
+  overwrite:
+    description:
+      - Whether a file in O(dest) whose content differs is replaced. Otherwise nothing is written if there is one.
+      - What is of another kind, such as a directory where a file should be, is never replaced.
+    type: bool
+    default: false
+  preserve:
+    description:
+      - What a file keeps, besides its content. Without V(mode) a file can be read by its owner only, because the
+        guest's users are not those of this machine.
+      - V(times) is the time of the last change. V(mode) are the permissions, V(special_bits) the set-user-id and
+        set-group-id bits of them. V(owner) are the guest's user and group ids; it takes root.
+      - NTFS and FAT have no modes and owners that mean anything here. Access control lists and other extended
+        attributes are not restored.
+    type: list
+    elements: str
+    choices: [times, mode, owner, special_bits]
+    default: [times]
+  fail_on_skipped:
+    description:
+      - Whether the restore fails, and writes nothing, if any selected file can't be restored.
+      - Otherwise the others are restored, and RV(skipped) and a warning tell which were not.
+    type: bool
+    default: false
+  limit:
+    description: Most files that may be selected. More of them are an error.
+    type: int
+    default: 100000
+  io_timeout:
+    description: Seconds after which a reader that says nothing is killed, for example over a damaged file system.
+    type: int
+    default: 180
+  timeout:
+    description: Seconds that reading may take altogether.
+    type: int
+    default: 86400
+requirements:
+  - blake3
+  - libnbd's Python binding
+  - qemu-nbd
+  - Python 3.10 or newer with dissect.volume, dissect.extfs, dissect.xfs, dissect.btrfs, dissect.ntfs and dissect.fat
+  - jmespath, for O(query)
+notes:
+  - The file systems are as they were at the snapshot. A journal is not replayed, so of a snapshot that was not
+    quiesced the changes of the last seconds may be missing. For ext3 and ext4 a warning tells when that may be so.
+  - The times of FAT are local times of the guest; they are taken for UTC.
+seealso:
+  - module: openvadp.backup.vadp_disk_restore
+"""
+
+EXAMPLES = r"""
+- name: Bring back a configuration
+  openvadp.backup.vadp_file_restore:
+    repository: /backup/vms
+    vm_name: app01
+    paths: [/etc/nginx]
+    dest: /restore/app01
+    preserve: [times, mode]
+
+- name: See which large files are in home directories
+  openvadp.backup.vadp_file_restore:
+    repository: /backup/vms
+    vm_name: app01
+    point: 20261122T084203Z
+    paths: ['/home/**']
+    list: true
+    query: '[?size > `1000000`].{path: path, size: size}'
+  register: large
+
+- name: One file of a Windows machine, from the volume with that label
+  openvadp.backup.vadp_file_restore:
+    repository: /backup/vms
+    vm_name: win01
+    volumes: [Data]
+    paths: ['/Users/anna/Documents/*.docx']
+    dest: /restore/win01
+"""
+
+RETURN = r"""
+point:
+  description: Name of the point.
+  returned: success
+  type: str
+  sample: 20261122T084203Z
+vm_name:
+  description: The virtual machine's name when the point was made.
+  returned: success
+  type: str
+  sample: app01
+vm_uuid:
+  description: Its instance UUID.
+  returned: success
+  type: str
+  sample: 500c1a2b-7d5e-0a4b-9a3c-2f1e0d9c8b7a
+reader:
+  description: What read the file systems.
+  returned: success
+  type: str
+  sample: dissect
+volumes:
+  description: What is on the disks.
+  returned: success
+  type: list
+  elements: dict
+  contains:
+    name:
+      description: Disk and partition, or volume group and logical volume.
+      type: str
+      sample: 2000p1
+    disk:
+      description: Device key of the disk; of a logical volume that of the first disk.
+      type: int
+      sample: 2000
+    size:
+      description: Size in bytes.
+      type: int
+      sample: 42948624384
+    type:
+      description: The file system, or what else is there.
+      type: str
+      sample: ext4
+    label:
+      description: Label of the file system.
+      type: str
+      sample: root
+    uuid:
+      description: UUID or serial number of the file system.
+      type: str
+      sample: 8d5a3c1e-5b1f-4b7c-9f53-2d4c7f2b1a90
+    readable:
+      description: Whether files can be read from it.
+      type: bool
+      sample: true
+    problem:
+      description: Why not.
+      type: str
+      sample: null
+    warnings:
+      description: What to mind about its files.
+      type: list
+      elements: str
+      sample: []
+files:
+  description: The selected files; with O(query), what the expression makes of them.
+  returned: success
+  type: list
+  elements: dict
+  contains:
+    path:
+      description:
+        - Path on the volume. What is no UTF-8, or no printable character, stands as C(\xNN) or C(\n).
+      type: str
+      sample: /etc/hosts
+    path_base64:
+      description: The very bytes of the path.
+      returned: if RV(files[].path) does not tell them
+      type: str
+      sample: L2V0Yy///g==
+    volume:
+      description: Name of the volume.
+      type: str
+      sample: 2000p1
+    type:
+      description: V(file), V(directory) or V(link).
+      type: str
+      sample: file
+    size:
+      description: Size of a file in bytes.
+      type: int
+      sample: 221
+    mtime:
+      description: Time of the last change (UTC).
+      type: str
+      sample: '2026-11-20T21:14:07Z'
+    mode:
+      description: Permissions, in octal digits; null where there are none.
+      type: str
+      sample: '0644'
+    uid:
+      description: Id of the owner.
+      type: int
+      sample: 0
+    gid:
+      description: Id of the group.
+      type: int
+      sample: 0
+    target:
+      description: Where a link points to.
+      type: str
+      sample: null
+    sha256:
+      description: SHA-256 of a file's content; null if it was not read.
+      type: str
+      sample: 30294566aa1f5d4737b6d1537e939eaa44432283994b799080132d6917180e96
+    dest:
+      description: Where it was written; null with O(list=true).
+      type: str
+      sample: /restore/app01/etc/hosts
+    state:
+      description: V(restored), V(unchanged) or V(listed).
+      type: str
+      sample: restored
+skipped:
+  description: Selected files that could not be had.
+  returned: success
+  type: list
+  elements: dict
+  contains:
+    path:
+      description: As in RV(files).
+      type: str
+      sample: /dev/console
+    volume:
+      description: Name of the volume.
+      type: str
+      sample: 2000p1
+    reason:
+      description: Why.
+      type: str
+      sample: it is a character device
+bytes_restored:
+  description: Bytes of the files that were written.
+  returned: success
+  type: int
+  sample: 221
+"""
+
+from typing import Any, Dict
+
+from ansible.module_utils.basic import AnsibleModule, missing_required_lib
+
+from ..module_utils.datapath.progress import Progress
+from ..module_utils.libraries import first_missing
+from ..module_utils.repository.report import search
+from ..module_utils.restore.files.request import PRESERVE, FilesRequest
+from ..module_utils.restore.files.run import restore_files
+from ..module_utils.runner import Options, progress_options, repository_options, repository_vm_options, run_module
+
+OPTIONS = Options(
+    dict(
+        point=dict(type="str", default="latest"),
+        paths=dict(type="list", elements="str", required=True),
+        dest=dict(type="path"),
+        list=dict(type="bool", default=False),
+        checksums=dict(type="bool", default=False),
+        query=dict(type="str"),
+        recurse=dict(type="bool", default=True),
+        disks=dict(type="list", elements="int", default=[]),
+        volumes=dict(type="list", elements="str", default=[]),
+        overwrite=dict(type="bool", default=False),
+        preserve=dict(type="list", elements="str", choices=list(PRESERVE), default=["times"]),
+        fail_on_skipped=dict(type="bool", default=False),
+        limit=dict(type="int", default=100000),
+        io_timeout=dict(type="int", default=180),
+        timeout=dict(type="int", default=86400),
+    ),
+    required_if=[("list", False, ["dest"])],
+)
+
+
+def body(module: AnsibleModule) -> Dict[str, Any]:
+    params = module.params
+    name, what, trace = first_missing("jmespath")
+    if params["query"] is not None and name:
+        module.fail_json(msg=missing_required_lib(what), exception=trace)
+    with Progress(None if module.check_mode else params["progress_file"]) as progress:
+        result = restore_files(FilesRequest.from_params(params), module.check_mode, progress)
+    result["files"] = search(params["query"], result["files"])
+    return result
+
+
+def main() -> None:
+    options = repository_options() + repository_vm_options() + progress_options() + OPTIONS
+    run_module(options, body, libraries=["blake3", "nbd"])
+
+
+if __name__ == "__main__":
+    main()

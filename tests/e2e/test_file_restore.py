@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""vadp_file_restore and playbook restore_files.yml, on points that were backed up from the simulator."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+
+from harness import SIMULATOR, Backups, Simulator
+from modules import Modules
+
+sys.path.insert(0, str(SIMULATOR))
+
+from vcenter.images import known_files  # noqa: E402
+
+
+def test_the_guests_files_come_out_of_a_chain(modules: Modules, tmp_path: Path) -> None:
+    modules.track_changes()
+    modules.point("p1")
+    for number in range(2, 5):
+        # Elsewhere on the disk than its files.
+        modules.simulator.write(modules.vm, 2000, (20 + number) << 20, seed=number)
+        modules.point(f"p{number}", mode="incremental")
+    dest = tmp_path / "files"
+    dest.mkdir()
+    options = {"repository": str(modules.repository), "vm_name": modules.vm, "paths": ["/**"], "disks": [2000]}
+    listed = modules.done("vadp_file_restore", **options, list=True, query="[?type=='file'].path")
+    kind = next(volume["type"] for volume in listed["volumes"] if volume["readable"])
+    known = known_files(kind)
+    assert set(known) <= {path.lstrip("/") for path in listed["files"]}
+    assert modules.done("vadp_file_restore", **options, dest=str(dest), _ansible_check_mode=True)["changed"]
+    assert list(dest.iterdir()) == []
+    result = modules.done("vadp_file_restore", **options, dest=str(dest))
+    assert result["changed"] and result["point"] == "p4"
+    sums = {file["path"].lstrip("/"): file["sha256"] for file in result["files"] if file["type"] == "file"}
+    for name, content in known.items():
+        assert (dest / name).read_bytes() == content
+        assert sums[name] == hashlib.sha256(content).hexdigest()
+    assert not modules.done("vadp_file_restore", **options, dest=str(dest))["changed"]
+
+
+def test_the_playbook(own_simulator: Simulator, backups: Backups, tmp_path: Path) -> None:
+    backups.simulator = own_simulator
+    backups.run("app01", point="p1").ok()
+    dest = tmp_path / "files"
+    dest.mkdir()
+    variables = {"repository": str(backups.repository), "vm": "app01", "vm_file_restore_disks": [2000]}
+    outcome = backups.ansible.run(
+        "openvadp.backup.restore_files", variables=dict(variables, paths="/**", list=True)
+    ).ok()
+    paths = [file["path"] for file in outcome.result("vadp_file_restore")["files"] if file["type"] == "file"]
+    assert outcome.changed == 0 and paths[0] in outcome.stdout and "listed" in outcome.stdout
+    restore = dict(variables, paths=paths, dest=str(dest))
+    outcome = backups.ansible.run("openvadp.backup.restore_files", variables=restore).ok()
+    assert outcome.changed == 1 and str(dest) + paths[0] in outcome.stdout
+    assert (dest / paths[0].lstrip("/")).is_file()
+    assert backups.ansible.run("openvadp.backup.restore_files", variables=restore).ok().changed == 0
+    outcome = backups.ansible.run("openvadp.backup.restore_files", variables=dict(restore, paths="/missing")).failed()
+    assert "There is no such file: /missing in restore point p1" in outcome.result("vadp_file_restore")["msg"]

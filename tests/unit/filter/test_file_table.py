@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+from __future__ import annotations
+
+import pytest
+from ansible.errors import AnsibleFilterError
+from ansible_collections.openvadp.backup.plugins.filter.file_table import file_table
+
+
+def test_files_and_what_was_skipped() -> None:
+    file = {
+        "path": "/a",
+        "dest": "/d/a",
+        "volume": "2000p1",
+        "type": "file",
+        "size": 2048,
+        "mtime": "T",
+        "sha256": "f" * 64,
+    }
+    folder = {"path": "/b", "dest": None, "volume": "2000p1", "type": "directory", "state": "listed"}
+    skipped = [{"path": "/c", "volume": "2000p1", "reason": "it is a socket"}]
+    result = {"point": "p1", "files": [dict(file, state="restored"), folder, folder], "skipped": skipped}
+    lines = file_table([result], most=2)
+    assert lines[2].split() == ["p1", "2000p1", "/d/a", "2.0", "KiB", "T", "f" * 12, "restored"]
+    assert lines[3].split() == ["p1", "2000p1", "/b/", "-", "-", "-", "listed"]
+    assert lines[4:] == ["and 1 more", "skipped: /c on 2000p1: it is a socket"]
+    # What a query made of the list has no shape.
+    assert len(file_table([{"files": ["/a", 7]}])) == 2
+    with pytest.raises(AnsibleFilterError):
+        file_table("nonsense")
