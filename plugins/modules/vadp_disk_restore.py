@@ -284,8 +284,8 @@ from ansible.module_utils.basic import AnsibleModule, missing_required_lib
 from ..module_utils.backup.request import parse_rate
 from ..module_utils.datapath.image import FORMATS
 from ..module_utils.libraries import first_missing
-from ..module_utils.restore import in_place, to_file
-from ..module_utils.restore.request import IN_PLACE, TARGETS, RestoreRequest
+from ..module_utils.restore import in_place, new_vm, to_file
+from ..module_utils.restore.request import FILE, IN_PLACE, NEW_VM, PROVISIONING, TARGETS, RestoreRequest
 from ..module_utils.runner import (
     Options,
     connection_options,
@@ -302,6 +302,7 @@ DISK = dict(
     target_key=dict(type="int", no_log=False),
     datastore=dict(type="str"),
     format=dict(type="str", choices=list(FORMATS)),
+    provisioning=dict(type="str", choices=list(PROVISIONING)),
 )
 TRANSPORTS = ["hotadd", "nbdssl", "nbd", "https"]
 
@@ -319,9 +320,21 @@ def options() -> Options:
         overwrite=dict(type="bool", default=False),
         verify=dict(type="bool", default=True),
         rate_limit=dict(type="str"),
+        cluster=dict(type="str"),
+        esxi_hostname=dict(type="str"),
+        resource_pool=dict(type="str"),
+        datastore=dict(type="str"),
+        networks=dict(type="dict", default={}),
+        provisioning=dict(type="str", choices=list(PROVISIONING), default="same"),
+        mac_addresses=dict(type="str", choices=["keep", "new"], default="keep"),
+        bios_uuid=dict(type="str", choices=["keep", "new"], default="keep"),
+        vtpm=dict(type="str", choices=["refuse", "drop"], default="refuse"),
+        power_on=dict(type="bool", default=False),
+        allow_duplicate_name=dict(type="bool", default=False),
+        on_failure=dict(type="str", choices=["remove", "keep"], default="remove"),
     )
     return (
-        Options(connection, required_if=[("target", IN_PLACE, needed)])
+        Options(connection, required_if=[("target", target, needed) for target in (IN_PLACE, NEW_VM)])
         + Options(vm_options().argument_spec, mutually_exclusive=[("name", "uuid", "moid")])
         + repository_options()
         + repository_vm_options()
@@ -333,8 +346,8 @@ def options() -> Options:
 
 def body(module: AnsibleModule) -> Dict[str, Any]:
     restore = to_file.restore_point
-    if module.params["target"] == IN_PLACE:
-        restore = in_place.restore_point
+    if module.params["target"] != FILE:
+        restore = in_place.restore_point if module.params["target"] == IN_PLACE else new_vm.restore_point
         name, what, trace = first_missing("pyVmomi", "nbd")
         if name:
             module.fail_json(msg=missing_required_lib(what), exception=trace)

@@ -25,6 +25,7 @@ from ..repository.layout import Repository, VmStore, check_point_name, is_empty_
 from ..repository.runs import Run, boot_id, new_run_id
 from ..transport import hotadd, https
 from ..vsphere.inventory import VmRef, find_vm, vm_selection
+from ..vsphere.new_machine import is_new_vm, remove_leftover
 from ..vsphere.session import Connection, Session
 from ..vsphere.snapshots import (
     Snapshot,
@@ -220,11 +221,25 @@ def recover(
         found += _snapshots(session, store, vm, runs, check_mode)
     for identity, action in access.end(session, vm, runs, vddk_libdir, check_mode):
         found.append(_item("access", identity, action, check_mode))
+    found += _new_machines(session, runs, check_mode)
     found += _temporary_files(store, runs, check_mode)
     if not check_mode:
         for run in runs:
             if not _is_kept(run):
                 run.remove()
+    return found
+
+
+def _new_machines(session: Session, runs: List[Run], check_mode: bool) -> List[Recovered]:
+    """Machines that a restore was making: half restored they are of no use, unless the user wanted to keep them."""
+    found: List[Recovered] = []
+    for run in runs:
+        for intent in filter(is_new_vm, run.intents("restore")):
+            removal = remove_leftover(session, intent, check_mode)
+            if removal is not None:
+                found.append(_item("new_vm", removal.name, removal.action, check_mode))
+            if not check_mode:
+                run.done(intent["id"])
     return found
 
 

@@ -65,7 +65,7 @@ class _Written:
 
 @dataclass(frozen=True)
 class _Job:
-    """What the disks of one restore have in common."""
+    """What the disks of one restore have in common. :param fresh: they were just made, and read as zeros."""
 
     session: Session
     vm: VmRef
@@ -77,6 +77,7 @@ class _Job:
     request: RestoreRequest
     run_dir: RuntimeDir
     progress: Progress
+    fresh: bool = False
 
 
 def restore_point(request: RestoreRequest, check_mode: bool) -> Dict[str, Any]:
@@ -190,6 +191,13 @@ def _look(session: Session, vm: VmRef, point: Point, request: RestoreRequest) ->
             reason="; ".join(obstacles),
             details={"obstacles": obstacles},
         )
+    return plan_targets(session, vm, pairs, request)
+
+
+def plan_targets(
+    session: Session, vm: VmRef, pairs: List[Tuple[PointDisk, Disk]], request: RestoreRequest
+) -> Tuple[List[DiskTarget], ProxyFacts]:
+    """How each disk is written. :raises TransportError: a disk can't be."""
     facts = disk_facts(session, vm, [disk for _source, disk in pairs])
     proxy = proxy_facts(session, request, vm, facts, WRITE)
     targets = []
@@ -269,6 +277,32 @@ def _restore(
     return restored
 
 
+def write_new_disks(
+    point: Point,
+    targets: List[DiskTarget],
+    store: VmStore,
+    context: OpenContext,
+    intent: int,
+    request: RestoreRequest,
+    progress: Progress,
+) -> List[Dict[str, Any]]:
+    """Write the disks of a machine that was just made; the caller has recorded it as *intent*."""
+    job = _Job(
+        context.session,
+        context.vm,
+        point,
+        store,
+        context.run,
+        intent,
+        context,
+        request,
+        context.run_dir,
+        progress,
+        True,
+    )
+    return [_restore_disk(target, job) for target in targets]
+
+
 def _forget_earlier(store: VmStore, vm: VmRef, run: Run, keys: List[int]) -> None:
     """What crashed restores left whose disks are all whole again. Their processes are dead: we hold the lock."""
     for other in store.runs():
@@ -306,7 +340,7 @@ def _restore_disk(target: DiskTarget, job: _Job) -> Dict[str, Any]:
     except VadpError as error:
         name = f"disk '{target.disk.label}' of {job.vm}"
         error.subject = f"{name}: {error.subject}" if error.subject else name
-        if not error.remedy and _half_written(job.run):
+        if not error.remedy and _half_written(job.run) and not job.fresh:
             error.remedy = "Run the restore again: it writes the whole disk anew. Until then don't power the machine on"
         raise
     finally:
@@ -317,14 +351,14 @@ def _restore_disk(target: DiskTarget, job: _Job) -> Dict[str, Any]:
         "its whole content was written",
         written=written,
         bytes_read=written.result.bytes_read,
-        bytes_written=source.capacity_bytes,
+        bytes_written=written.result.bytes_written if job.fresh else source.capacity_bytes,
         seconds=round(time.monotonic() - begun, 3),
         verified=True if request.verify else None,
     )
 
 
 def _mark_untrusted(target: DiskTarget, job: _Job) -> None:
-    if job.store.uuid == job.vm.instance_uuid.lower():
+    if job.store.uuid == job.vm.instance_uuid.lower() and not job.fresh:
         trust.mark(
             job.store,
             target.disk.key,
@@ -397,19 +431,19 @@ def _open(target: DiskTarget, job: _Job, candidate: Candidate, writable: bool) -
 
 
 def _write(reader_uri: str, disk: Endpoint, target: DiskTarget, job: _Job, on_progress: Any) -> CopyResult:
-    """Everything, zeros too: what the disk holds now must not shine through (VADP facts 35)."""
+    """Everything, zeros too: what the disk holds now must not shine through (VADP facts 35). A new disk holds none."""
     capacity = target.source.capacity_bytes
     try:
         return copy(
             reader_uri,
             disk.uri,
             capacity_bytes=capacity,
-            areas=Extents.whole(capacity),
+            areas=None if job.fresh else Extents.whole(capacity),
             on_progress=on_progress,
             rate_limit=job.request.rate_limit,
             io_timeout=job.request.io_timeout,
             align_bytes=_SECTOR_BYTES,
-            zeros="write",
+            zeros="drop" if job.fresh else "write",
         )
     except DataPathError as error:
         raise disk.explain(error) from error
