@@ -146,6 +146,9 @@ class Administrator:
         """A machine and its files, off."""
         WaitForTask(self._find(vim.VirtualMachine, name).Destroy_Task())
 
+    def destroy_moid(self, moid: str) -> None:
+        WaitForTask(vim.VirtualMachine(moid, self._vm._stub).Destroy_Task())
+
     def _find(self, kind: Any, name: str) -> Any:
         content = self._service.content
         found = content.viewManager.CreateContainerView(content.rootFolder, [kind], True).view

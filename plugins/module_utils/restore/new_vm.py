@@ -46,6 +46,7 @@ from .new_vm_diff import (
     BIOS_UUID,
     DISKS,
     MAC_ADDRESSES,
+    MAC_TAKEN,
     NAME,
     NETWORKS,
     PROVISIONING,
@@ -194,7 +195,8 @@ def _look(
         ),
         f"{point} as '{name}'",
     )
-    warnings += _check_identity(session, point, saved, names, request)
+    original = _original(session, point)
+    warnings += _check_identity(session, original, saved, request)
     wishes = Wishes(
         name=name,
         instance_uuid=instance_uuid or new_machine.new_instance_uuid(),
@@ -215,7 +217,7 @@ def _look(
         wishes=wishes,
         machine=machine,
         transports=_plan(session, point, saved, wishes, place, request),
-        asked=_asked(session, saved, names, request),
+        asked=_asked(session, saved, names, request) | ({MAC_TAKEN} if original is not None else set()),
         warnings=warnings + machine.warnings,
     )
 
@@ -282,16 +284,17 @@ def _check_name(session: Session, name: str, request: RestoreRequest) -> List[st
     return [f"There is another virtual machine '{name}': {', '.join(taken)}"]
 
 
-def _check_identity(
-    session: Session, point: Point, saved: _Saved, names: Mapping[str, str], request: RestoreRequest
-) -> List[str]:
-    """Two machines with one address in one network harm each other."""
-    cards = cards_of(saved.config())
-    if request.mac_addresses == NEW or not cards:
-        return []
+def _original(session: Session, point: Point) -> Optional[VmRef]:
+    """The machine that the point was made of, if this vCenter still has it."""
     try:
-        original = find_vm(session, uuid=point.store.uuid, use_instance_uuid=True)
+        return find_vm(session, uuid=point.store.uuid, use_instance_uuid=True)
     except NotFoundError:
+        return None
+
+
+def _check_identity(session: Session, original: Optional[VmRef], saved: _Saved, request: RestoreRequest) -> List[str]:
+    """Two machines with one address in one network harm each other."""
+    if request.mac_addresses == NEW or original is None or not cards_of(saved.config()):
         return []
     state = str(session.read(original.obj, "runtime.powerState")["runtime.powerState"])
     if request.power_on and state == "poweredOn":
@@ -302,8 +305,8 @@ def _check_identity(
             remedy="Set mac_addresses to new, leave power_on out, or power the other machine off",
         )
     return [
-        f"{original} is there too, and has the same MAC addresses: set mac_addresses to new if both shall run, or keep"
-        " them apart"
+        f"{original} is there too: addresses that vCenter chose it chooses anew, those that a user set are the same on"
+        " both machines. Set mac_addresses to new if both shall run"
     ]
 
 

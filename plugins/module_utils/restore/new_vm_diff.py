@@ -14,6 +14,7 @@ from .new_vm_spec import LEFT_SETTINGS, new_keys
 # What may have been asked for.
 NETWORKS = "networks"
 MAC_ADDRESSES = "mac_addresses"
+MAC_TAKEN = "mac_taken"
 BIOS_UUID = "bios_uuid"
 PROVISIONING = "provisioning"
 DISKS = "disks"
@@ -70,6 +71,7 @@ MUST_DIFFER: Tuple[Rule, ...] = (
         NETWORKS,
     ),
     Rule(_DEVICE + r"(macAddress|addressType)", "new addresses were asked for", MAC_ADDRESSES),
+    Rule(_DEVICE + r"macAddress", "another machine has it, so the server chose a new one", MAC_TAKEN),
 )
 
 

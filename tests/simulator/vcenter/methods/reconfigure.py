@@ -255,6 +255,8 @@ class Devices:
         with simulator.lock:
             del self.vm.config.hardware.device[:]
             self.vm.config.hardware.device.extend(self.devices)
+            if self.vm.powered_on:
+                vmspec.assign_slots(self.vm.config.hardware.device)
             self.vm.touch()
 
     # add
