@@ -4,8 +4,8 @@
 
 Look (nothing is touched) -> lock -> record the run, which names the machine by an instance UUID of our choice -> make
 the machine -> NVRAM -> write each disk, read it back -> boot order -> compare the configurations -> start it, if that
-is wanted -> the run is over. What fails on the way is removed again, or kept, as ``on_failure`` says; what a crash leaves
-the next run for this name, or ``vadp_recover`` for that machine, takes away.
+is wanted -> the run is over. What fails on the way is removed again, or kept, as ``on_failure`` says; what a crash
+leaves the next run for this name, or ``vadp_recover`` for that machine, takes away.
 """
 
 from __future__ import annotations

@@ -195,7 +195,7 @@ class _Look:
             fitting = _named(known, name)
             if len(fitting) != 1:
                 self.obstacles.append(
-                    f"there is no datastore '{name}' (there is {_names(known)}): give datastore, for all disks or for each"
+                    f"there is no datastore '{name}' (there is {_names(known)}): give datastore, of all or of a disk"
                 )
                 continue
             found[name] = fitting[0]
