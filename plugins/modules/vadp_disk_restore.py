@@ -8,8 +8,8 @@ module: vadp_disk_restore
 short_description: Restore the disks of a restore point
 version_added: 0.1.0
 description:
-  - Writes the disks of a restore point into image files, into the disks of a virtual machine that is off, or makes a new
-    virtual machine of the point.
+  - Writes the disks of a restore point into image files, into the disks of a virtual machine that is off, or makes a
+    new virtual machine of the point.
   - Before the first write everything that the point stands on is read and compared with what was recorded. A damaged
     point is not restored.
   - After the last write everything is read back and compared with the point, unless O(verify=false).

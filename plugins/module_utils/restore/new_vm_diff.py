@@ -40,9 +40,12 @@ MUST_DIFFER: Tuple[Rule, ...] = (
     Rule(r"(files|datastoreUrl)\b.*", "its files lie in a folder of their own"),
     Rule(r"(changeVersion|modified|createDate|locationId|vmxConfigChecksum)", "its own history"),
     Rule(r"(vmStorageObjectId|swapStorageObjectId|initialOverhead\b.*|contentLibItemInfo\b.*)", "its own history"),
-    Rule(r"(vmxRuntimeConfig|forkConfigInfo|ftInfo|repConfig|guestIntegrityInfo|numaInfo|deviceGroups)\b.*", "its own"),
+    Rule(
+        r"(vmxRuntimeConfig|forkConfigInfo|ftInfo|repConfig|guestIntegrityInfo|numaInfo|deviceGroups)\b.*",
+        "its own state",
+    ),
     Rule(r"(cpuAffinity|memoryAffinity)\b.*", "it names processors of one host"),
-    Rule(r"(changeTrackingEnabled)", "change tracking starts anew with the first backup"),
+    Rule(r"changeTrackingEnabled", "change tracking starts anew with the first backup"),
     Rule(r"template", "a template comes back as a virtual machine"),
     Rule(r"(keyId|managedBy)\b.*", "neither keys nor the rights of an extension are in a backup"),
     Rule(
@@ -64,7 +67,7 @@ MUST_DIFFER: Tuple[Rule, ...] = (
     ),
     Rule(_DEVICE + r"(iofilter|vFlashCacheConfigInfo)\b.*", "filters and caches are of one host"),
     Rule(_DEVICE + r"backing\.(thinProvisioned|eagerlyScrub)", "another provisioning was asked for", PROVISIONING),
-    Rule(_DEVICE + r"backing\.(port\.(portKey|connectionCookie))", "the switch assigns the port"),
+    Rule(_DEVICE + r"backing\.port\.(portKey|connectionCookie)", "the switch assigns the port"),
     Rule(
         _DEVICE + r"backing\.(_type|deviceName|network\b.*|port\b.*|useAutoDetect|opaqueNetwork\w+)",
         "another network was asked for",
