@@ -118,6 +118,9 @@ def _below(result: Mapping[str, Any]) -> List[str]:
             f"{'no limit' if limit in (None, -1) else f'a limit of {limit} Mbit/s'}, "
             f"{pool.get('reservation') or 0} Mbit/s reserved"
         )
+    for item in result.get("opens") or []:
+        shown = f"vCenter hands out {item.get('address')}, as an open through VDDK shows"
+        said.append(f"{item.get('host')}: {shown if item.get('proven') else _why(item)}")
     if result.get("state") == "planned":
         said.append("check mode, nothing was touched or proved")
     if result.get("state") == "configured":
@@ -132,7 +135,8 @@ def backup_lan_table(results: Sequence[Mapping[str, Any]], width: int = 140) -> 
     """The lines of the table.
 
     :param results: ``backup_lan_result`` of each proxy: ``proxy``, ``state`` (proven, configured, planned, failed),
-        ``hosts`` (of vmkernel_backup_nic), ``targets`` (of backup_lan_probe), ``interface``, ``pool``, ``notes``,
+        ``hosts`` (of vmkernel_backup_nic), ``targets`` (of backup_lan_probe),
+        ``opens`` (of backup_lan_vddk_probe), ``interface``, ``pool``, ``notes``,
         ``reason``.
     :param width: columns for the text below the table.
     """

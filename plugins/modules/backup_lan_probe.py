@@ -62,11 +62,12 @@ options:
     type: int
     default: 5
 notes:
-  - An authd greets on every VMkernel NIC of its host. That vCenter hands out this address is proved by an open whose
-    VDDK log names it, for instance the first backup's.
+  - An authd greets on every VMkernel NIC of its host. That vCenter hands out this address is proved by
+    M(openvadp.backup.backup_lan_vddk_probe).
   - Packets of O(mtu) are ICMP echo requests. They are sent by a socket where the user may, else by the program C(ping)
     of iputils. Where neither may, RV(targets[].mtu.ok) is null.
 seealso:
+  - module: openvadp.backup.backup_lan_vddk_probe
   - module: openvadp.backup.vmkernel_backup_nic
   - module: openvadp.backup.vmkernel_backup_nic_info
 """

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -156,6 +157,18 @@ class Outcome:
         return f"rc={self.rc}\n{self.stdout[-12000:]}\n{self.stderr[-4000:]}"
 
 
+@functools.lru_cache(maxsize=None)
+def _cache() -> Path:
+    """The folder for what is the same in all runs on this state of the collection; see startup/sitecustomize.py."""
+    digest = hashlib.sha256()
+    pinned = [ROOT / "requirements-dev.txt", ROOT / "tests" / "setup.sh"]
+    for path in [*pinned, *sorted((ROOT / "plugins").rglob("*.py"))]:
+        digest.update(b"%s\0%d\0" % (os.fsencode(path.relative_to(ROOT)), path.stat().st_size) + path.read_bytes())
+    folder = ROOT / "build" / "e2e-cache" / digest.hexdigest()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 class Ansible:
     """Runs ansible-playbook from the project's environment, in a folder of its own.
 
@@ -239,8 +252,8 @@ class Ansible:
             "ANSIBLE_NOCOLOR": "1",
             "ANSIBLE_DEPRECATION_WARNINGS": "1",
             "E2E_RESULTS": str(results),
-            "E2E_BYTECODE": str(ROOT / "build" / "bytecode" / "archives"),
-            "PYTHONPATH": str(Path(__file__).parent / "bytecode"),
+            "E2E_CACHE": str(_cache()),
+            "PYTHONPATH": str(Path(__file__).parent / "startup"),
             **(environment or {}),
         }
         if self.uid is not None:

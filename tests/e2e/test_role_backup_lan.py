@@ -105,6 +105,30 @@ def test_a_backup_lan_is_made_proved_and_made_once(lan: Lan, own_simulator: Simu
     assert own_simulator.changing_calls(seen) == []
 
 
+def test_vcenter_hands_out_the_backup_nic(lan: Lan, own_simulator: Simulator) -> None:
+    """What a greeting can't tell: the address in VDDK's log of an open, before and after the NIC is tagged."""
+    vddk = {"vddk_libdir": own_simulator.facts["vddk_libdir"], "nfc_port": own_simulator.facts["nfc_port"]}
+    target = {"host": "127.0.1.2", "address": "127.20.30.12"}
+    options = {**own_simulator.connection, **vddk, "name": "restore01", "targets": [target]}
+    found = lan.ansible.module("backup_lan_vddk_probe", options)
+    assert (found["proven"], found["address"], found["host"]) == (False, "127.0.1.2", "127.0.1.2")
+    assert "vCenter hands out 127.0.1.2 for host 127.0.1.2, not its backup NIC's 127.20.30.12" in found["reason"]
+    assert "tagged vSphereBackupNFC" in found["remedy"]
+
+    outcome = lan.run(vddk_vms=["restore01"], vddk_libdir=vddk["vddk_libdir"]).ok()
+    assert outcome.result("backup_lan_vddk_probe")["results"][0]["address"] == "127.20.30.12"
+    assert "127.0.1.2: vCenter hands out 127.20.30.12, as an open through VDDK shows" in outcome.stdout
+
+    seen = own_simulator.last_call()
+    elsewhere = lan.ansible.module("backup_lan_vddk_probe", {**options, "targets": [dict(target, host="127.0.1.3")]})
+    assert not elsewhere["proven"] and "which is none of the targets" in elsewhere["reason"]
+    running = lan.ansible.module("backup_lan_vddk_probe", {**options, "name": "app01"})
+    assert running["failed"] and "it is poweredOn" in running["msg"] and "Name one that is off" in running["msg"]
+    assert own_simulator.changing_calls(seen) == []
+    outcome = lan.run(vddk_vms=["restore01", "app01"], vddk_libdir=vddk["vddk_libdir"]).failed()
+    assert "it is poweredOn" in outcome.result("fail", task="Fail with the reason")["msg"]
+
+
 def test_what_is_not_reached_fails_the_run_and_says_why(lan: Lan, own_simulator: Simulator) -> None:
     own_simulator.control.call("cut_network", host="127.0.1.2")
     outcome = lan.run(probe_retries=1, probe_delay=1).failed()

@@ -68,25 +68,28 @@ class ProbeRequest:
     def from_params(cls, params: Dict[str, Any]) -> ProbeRequest:
         """From ``module.params``. :raises InputError: an option makes no sense; nothing was sent."""
         source = _address("source_address", params["source_address"]) if params["source_address"] else None
-        targets = []
-        for entry in params["targets"]:
-            address = _address("targets", entry["address"])
-            if source is not None and source.version != address.version:
+        targets = targets_from(params["targets"])
+        for target in targets:
+            if source is not None and source.version != target.address.version:
                 raise InputError(
                     "The option source_address can't be used",
                     subject=str(source),
-                    reason=f"it is IPv{source.version}, but {address} of host '{entry['host']}' is not",
+                    reason=f"it is IPv{source.version}, but {target.address} of host '{target.host}' is not",
                     remedy="Probe addresses of one version at a time",
                 )
-            targets.append(Target(entry["host"], address))
-        if not targets:
-            raise InputError("No host is named", remedy="Give at least one target")
         for name, low, high in (("mtu", 1280, 9190), ("nfc_port", 1, 65535), ("timeout", 1, 60)):
             if params[name] is not None and not low <= params[name] <= high:
                 raise InputError(
                     f"The option {name} is out of range", subject=str(params[name]), remedy=f"{low} to {high}"
                 )
-        return cls(tuple(targets), source, params["mtu"], params["nfc_port"], params["timeout"])
+        return cls(targets, source, params["mtu"], params["nfc_port"], params["timeout"])
+
+
+def targets_from(entries: Sequence[Dict[str, Any]]) -> Tuple[Target, ...]:
+    """The option ``targets``, each with host and address. :raises InputError: one makes no sense, or there is none."""
+    if not entries:
+        raise InputError("No host is named", remedy="Give at least one target")
+    return tuple(Target(entry["host"], _address("targets", entry["address"])) for entry in entries)
 
 
 def _address(option: str, text: str) -> Any:

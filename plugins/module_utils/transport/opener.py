@@ -8,7 +8,7 @@ import contextlib
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, ContextManager, Iterator, Mapping, Optional
+from typing import TYPE_CHECKING, Any, Callable, ContextManager, Iterator, List, Mapping, Optional
 
 from ..datapath.processes import RuntimeDir
 from ..errors import DataPathError, RepositoryError, TransportError, VadpError
@@ -149,16 +149,21 @@ class _VddkAttachment:
                 self._run.done(self._intent)
 
 
-def _connection(context: OpenContext, vddk: Vddk, facts: DiskFacts) -> ContextManager[budget.Slot]:
-    """The permission to open one more disk on the hosts that may serve this one (VADP facts 19, 20).
+def serving_names(facts: DiskFacts, snapshot_moid: Optional[str]) -> List[str]:
+    """The ESXi hosts that may serve a disk by nbd or nbdssl (VADP facts 19).
 
     Of a snapshot any host of the datastore may, without one it is the VM's own.
     """
     hosts = facts.datastore.hosts if facts.datastore is not None else ()
     own = facts.vm.host_moid if facts.vm is not None else None
-    if context.snapshot_moid is None and any(host.moid == own for host in hosts):
+    if snapshot_moid is None and any(host.moid == own for host in hosts):
         hosts = tuple(host for host in hosts if host.moid == own)
-    names = [host.name for host in hosts] or [context.session.connection.hostname]
+    return [host.name for host in hosts]
+
+
+def _connection(context: OpenContext, vddk: Vddk, facts: DiskFacts) -> ContextManager[budget.Slot]:
+    """The permission to open one more disk on the hosts that may serve this one (VADP facts 20)."""
+    names = serving_names(facts, context.snapshot_moid) or [context.session.connection.hostname]
     return budget.for_disk(
         context.session,
         names,

@@ -183,6 +183,13 @@ def net_configs(host: "Host") -> list[Any]:
     return [net_config(host, service, network) for service in services_of(host.version)]
 
 
+def backup_addresses(host: "Host") -> list[str]:
+    """The addresses of the NICs that are tagged for backup."""
+    vnics = host.network.vnic if host.network is not None else ()
+    tagged = host.services.get(BACKUP, [])
+    return [vnic.spec.ip.ipAddress for vnic in vnics if vnic.device in tagged and vnic.spec.ip is not None]
+
+
 def net_config(host: "Host", service: str, network: Any) -> Any:
     candidates = []
     for nic in network.vnic:

@@ -31,6 +31,7 @@ from . import storage as storage_module
 from .advanced import AdvancedModes, CannotAttach
 from .inventory import disks_in
 from .model import SimulatorError
+from .networking import backup_addresses
 from .proxy import Node
 
 GREETING = (
@@ -628,6 +629,16 @@ class NfcService:
             )
         return host
 
+    def handed_out(self, name: str) -> str:
+        """Where a client is told to connect: to the host's NIC that is tagged for backup, if any (VADP facts 25).
+
+        Here only one that can be reached: in a test, an address of the loopback range.
+        """
+        with self._lock:
+            reached = set(self._hosts[name].others) if name in self._hosts else set()
+        tagged = [one for host in self.simulator.hosts() if host.name == name for one in backup_addresses(host)]
+        return next((one for one in tagged if one in reached), name)
+
     def add_grant(self, grant: Grant) -> None:
         with self._lock:
             self._grants[grant.ticket] = grant
@@ -750,7 +761,7 @@ class _Entry:
         digits = info.uuid.replace("-", "").lower()
         uuid = " ".join(digits[at : at + 2] for at in range(0, len(digits), 2))
         return {
-            "host": name,
+            "host": service.handed_out(name),
             "device": str(simulator.proxy.dev_dir / node.name) if node is not None else "",
             "ide": int(self._on_ide(vm, path, snapshot)),
             "ticket": ticket,
