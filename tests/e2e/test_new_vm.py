@@ -168,6 +168,20 @@ def test_to_another_place_with_other_networks_and_disks(machines: NewMachines) -
     machines.destroy("moved")
 
 
+@pytest.mark.parametrize("method", ["vddk", "proxy_hotadd"])
+def test_by_hotadd(machines: NewMachines, method: str) -> None:
+    """A proxy that is a virtual machine attaches the new disks, with VDDK and without."""
+    facts = machines.simulator.facts
+    where = {"device_dir": facts["device_dir"], "sysfs_dir": facts["sysfs_dir"], "transports": ["hotadd"]}
+    if method == "proxy_hotadd":
+        where["vddk_libdir"] = str(machines.modules.repository)  # no library lies there
+    result = machines.make("attached", point="differential", **where)
+    assert {(entry["transport"], entry["method"]) for entry in result["restored"]} == {("hotadd", method)}
+    assert machines.held("attached") == machines.modules.held["differential"]
+    assert not machines.runs() and machines.control.call("attachments") == []
+    machines.destroy("attached")
+
+
 def test_bad_input_is_refused_before_anything_is_made(machines: NewMachines) -> None:
     control = machines.control
     planned = machines.modules.run("vadp_disk_restore", **machines.options("planned"), _ansible_check_mode=True)

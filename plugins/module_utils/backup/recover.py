@@ -110,6 +110,14 @@ def recover_vm(request: RecoverRequest, check_mode: bool) -> Dict[str, Any]:
                 sysfs_dir=request.sysfs_dir,
                 vddk_libdir=request.vddk_libdir,
             )
+            if request.begin and any(_is_removal(item) for item in recovered):
+                raise NotFoundError(
+                    "There is no virtual machine to back up any more",
+                    subject=str(vm),
+                    reason="it was half restored, by a restore that did not come to its end, and was removed",
+                    remedy="Run the restore again",
+                    details={"recovered": recovered},
+                )
             ended = records - len(store.runs())
             run = begin_run(store, vm, request.point) if request.begin and vm is not None else None
             begun = run is not None and not run["complete"]
@@ -241,6 +249,10 @@ def _new_machines(session: Session, runs: List[Run], check_mode: bool) -> List[R
             if not check_mode:
                 run.done(intent["id"])
     return found
+
+
+def _is_removal(item: Recovered) -> bool:
+    return item["what"] == "new_vm" and item["action"] == "removed"
 
 
 def _is_kept(run: Run) -> bool:
