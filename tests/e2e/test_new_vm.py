@@ -301,9 +301,15 @@ def test_a_restore_that_is_killed_is_taken_away_by_the_next(machines: NewMachine
         assert machines.stores() == [machines.app01.instanceUuid]
         assert result["vm"]["instance_uuid"] != record["vm_uuid"]
         machines.destroy("killed")
-    # vadp_recover, asked for that machine, does the same.
+    # vadp_recover, asked for that machine, does the same, unless somebody has started it.
     kill_when("half_written")
     where = dict(machines.simulator.connection, name="killed", repository=str(machines.modules.repository))
+    machines.control.call("power", vm="killed", state="poweredOn")
+    for module, asked in (("vadp_recover", where), ("vadp_disk_restore", options)):
+        result = machines.modules.run(module, **asked)
+        assert result["failed"] and "somebody has started it" in result["msg"], result["msg"]
+    assert "killed" in machines.names() and len(machines.runs()) == 1
+    machines.control.call("power", vm="killed", state="poweredOff")
     recovered = machines.modules.done("vadp_recover", **where)["recovered"]
     assert [item["action"] for item in recovered if item["what"] == "new_vm"] == ["removed"], recovered
     assert machines.names() == names and not machines.runs()

@@ -657,7 +657,7 @@ class VmStore:
         try:
             if set(os.listdir(str(self.path))) - {"points", "configs", "runs", "lock"}:
                 return
-            for name in ("points", "configs", "runs"):
+            for name in ("runs", "points", "configs"):
                 os.rmdir(str(self._inside(name)))
             os.unlink(str(self._inside("lock")))
             os.rmdir(str(self.path))

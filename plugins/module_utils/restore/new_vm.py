@@ -412,8 +412,7 @@ def _clear_crashed(session: Session, point: Point, name: str, request: RestoreRe
                 retryable=True,
                 details=error.details,
             ) from error
-        finally:
-            store.remove_unused()
+        store.remove_unused()
 
 
 def _is_same(intent: Mapping[str, Any], point: Point, name: str) -> bool:
