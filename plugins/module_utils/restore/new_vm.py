@@ -38,7 +38,7 @@ from ..transport.planner import WRITE, DiskFacts, Plan, ProxyFacts, VmFacts, pla
 from ..vsphere import new_machine, placement
 from ..vsphere.configuration import restore_config
 from ..vsphere.datastore_files import http_size
-from ..vsphere.disks import Disk, disks_of
+from ..vsphere.disks import Disk, disks_of, split_datastore_path
 from ..vsphere.inventory import VmRef, find_vm
 from ..vsphere.session import Session
 from .in_place import DiskTarget, plan_targets, write_new_disks
@@ -242,8 +242,7 @@ def _asked(session: Session, saved: _Saved, names: Mapping[str, str], request: R
 
 
 def _home(facts: Mapping[str, Any]) -> str:
-    path = str(facts.get("vm_path_name") or "")
-    return path[1:].split("]")[0] if path.startswith("[") else ""
+    return split_datastore_path(str(facts.get("vm_path_name") or ""))[0]
 
 
 def _new_disk(disk: PointDisk, config: Any, request: RestoreRequest) -> NewDisk:
