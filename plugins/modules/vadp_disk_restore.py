@@ -8,7 +8,8 @@ module: vadp_disk_restore
 short_description: Restore the disks of a restore point
 version_added: 0.1.0
 description:
-  - Writes the disks of a restore point into image files, or into the disks of a virtual machine that is off.
+  - Writes the disks of a restore point into image files, into the disks of a virtual machine that is off, or makes a
+    new virtual machine of the point.
   - Before the first write everything that the point stands on is read and compared with what was recorded. A damaged
     point is not restored.
   - After the last write everything is read back and compared with the point, unless O(verify=false).
@@ -39,22 +40,23 @@ attributes:
       - With O(target=file), an image file that holds the point's bytes already is left alone.
       - With O(target=in_place), every run writes everything, and says that it changed something. With
         O(changed_only=true) a disk on which nothing changed since the point is left alone.
+      - With O(target=new_vm), a name that is taken is refused, so a second run makes no second machine.
 options:
   hostname:
     description:
-      - Name or address of the vCenter server, or of an ESXi host. Needed for O(target=in_place) only.
+      - Name or address of the vCenter server, or of an ESXi host. Needed for O(target=in_place) and O(target=new_vm).
       - If not given, the environment variable E(VMWARE_HOST) of the machine that runs the module is used.
     type: str
     required: false
   username:
     description:
-      - User of the vSphere API. Needed for O(target=in_place) only.
+      - User of the vSphere API. Needed for O(target=in_place) and O(target=new_vm).
       - If not given, the environment variable E(VMWARE_USER) is used.
     type: str
     required: false
   password:
     description:
-      - Password of O(username). Needed for O(target=in_place) only.
+      - Password of O(username). Needed for O(target=in_place) and O(target=new_vm).
       - It is handed on through file descriptors only and never written down.
       - If not given, the environment variable E(VMWARE_PASSWORD) is used.
     type: str
@@ -64,6 +66,7 @@ options:
       - Name of the virtual machine to write to, with O(target=in_place). Two machines of one name are an error that
         lists both.
       - If none of O(name), O(uuid) and O(moid) is given, it is the one that the restore point was made of.
+      - With O(target=new_vm), the name of the new machine; if not given, that of the one that was backed up.
     type: str
   uuid:
     description:
@@ -71,6 +74,18 @@ options:
     type: str
   moid:
     description: Managed object id of the virtual machine to write to, such as V(vm-16).
+    type: str
+  folder:
+    description:
+      - Inventory folder that the virtual machine lies in. A path from the root (V(/DC0/vm/production)) or the end of
+        one (V(production)).
+      - With O(target=new_vm), the folder that the new machine is put into. If not given, it is the folder of the one
+        that was backed up, or with O(datacenter) the datacenter's own.
+    type: str
+  datacenter:
+    description:
+      - Datacenter that the virtual machine lies in, by name or inventory path.
+      - With O(target=new_vm), the one that the new machine is put into; if not given, the one of the old.
     type: str
   vm_uuid:
     description:
@@ -95,8 +110,12 @@ options:
         disks as large as those of the point. All that they hold is replaced, so O(overwrite=true) is required. Change
         tracking of these disks is not believed afterwards, so the machine's next backups are full ones until change
         tracking was reset.
+      - V(new_vm) makes a virtual machine with the configuration, the NVRAM and the disks of the point. It has the old
+        one's hardware, settings, PCI slots and BIOS UUID, and an instance UUID and disk UUIDs of its own. What belongs
+        to one host (USB and passthrough devices, serial ports, images that are not there) is left away with a warning.
+        RV(differences) lists every field that differs.
     type: str
-    choices: [file, in_place]
+    choices: [file, in_place, new_vm]
     default: file
   dest:
     description:
@@ -133,12 +152,18 @@ options:
           - If not given, it is the disk of the same key, and its UUID has to be that of the disk that was backed up.
         type: int
       datastore:
-        description: Datastore on which the disk that is written has to lie, with O(target=in_place).
+        description:
+          - Datastore on which the disk that is written has to lie, with O(target=in_place).
+          - Datastore on which the disk is made, with O(target=new_vm), if another than O(datastore).
         type: str
       format:
         description: Format of this disk's image file, if another than O(format). Not with O(format=ova).
         type: str
         choices: [raw, qcow2, vmdk, vmdk_stream]
+      provisioning:
+        description: How this disk is made, if another way than O(provisioning), with O(target=new_vm).
+        type: str
+        choices: [same, thin, thick, eager]
   overwrite:
     description:
       - Consent to replace what is there, namely image files with other content, or what the disks of the virtual
@@ -165,8 +190,8 @@ options:
     default: true
   transports:
     description:
-      - The transports that may be used with O(target=in_place), the preferred one first. For each disk the first that
-        can work is taken, and the result says why none before it was.
+      - The transports that may be used to write into virtual machines, the preferred one first. For each disk the first
+        that can work is taken, and the result says why none before it was.
       - V(san) writes thick disks only, and only where it stands first. V(https) writes no existing disk.
       - A transport that fails on the way is left for the next one, which writes the whole disk anew.
     type: list
@@ -175,14 +200,101 @@ options:
     default: [hotadd, nbdssl, nbd, https]
   rate_limit:
     description:
-      - Bytes a second that are written at most, with O(target=in_place), such as V(50M).
+      - Bytes a second that are written at most into a virtual machine, such as V(50M).
       - The suffixes K, M and G are binary.
     type: str
+  cluster:
+    description:
+      - Cluster (or host outside of one) that the new machine is put into, with O(target=new_vm).
+      - If neither this nor O(esxi_hostname) is given, it is the cluster of the old machine, if that is still there.
+    type: str
+  esxi_hostname:
+    description:
+      - Host that the new machine is made on, with O(target=new_vm). It has to see its datastores and networks.
+      - If not given, the host of the old machine if it can take it, else the first that can.
+    type: str
+  resource_pool:
+    description:
+      - Resource pool of the new machine, with O(target=new_vm), by name or by its path from the root pool on
+        (V(Resources/production)).
+      - If not given, the pool of the old machine, if there is one of that path, else the root pool.
+    type: str
+  datastore:
+    description:
+      - Datastore of the new machine's files and disks, with O(target=new_vm).
+      - If not given, each of them lies where it lay.
+    type: str
+  networks:
+    description:
+      - Other networks for the network cards of the new machine, with O(target=new_vm). Name of the network when the
+        point was made, and name of the one to connect to.
+      - A card whose network is not listed is connected to the network of the same name, which has to be there. A
+        listed network that no card was connected to is an error.
+    type: dict
+    default: {}
+  provisioning:
+    description:
+      - How the disks of the new machine are made, with O(target=new_vm). V(same) is as they were, V(thin) takes space
+        as it is written, V(thick) takes all of it at once, V(eager) fills it with zeros at once.
+    type: str
+    choices: [same, thin, thick, eager]
+    default: same
+  mac_addresses:
+    description:
+      - Whether the network cards of the new machine have the addresses of the old ones, with O(target=new_vm).
+      - vCenter gives a card another address where it chose that itself and another machine has it.
+      - With V(keep) and O(power_on=true), a restore beside the machine that was backed up is refused while that runs.
+    type: str
+    choices: [keep, new]
+    default: keep
+  bios_uuid:
+    description:
+      - Whether the new machine has the BIOS UUID of the old one, which guests and licences know it by, with
+        O(target=new_vm).
+    type: str
+    choices: [keep, new]
+    default: keep
+  vtpm:
+    description:
+      - What to do about a virtual TPM, with O(target=new_vm). Its content is worth nothing without its key provider,
+        and is in no backup.
+      - V(refuse) makes no machine then, V(drop) makes it without. A guest whose disks are sealed to it asks for its
+        recovery key.
+    type: str
+    choices: [refuse, drop]
+    default: refuse
+  power_on:
+    description: Whether the new machine is started when it is whole, with O(target=new_vm).
+    type: bool
+    default: false
+  allow_duplicate_name:
+    description:
+      - Consent to a second virtual machine of this name, in another folder, with O(target=new_vm).
+    type: bool
+    default: false
+  on_failure:
+    description:
+      - What becomes of a machine that could not be restored wholly, with O(target=new_vm). V(remove) deletes it and its
+        files, V(keep) leaves it for you to look at.
+      - What a restore that crashed left is treated so by the next one of that machine and name, or by
+        M(openvadp.backup.vadp_recover) for the half-restored machine.
+      - A machine that is whole and only could not be started is kept.
+    type: str
+    choices: [remove, keep]
+    default: remove
 notes:
   - Required privileges for O(target=in_place) are C(VirtualMachine.Provisioning.DiskRandomAccess),
     C(VirtualMachine.Provisioning.DiskRandomRead) and C(VirtualMachine.Provisioning.GetVmFiles). O(changed_only=true)
     also takes C(VirtualMachine.State.CreateSnapshot), C(VirtualMachine.State.RemoveSnapshot) and
     C(VirtualMachine.Config.ChangeTracking); without them the whole disks are written.
+  - For O(target=new_vm) also C(VirtualMachine.Inventory.Create) and C(VirtualMachine.Inventory.Delete) on the folder,
+    C(VirtualMachine.Config.AddNewDisk), C(VirtualMachine.Config.AddRemoveDevice),
+    C(VirtualMachine.Config.AdvancedConfig), C(VirtualMachine.Config.EditDevice) and
+    C(VirtualMachine.Config.Settings) there, C(Resource.AssignVMToPool) on the resource pool, C(Network.Assign) on
+    networks, C(Datastore.AllocateSpace), C(Datastore.Browse) and C(Datastore.FileManagement) on datastores, and
+    C(VirtualMachine.Interact.PowerOn) to start it.
+  - A new machine is made as the saved configuration says; a hardware version that the host does not know, or a device
+    that it refuses, is told in vCenter's words, and nothing stays.
 seealso:
   - module: openvadp.backup.vadp_disk_export
   - module: openvadp.backup.restore_point_info
@@ -239,6 +351,22 @@ EXAMPLES = r"""
     target: in_place
     changed_only: true
     overwrite: true
+
+- name: Make a new machine of the newest point, apart from the old one's network, and start it
+  openvadp.backup.vadp_disk_restore:
+    hostname: vcenter.example.com
+    username: backup@vsphere.local
+    password: "{{ vcenter_password }}"
+    repository: /backup
+    vm_name: app01
+    target: new_vm
+    name: app01-restored
+    folder: /DC0/vm/restored
+    datastore: vmfs02
+    networks:
+      VM Network: Isolated
+    mac_addresses: new
+    power_on: true
 """
 
 RETURN = r"""
@@ -318,6 +446,53 @@ restored:
       description: Why the disk was written, or was not, and why as a whole where O(changed_only=true).
       type: str
       sample: it was not there
+vm:
+  description: The new virtual machine.
+  returned: with O(target=new_vm)
+  type: dict
+  contains:
+    moid:
+      description: Its managed object id; null in check mode.
+      type: str
+      sample: vm-117
+    name:
+      description: Its name.
+      type: str
+      sample: app01-restored
+    path:
+      description: Its place in the inventory.
+      type: str
+      sample: /DC0/vm/restored/app01-restored
+    instance_uuid:
+      description: Its instance UUID, by which the repository will know it; null in check mode.
+      type: str
+      sample: 502f6c1e-7a1a-4b6e-9d3c-0d5a0d1b2c3d
+    host:
+      description: Host that it was made on.
+      type: str
+      sample: esx01.example.com
+differences:
+  description: Every field in which its configuration differs from the one that was saved.
+  returned: with O(target=new_vm), empty in check mode
+  type: list
+  elements: dict
+  contains:
+    path:
+      description: The field. Devices go by the keys that they had.
+      type: str
+      sample: hardware.device[2000].backing.uuid
+    before:
+      description: Its value in the saved configuration; null if it was not set.
+      type: raw
+      sample: 6000C29e-3c1d-4a52-8f0e-5a1b2c3d4e5f
+    after:
+      description: Its value in the new machine; null if it is not set.
+      type: raw
+      sample: 6000C291-11aa-4c52-9d0e-0f1b2c3d4e5f
+    reason:
+      description: Why it has to differ. Null if nothing explains it; then there is a warning too.
+      type: str
+      sample: disks have new files and UUIDs of their own
 """
 
 from typing import Any, Dict
@@ -327,8 +502,8 @@ from ansible.module_utils.basic import AnsibleModule, missing_required_lib
 from ..module_utils.backup.request import parse_rate
 from ..module_utils.datapath.image import FORMATS
 from ..module_utils.libraries import first_missing
-from ..module_utils.restore import in_place, to_file
-from ..module_utils.restore.request import FILE_FORMATS, IN_PLACE, TARGETS, RestoreRequest
+from ..module_utils.restore import in_place, new_vm, to_file
+from ..module_utils.restore.request import FILE, FILE_FORMATS, IN_PLACE, NEW_VM, PROVISIONING, TARGETS, RestoreRequest
 from ..module_utils.runner import (
     Options,
     connection_options,
@@ -345,6 +520,7 @@ DISK = dict(
     target_key=dict(type="int", no_log=False),
     datastore=dict(type="str"),
     format=dict(type="str", choices=list(FORMATS)),
+    provisioning=dict(type="str", choices=list(PROVISIONING)),
 )
 TRANSPORTS = ["hotadd", "nbdssl", "nbd", "https"]
 
@@ -362,9 +538,21 @@ def options() -> Options:
         changed_only=dict(type="bool", default=False),
         verify=dict(type="bool", default=True),
         rate_limit=dict(type="str"),
+        cluster=dict(type="str"),
+        esxi_hostname=dict(type="str"),
+        resource_pool=dict(type="str"),
+        datastore=dict(type="str"),
+        networks=dict(type="dict", default={}),
+        provisioning=dict(type="str", choices=list(PROVISIONING), default="same"),
+        mac_addresses=dict(type="str", choices=["keep", "new"], default="keep"),
+        bios_uuid=dict(type="str", choices=["keep", "new"], default="keep"),
+        vtpm=dict(type="str", choices=["refuse", "drop"], default="refuse"),
+        power_on=dict(type="bool", default=False),
+        allow_duplicate_name=dict(type="bool", default=False),
+        on_failure=dict(type="str", choices=["remove", "keep"], default="remove"),
     )
     return (
-        Options(connection, required_if=[("target", IN_PLACE, needed)])
+        Options(connection, required_if=[("target", target, needed) for target in (IN_PLACE, NEW_VM)])
         + Options(vm_options().argument_spec, mutually_exclusive=[("name", "uuid", "moid")])
         + repository_options()
         + repository_vm_options()
@@ -376,8 +564,8 @@ def options() -> Options:
 
 def body(module: AnsibleModule) -> Dict[str, Any]:
     restore = to_file.restore_point
-    if module.params["target"] == IN_PLACE:
-        restore = in_place.restore_point
+    if module.params["target"] != FILE:
+        restore = in_place.restore_point if module.params["target"] == IN_PLACE else new_vm.restore_point
         name, what, trace = first_missing("pyVmomi", "nbd")
         if name:
             module.fail_json(msg=missing_required_lib(what), exception=trace)

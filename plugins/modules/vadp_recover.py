@@ -11,7 +11,8 @@ description:
   - Removes what earlier runs of this repository left of a virtual machine. These are, in this order, processes on this
     machine, disks that are still attached to a proxy, snapshots that carry this repository's id (with what their
     removal may have left), temporary ones of M(openvadp.backup.vm_change_tracking), prepared access (see
-    M(openvadp.backup.vadp_access)), and temporary files.
+    M(openvadp.backup.vadp_access)), the virtual machine itself where a restore was making it and did not come to its
+    end, and temporary files.
   - What others made is never touched. The virtual machine is locked meanwhile, so a run that is still at work is not
     disturbed, and the module fails.
   - With O(begin=true) it then begins a run, and returns name and description for its snapshot.
@@ -103,12 +104,13 @@ recovered:
   elements: dict
   contains:
     what:
-      description: V(process), V(attachment), V(lease), V(snapshot), V(access) or V(temporary_file).
+      description: V(process), V(attachment), V(lease), V(snapshot), V(access), V(new_vm) or V(temporary_file).
       type: str
       sample: snapshot
     id:
       description: >-
-        Process id, file and proxy of an attachment, managed object id, path, or the identity of prepared access.
+        Process id, file and proxy of an attachment, managed object id, path, name of a machine, or the identity of
+        prepared access.
       type: str
       sample: snapshot-47
     action:

@@ -69,6 +69,91 @@ class Administrator:
         device = vim.vm.device.VirtualPCIPassthrough(key=13000, backing=backing)
         self._change(vim.vm.device.VirtualDeviceSpec(operation="add", device=device))
 
+    def furnish(self, iso: str) -> None:
+        """Give the machine what machines have: a second controller with a disk, cards, drives, ports, settings."""
+        kinds = vim.vm.device
+        ethernet = kinds.VirtualEthernetCard
+        switch = self._find(vim.DistributedVirtualSwitch, "DSwitch0")
+        group = self._find(vim.dvs.DistributedVirtualPortgroup, "dv-vmotion")
+        port = vim.dvs.PortConnection(switchUuid=switch.uuid, portgroupKey=group.key)
+        connected = kinds.VirtualDevice.ConnectInfo(startConnected=True, allowGuestControl=True, connected=True)
+        devices = [
+            kinds.VirtualLsiLogicSASController(key=-1, busNumber=2, sharedBus="noSharing"),
+            kinds.VirtualAHCIController(key=-2, busNumber=0),
+            kinds.VirtualUSBController(key=-3, busNumber=0, autoConnectDevices=False),
+            kinds.VirtualE1000e(
+                key=-4,
+                addressType="manual",
+                macAddress="00:50:56:11:22:33",
+                wakeOnLanEnabled=True,
+                connectable=connected,
+                backing=ethernet.DistributedVirtualPortBackingInfo(port=port),
+            ),
+            kinds.VirtualCdrom(
+                key=-5,
+                controllerKey=-2,
+                unitNumber=0,
+                connectable=connected,
+                backing=kinds.VirtualCdrom.IsoBackingInfo(fileName=iso),
+            ),
+            kinds.VirtualSerialPort(
+                key=-6, yieldOnPoll=True, backing=kinds.VirtualSerialPort.DeviceBackingInfo(deviceName="/dev/ttyS0")
+            ),
+            kinds.VirtualUSB(key=-7, connected=True, backing=kinds.VirtualUSB.USBBackingInfo(deviceName="path:0/1")),
+        ]
+        changes = [kinds.VirtualDeviceSpec(operation="add", device=device) for device in devices]
+        video = self._disk(500)
+        video.videoRamSizeInKB = 16384
+        changes.append(kinds.VirtualDeviceSpec(operation="edit", device=video))
+        disk = kinds.VirtualDisk(
+            key=-8,
+            controllerKey=-1,
+            unitNumber=3,
+            capacityInBytes=8 << 20,
+            capacityInKB=8 << 10,
+            backing=kinds.VirtualDisk.FlatVer2BackingInfo(
+                fileName="[nfs01]", diskMode="persistent", thinProvisioned=False
+            ),
+        )
+        changes.append(kinds.VirtualDeviceSpec(operation="add", fileOperation="create", device=disk))
+        option = vim.option.OptionValue
+        self._reconfigure(
+            vim.vm.ConfigSpec(
+                deviceChange=changes,
+                annotation="An old server.\nDon't touch.",
+                numCPUs=2,
+                memoryMB=2048,
+                cpuHotAddEnabled=True,
+                bootOptions=vim.vm.BootOptions(efiSecureBootEnabled=True, bootDelay=1000),
+                extraConfig=[
+                    option(key="disk.EnableUUID", value="TRUE"),
+                    option(key="ethernet0.pciSlotNumber", value="192"),
+                    option(key="guestinfo.role", value="web"),
+                    option(key="sched.swap.derivedName", value="/vmfs/volumes/x/app01.vswp"),
+                    option(key="scsi0:0.ctkEnabled", value="TRUE"),
+                ],
+            )
+        )
+        boot = vim.vm.BootOptions
+        order = [boot.BootableDiskDevice(deviceKey=2000), boot.BootableCdromDevice()]
+        self._reconfigure(vim.vm.ConfigSpec(bootOptions=boot(bootOrder=order)))
+
+    def config(self, moid: str = "") -> Any:
+        """The configuration of this machine, or of another one."""
+        return (vim.VirtualMachine(moid, self._vm._stub) if moid else self._vm).config
+
+    def destroy(self, name: str) -> None:
+        """A machine and its files, off."""
+        WaitForTask(self._find(vim.VirtualMachine, name).Destroy_Task())
+
+    def destroy_moid(self, moid: str) -> None:
+        WaitForTask(vim.VirtualMachine(moid, self._vm._stub).Destroy_Task())
+
+    def _find(self, kind: Any, name: str) -> Any:
+        content = self._service.content
+        found = content.viewManager.CreateContainerView(content.rootFolder, [kind], True).view
+        return next(one for one in found if one.name == name)
+
     def _folder(self) -> str:
         return str(self._vm.config.files.vmPathName).split(" ", maxsplit=1)[0]
 

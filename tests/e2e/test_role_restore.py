@@ -11,7 +11,7 @@ from harness import MIB, Backups, Simulator, file_sha256
 KEYS = (2000, 2001)
 
 
-def test_to_files_and_in_place(own_simulator: Simulator, backups: Backups, tmp_path: Path) -> None:
+def test_to_files_in_place_and_as_a_new_machine(own_simulator: Simulator, backups: Backups, tmp_path: Path) -> None:
     """An older point as raw images and the newest in place; a machine that must not be written to is refused."""
     simulator = backups.simulator = own_simulator
     backups.run("app01", point="p1").ok()
@@ -55,3 +55,22 @@ def test_to_files_and_in_place(own_simulator: Simulator, backups: Backups, tmp_p
     assert [disk["transport"] for disk in outcome.result("vadp_disk_restore")["restored"]] == ["nbdssl", "nbdssl"]
     assert {key: simulator.disk("restore01", key) for key in KEYS} == held["p2"]
     assert simulator.snapshots("restore01") == []
+
+    new = {
+        **source,
+        **simulator.role_variables("vm_restore_"),
+        "target": "new_vm",
+        "point": "p1",
+        "vm_restore_name": "app01-restored",
+        "vm_restore_networks": {"VM Network": "Backup Network"},
+        "vm_restore_mac_addresses": "new",
+        "vm_restore_power_on": True,
+    }
+    backups.ansible.run("openvadp.backup.restore", variables=new, arguments=["--check"]).ok()
+    outcome = backups.ansible.run("openvadp.backup.restore", variables=new).ok()
+    assert outcome.changed == 1 and "app01-restored/Hard disk 1" in outcome.stdout
+    assert {key: simulator.disk("app01-restored", key) for key in KEYS} == held["p1"]
+    assert simulator.vm("app01-restored")["power_state"] == "poweredOn"
+    # A second run makes no second machine.
+    outcome = backups.ansible.run("openvadp.backup.restore", variables=new).failed()
+    assert "a virtual machine of this name already" in outcome.result("vadp_disk_restore")["msg"]

@@ -26,6 +26,7 @@ from ..repository.runs import Run, boot_id, new_run_id
 from ..transport import hotadd, https
 from ..vsphere.change_tracking import is_temporary
 from ..vsphere.inventory import VmRef, find_vm, vm_selection
+from ..vsphere.new_machine import is_new_vm, remove_leftover
 from ..vsphere.session import Connection, Session
 from ..vsphere.snapshots import (
     Snapshot,
@@ -110,6 +111,14 @@ def recover_vm(request: RecoverRequest, check_mode: bool) -> Dict[str, Any]:
                 sysfs_dir=request.sysfs_dir,
                 vddk_libdir=request.vddk_libdir,
             )
+            if request.begin and any(_is_removal(item) for item in recovered):
+                raise NotFoundError(
+                    "There is no virtual machine to back up any more",
+                    subject=str(vm),
+                    reason="it was half restored, by a restore that did not come to its end, and was removed",
+                    remedy="Run the restore again",
+                    details={"recovered": recovered},
+                )
             ended = records - len(store.runs())
             run = begin_run(store, vm, request.point) if request.begin and vm is not None else None
             begun = run is not None and not run["complete"]
@@ -221,12 +230,30 @@ def recover(
         found += _snapshots(session, store, vm, runs, check_mode)
     for identity, action in access.end(session, vm, runs, vddk_libdir, check_mode):
         found.append(_item("access", identity, action, check_mode))
+    found += _new_machines(session, runs, check_mode)
     found += _temporary_files(store, runs, check_mode)
     if not check_mode:
         for run in runs:
             if not _is_kept(run):
                 run.remove()
     return found
+
+
+def _new_machines(session: Session, runs: List[Run], check_mode: bool) -> List[Recovered]:
+    """Machines that a restore was making: half restored they are of no use, unless the user wanted to keep them."""
+    found: List[Recovered] = []
+    for run in runs:
+        for intent in filter(is_new_vm, run.intents("restore")):
+            removal = remove_leftover(session, intent, check_mode)
+            if removal is not None:
+                found.append(_item("new_vm", removal.name, removal.action, check_mode))
+            if not check_mode:
+                run.done(intent["id"])
+    return found
+
+
+def _is_removal(item: Recovered) -> bool:
+    return item["what"] == "new_vm" and item["action"] == "removed"
 
 
 def _is_kept(run: Run) -> bool:

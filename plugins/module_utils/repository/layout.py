@@ -701,6 +701,22 @@ class VmStore:
         if problem:
             raise _incomplete(path, problem)
 
+    def remove_unused(self) -> None:
+        """Remove the folder of a VM of which nothing was ever kept, as a restore to a new one leaves it.
+
+        Only for an id that no backup can know yet: whoever waited for the lock would hold that of a removed file.
+        """
+        try:
+            if set(os.listdir(str(self.path))) - {"points", "configs", "runs", "lock"}:
+                return
+            for name in ("runs", "points", "configs"):
+                os.rmdir(str(self._inside(name)))
+            os.unlink(str(self._inside("lock")))
+            os.rmdir(str(self.path))
+            fsync_dir(str(self.path.parent))
+        except OSError:
+            return  # something is kept there, or another has removed it
+
     def uncommitted_files(self) -> List[Path]:
         """Layers, hashes, configurations and NVRAM that belong to no point: what a run left that did not come to
         its end.

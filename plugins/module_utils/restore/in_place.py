@@ -74,6 +74,7 @@ class _Job:
 
     :param changes: with ``changed_only``, by device key of the disk that is written.
     :param proven: returns when the point is known to be sound.
+    :param fresh: the disks were just made, and read as zeros.
     """
 
     session: Session
@@ -88,6 +89,7 @@ class _Job:
     progress: Progress
     changes: ChangesOf
     proven: Callable[[], None]
+    fresh: bool = False
 
 
 def restore_point(request: RestoreRequest, check_mode: bool) -> Dict[str, Any]:
@@ -238,6 +240,13 @@ def _look(session: Session, vm: VmRef, point: Point, request: RestoreRequest) ->
             reason="; ".join(obstacles),
             details={"obstacles": obstacles},
         )
+    return plan_targets(session, vm, pairs, request)
+
+
+def plan_targets(
+    session: Session, vm: VmRef, pairs: List[Tuple[PointDisk, Disk]], request: RestoreRequest
+) -> Tuple[List[DiskTarget], ProxyFacts]:
+    """How each disk is written. :raises TransportError: a disk can't be."""
     facts = disk_facts(session, vm, [disk for _source, disk in pairs])
     proxy = proxy_facts(session, request, vm, facts, WRITE)
     targets = []
@@ -321,6 +330,37 @@ def _restore(
     return restored
 
 
+def write_new_disks(
+    point: Point,
+    targets: List[DiskTarget],
+    store: VmStore,
+    context: OpenContext,
+    intent: int,
+    request: RestoreRequest,
+    progress: Progress,
+) -> List[Dict[str, Any]]:
+    """Write the disks of a machine that was just made; the caller has checked the point, and recorded *intent*."""
+    job = _Job(
+        context.session,
+        context.vm,
+        point,
+        store,
+        context.run,
+        intent,
+        context,
+        request,
+        context.run_dir,
+        progress,
+        changes={},
+        proven=lambda: None,
+        fresh=True,
+    )
+    restored = [_restore_disk(target, job) for target in targets]
+    for entry in restored:
+        del entry[_CHANGED]
+    return restored
+
+
 def _forget_earlier(store: VmStore, vm: VmRef, run: Run, keys: List[int]) -> None:
     """What crashed restores left whose disks are all whole again. Their processes are dead: we hold the lock."""
     for other in store.runs():
@@ -361,7 +401,7 @@ def _restore_disk(target: DiskTarget, job: _Job) -> Dict[str, Any]:
     except VadpError as error:
         name = f"disk '{target.disk.label}' of {job.vm}"
         error.subject = f"{name}: {error.subject}" if error.subject else name
-        if not error.remedy and _half_written(job.run):
+        if not error.remedy and _half_written(job.run) and not job.fresh:
             again = "it writes the whole disk anew" if isinstance(changes, str) else "it goes on from its journal"
             error.remedy = f"Run the restore again: {again}. Until then don't power the machine on"
         raise
@@ -397,7 +437,7 @@ def _reason(changes: Changes | str, touched: bool) -> str:
 
 
 def _mark_untrusted(target: DiskTarget, job: _Job) -> None:
-    if job.store.uuid == job.vm.instance_uuid.lower():
+    if job.store.uuid == job.vm.instance_uuid.lower() and not job.fresh:
         trust.mark(
             job.store,
             target.disk.key,
@@ -429,7 +469,7 @@ def _write_disk(reader_uri: str, target: DiskTarget, job: _Job, changes: Changes
                 result, count = _write_changes(reader_uri, target, job, candidate, changes, begun, on_progress)
             else:
                 result = _write_whole(reader_uri, target, job, candidate, begun, on_progress)
-                count = target.source.capacity_bytes
+                count = result.bytes_written if job.fresh else target.source.capacity_bytes
         except VadpError as error:
             if len(begun) > 1 or not _is_transport(error, bool(begun)):
                 raise
@@ -538,18 +578,18 @@ def _open(target: DiskTarget, job: _Job, candidate: Candidate, writable: bool) -
 def _write(
     reader_uri: str, disk: Endpoint, target: DiskTarget, job: _Job, areas: Extents, on_progress: Any
 ) -> CopyResult:
-    """All of the areas, zeros too: what the disk holds now must not shine through (VADP facts 35)."""
+    """All of the areas, zeros too: what the disk holds must not shine through (VADP facts 35). A new disk holds none."""
     try:
         return copy(
             reader_uri,
             disk.uri,
             capacity_bytes=target.source.capacity_bytes,
-            areas=areas,
+            areas=None if job.fresh else areas,
             on_progress=on_progress,
             rate_limit=job.request.rate_limit,
             io_timeout=job.request.io_timeout,
             align_bytes=_SECTOR_BYTES,
-            zeros="write",
+            zeros="drop" if job.fresh else "write",
         )
     except DataPathError as error:
         raise disk.explain(error) from error

@@ -15,10 +15,16 @@ from ..vsphere.session import Connection
 
 FILE = "file"
 IN_PLACE = "in_place"
-TARGETS = (FILE, IN_PLACE)
+NEW_VM = "new_vm"
+TARGETS = (FILE, IN_PLACE, NEW_VM)
 OVA = "ova"
 #: What target=file writes: a file a disk, or one for all of them.
 FILE_FORMATS = (*FORMATS, OVA)
+SAME = "same"
+PROVISIONING = (SAME, "thin", "thick", "eager")
+REMOVE, KEEP = "remove", "keep"
+# vCenter's limit.
+_NAME_CHARACTERS = 80
 VM_OPTIONS = ("name", "uuid", "use_instance_uuid", "moid", "folder", "datacenter")
 
 
@@ -28,14 +34,16 @@ class DiskChoice:
 
     :param key: its device key in the restore point.
     :param target_key: device key of the disk that is written, if that is another one (in_place).
-    :param datastore: the disk that is written has to lie there (in_place).
+    :param datastore: the disk that is written has to lie there (in_place), or is made there (new_vm).
     :param format: of this disk's image file (file).
+    :param provisioning: of the disk that is made (new_vm).
     """
 
     key: int
     target_key: Optional[int] = None
     datastore: Optional[str] = None
     format: Optional[str] = None
+    provisioning: Optional[str] = None
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,8 @@ class RestoreRequest:
     """The options of ``vadp_disk_restore``.
 
     :param vm: the options that name the VM to write to, as :func:`..vsphere.inventory.find_vm` takes them.
-    :param rate_limit: bytes a second, for in_place.
+    :param rate_limit: bytes a second, for in_place and new_vm.
+    :param cluster: this and what follows is of the new machine, for new_vm.
     """
 
     repository: str
@@ -74,16 +83,29 @@ class RestoreRequest:
     wire_compression: str = "none"
     io_timeout: int = 180
     rate_limit: Optional[int] = None
+    cluster: Optional[str] = None
+    esxi_hostname: Optional[str] = None
+    resource_pool: Optional[str] = None
+    datastore: Optional[str] = None
+    networks: Mapping[str, str] = field(default_factory=dict)
+    provisioning: str = SAME
+    mac_addresses: str = "keep"
+    bios_uuid: str = "keep"
+    vtpm: str = "refuse"
+    power_on: bool = False
+    allow_duplicate_name: bool = False
+    on_failure: str = REMOVE
 
     @classmethod
     def from_params(cls, params: Dict[str, Any], rate_limit: Optional[int]) -> RestoreRequest:
         """From ``module.params``. :raises InputError: an option makes no sense."""
-        names = set(cls.__dataclass_fields__) - {"connection", "vm", "disks", "rate_limit"}
+        names = set(cls.__dataclass_fields__) - {"connection", "vm", "disks", "rate_limit", "networks"}
         request = cls(
-            connection=Connection.from_params(params) if params["target"] == IN_PLACE else None,
+            connection=Connection.from_params(params) if params["target"] in (IN_PLACE, NEW_VM) else None,
             vm={name: params[name] for name in VM_OPTIONS},
             disks=[DiskChoice(**choice) for choice in params["disks"] or []],
             rate_limit=rate_limit,
+            networks={str(name): str(other) for name, other in (params["networks"] or {}).items()},
             **{name: params[name] for name in names},
         )
         request.check()
@@ -108,10 +130,36 @@ class RestoreRequest:
             )
         if self.changed_only and self.target != IN_PLACE:
             raise InputError("The option changed_only is for target=in_place")
+        if self.target != NEW_VM:
+            self._check_not_new()
         if self.target == FILE:
             self._check_file()
-        else:
+        elif self.target == IN_PLACE:
             self._check_in_place()
+        else:
+            self._check_new_vm()
+
+    def _check_not_new(self) -> None:
+        """What describes a new machine means nothing for another target, and is no typing error to pass over."""
+        plain = RestoreRequest(repository=self.repository)
+        names = (
+            "cluster",
+            "esxi_hostname",
+            "resource_pool",
+            "datastore",
+            "networks",
+            "provisioning",
+            "mac_addresses",
+            "bios_uuid",
+            "vtpm",
+            "power_on",
+            "allow_duplicate_name",
+            "on_failure",
+        )
+        given = [name for name in names if getattr(self, name) != getattr(plain, name)]
+        given += ["provisioning of a disk" for choice in self.disks if choice.provisioning is not None][:1]
+        if given:
+            raise InputError("An option is for target=new_vm", subject=", ".join(given))
 
     def _check_file(self) -> None:
         if self.dest is not None and not os.path.isabs(self.dest):
@@ -164,3 +212,25 @@ class RestoreRequest:
                 "A restore in place replaces all that the disks hold, and overwrite is false",
                 remedy="Set overwrite: true if their present content may go",
             )
+
+    def _check_new_vm(self) -> None:
+        check_transport_options(self)
+        if self.dest is not None:
+            raise InputError("The option dest is for target=file", subject=self.dest)
+        if self.vm.get("uuid") or self.vm.get("moid"):
+            raise InputError(
+                "The options uuid and moid name a virtual machine that exists, and target=new_vm makes one",
+                remedy="Name the new machine by name, or use target=in_place",
+            )
+        name = self.vm.get("name")
+        if name is not None and not 0 < len(name) <= _NAME_CHARACTERS:
+            raise InputError(
+                "A virtual machine can't have this name",
+                subject=repr(name)[:200],
+                reason=f"it has {len(name)} characters, and 1 to {_NAME_CHARACTERS} are possible",
+            )
+        for choice in self.disks:
+            if choice.format is not None or choice.target_key is not None:
+                raise InputError(
+                    "The options format and target_key of a disk are not for target=new_vm", f"disk {choice.key}"
+                )

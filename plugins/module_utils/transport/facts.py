@@ -86,6 +86,12 @@ def disk_facts(
     }
 
 
+def datastore_facts(session: Session, datastores: Sequence[Any]) -> Dict[str, DatastoreFacts]:
+    """By name, of datastores that a disk is going to be made on: two calls."""
+    found = session.read_many(datastores, vim.Datastore, _DATASTORE_PATHS)
+    return _datastores(session, [(obj, found[obj._moId]) for obj in datastores])
+
+
 def _moid(obj: Any) -> Optional[str]:
     return None if obj is None else str(obj._moId)
 

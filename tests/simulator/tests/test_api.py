@@ -70,6 +70,13 @@ class Started:
         view.Destroy()
         return found
 
+    def object(self, kind: type, name: str) -> vim.ManagedEntity:
+        content = self.si.content
+        view = content.viewManager.CreateContainerView(content.rootFolder, [kind], True)
+        found = next(one for one in view.view if one.name == name)
+        view.Destroy()
+        return found
+
     def http(self) -> http.client.HTTPSConnection:
         return http.client.HTTPSConnection(self.info["host"], self.info["port"], context=self.context(), timeout=20)
 
@@ -694,6 +701,71 @@ def test_a_vm_is_created_and_destroyed(sim):
     done(vm.Destroy_Task())
     assert not folder.childEntity
     assert not (sim.state / "datastores" / "nfs01" / "restored_1" / "restored_1-flat.vmdk").exists()
+
+
+def test_new_vms_are_refused_what_vsphere_refuses(sim):
+    content = sim.si.content
+    datacenter = content.rootFolder.childEntity[0]
+    cluster = datacenter.hostFolder.childEntity[0]
+    folder, pool = datacenter.vmFolder, cluster.resourcePool
+    kinds, card = vim.vm.device, vim.vm.device.VirtualEthernetCard
+
+    def spec(*devices, **fields):
+        changes = [kinds.VirtualDeviceSpec(operation="add", device=one) for one in devices]
+        files = vim.vm.FileInfo(vmPathName="[vmfs01]")
+        return vim.vm.ConfigSpec(name="strict", files=files, deviceChange=changes, **fields)
+
+    def refused(fault, wanted, host=None):
+        with pytest.raises(fault):
+            done(folder.CreateVM_Task(wanted, pool, host))
+        assert not [vm for vm in folder.childEntity if vm.name == "strict"]
+        assert not (sim.state / "datastores" / "vmfs01" / "strict").exists()
+
+    refused(vmodl.fault.InvalidArgument, spec(), sim.object(vim.HostSystem, "127.0.1.3"))
+    refused(vim.fault.InvalidDeviceSpec, spec(kinds.VirtualKeyboard(key=-1)))
+    refused(vim.fault.InvalidDeviceSpec, spec(kinds.VirtualTPM(key=-1)))
+    lost = kinds.VirtualVmxnet3(key=-1, backing=card.NetworkBackingInfo(deviceName="nowhere"))
+    refused(vim.fault.InvalidDeviceBacking, spec(lost))
+    port = vim.dvs.PortConnection(switchUuid="none", portgroupKey="dvportgroup-0")
+    refused(
+        vim.fault.InvalidDeviceBacking,
+        spec(kinds.VirtualVmxnet3(key=-1, backing=card.DistributedVirtualPortBackingInfo(port=port))),
+    )
+    image = kinds.VirtualCdrom.IsoBackingInfo(fileName="[nfs01] gone.iso")
+    refused(vim.fault.FileNotFound, spec(kinds.VirtualCdrom(key=-1, controllerKey=200, unitNumber=0, backing=image)))
+    boot = vim.vm.BootOptions(bootOrder=[vim.vm.BootOptions.BootableDiskDevice(deviceKey=2000)])
+    refused(vmodl.fault.InvalidArgument, spec(bootOptions=boot))
+    disk = kinds.VirtualDisk(
+        key=-1, capacityInBytes=MIB, capacityInKB=KIB, backing=Disk.FlatVer2BackingInfo(fileName="[local01]")
+    )
+    far = spec()
+    far.deviceChange = [kinds.VirtualDeviceSpec(operation="add", fileOperation="create", device=disk)]
+    refused(vim.fault.InvalidDatastore, far, sim.object(vim.HostSystem, "127.0.1.2"))
+
+
+def test_addresses_stay_unique_and_slots_come_with_the_first_start(sim):
+    folder = sim.vm("app01").parent
+    taken = next(one for one in sim.vm("app01").config.hardware.device if hasattr(one, "macAddress")).macAddress
+    pool = sim.vm("app01").resourcePool
+    backing = vim.vm.device.VirtualEthernetCard.NetworkBackingInfo(deviceName="VM Network")
+    cards = [
+        vim.vm.device.VirtualVmxnet3(key=-1, addressType="assigned", macAddress=taken, backing=backing),
+        vim.vm.device.VirtualVmxnet3(key=-2, addressType="manual", macAddress=taken, backing=backing),
+    ]
+    changes = [vim.vm.device.VirtualDeviceSpec(operation="add", device=one) for one in cards]
+    files = vim.vm.FileInfo(vmPathName="[vmfs01]")
+    vm = done(folder.CreateVM_Task(vim.vm.ConfigSpec(name="addresses", files=files, deviceChange=changes), pool))
+
+    def made():
+        return [one for one in vm.config.hardware.device if hasattr(one, "macAddress")]
+
+    assert made()[0].macAddress != taken and made()[1].macAddress == taken
+    assert [one.slotInfo for one in made()] == [None, None]
+    done(vm.PowerOn())
+    slots = [one.slotInfo.pciSlotNumber for one in made()]
+    assert len(set(slots)) == 2
+    done(vm.PowerOff())
+    done(vm.Destroy_Task())
 
 
 def test_storage_vmotion_renames_and_keeps_the_change_id(sim, app):

@@ -15,7 +15,7 @@ from typing import Any
 
 from pyVmomi import vim, vmodl
 
-from . import storage
+from . import storage, vmspec
 from .inventory import SnapshotRecord, VirtualMachine, disks_in, folder_of, in_snapshots, is_rdm, stem_of
 from .model import clone
 
@@ -414,6 +414,7 @@ def power(vm: VirtualMachine, state: str) -> None:
         vm.power_state = state
         if state == "poweredOn":
             vm.boot_time = simulator.clock()
+            vmspec.assign_slots(vm.config.hardware.device)
         vm.touch()
     simulator.proxy.sync(vm)
 

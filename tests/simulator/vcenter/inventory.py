@@ -505,7 +505,10 @@ class VirtualMachine(Entity):
 
     def network_moids(self) -> set[str]:
         cards = [one for one in self.config.hardware.device if isinstance(one, vim.vm.device.VirtualEthernetCard)]
-        return {card.backing.network._moId for card in cards if getattr(card.backing, "network", None) is not None}
+        ports = {card.backing.port.portgroupKey for card in cards if getattr(card.backing, "port", None) is not None}
+        groups = self.simulator.inventory.all(networking.DistributedPortgroup) if ports else []
+        found = {card.backing.network._moId for card in cards if getattr(card.backing, "network", None) is not None}
+        return found | {group.moid for group in groups if group.key in ports}
 
     def chain(self, path: str) -> list[str]:
         """A disk's files, from *path* down to the base.
@@ -652,7 +655,8 @@ class VirtualMachine(Entity):
         return soap.array(vim.Datastore, [ds.ref for ds in inventory.all(Datastore, datacenter) if ds.name in names])
 
     def p_network(self) -> Any:
-        return soap.array(vim.Network, [vim.Network(moid) for moid in sorted(self.network_moids())])
+        inventory = self.simulator.inventory
+        return soap.array(vim.Network, [inventory.get(moid).ref for moid in sorted(self.network_moids())])
 
     def p_resourcePool(self) -> Any:
         return self.simulator.inventory.get(self.pool).ref if self.pool else None

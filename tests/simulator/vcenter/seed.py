@@ -172,6 +172,8 @@ class Seeder:
             if encrypted:
                 disk.backing.keyId = vmspec.key_id(stable_uuid(f"vm-{number} key"))
             devices.append(disk)
+        if started:
+            vmspec.assign_slots(devices)
         vm.power_state = "poweredOn" if running else "poweredOff"
         vm.tools_running = running
         vm.boot_time = self.simulator.start_time if running else None

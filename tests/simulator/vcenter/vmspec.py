@@ -11,6 +11,27 @@ from pyVmomi import vim
 device = vim.vm.device
 
 
+GUESTS = {
+    "debian12_64Guest": "Debian GNU/Linux 12 (64-bit)",
+    "windows2019srvNext_64Guest": "Microsoft Windows Server 2022 (64-bit)",
+}
+
+
+def guest_name(guest_id: str) -> str:
+    return GUESTS.get(guest_id, guest_id)
+
+
+def assign_slots(devices: list[Any]) -> None:
+    """PCI slots, by which a guest names its cards: a device gets one when its VM is first started, and keeps it."""
+    kinds = (device.VirtualEthernetCard, device.VirtualSCSIController, device.VirtualSATAController)
+    used = {one.slotInfo.pciSlotNumber for one in devices if one.slotInfo is not None}
+    for one in devices:
+        if isinstance(one, kinds) and one.slotInfo is None:
+            number = next(slot for slot in range(160, 4096, 32) if slot not in used)
+            one.slotInfo = device.VirtualDevice.PciBusSlotInfo(pciSlotNumber=number)
+            used.add(number)
+
+
 def info(label: str, summary: str) -> Any:
     return vim.Description(label=label, summary=summary)
 

@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import uuid as uuid_module
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from pyVmomi import vim, vmodl
@@ -52,13 +54,19 @@ def move_into_folder(context: Context, folder: Folder, list: Any) -> Any:
 
 def _host_for(context: Context, pool: Any, host: Any, datastore: str) -> Host:
     inventory = context.simulator.inventory
+    owner: Any = find_object(context, pool._moId, "ResourcePool").property("owner")
+    cluster: Cluster = inventory.get(owner._moId)
     if host is not None:
         chosen = inventory.get(host._moId)
+        if chosen not in cluster.hosts():
+            raise vmodl.fault.InvalidArgument(invalidProperty="host")
+        if not chosen.connected:
+            raise vim.fault.HostNotConnected()
+        if chosen.in_maintenance:
+            raise vim.fault.InvalidState()
         if datastore not in chosen.datastores:
             raise vim.fault.InvalidDatastore(name=datastore)
         return chosen
-    owner: Any = find_object(context, pool._moId, "ResourcePool").property("owner")
-    cluster: Cluster = inventory.get(owner._moId)
     for candidate in cluster.hosts():
         if datastore in candidate.datastores and candidate.connected and not candidate.in_maintenance:
             return candidate
@@ -77,15 +85,24 @@ def create_vm(context: Context, folder: Folder, config: Any, pool: Any, host: An
         raise vim.fault.InvalidName(name="")
     datastore = simulator.inventory.datastore(datastore_of(path), folder)
     context.require("Datastore.AllocateSpace", datastore)
+    if spec.extraConfig:
+        context.require("VirtualMachine.Config.AdvancedConfig", folder)
+    used = {datastore.name}
     for change in spec.deviceChange:
         if isinstance(change.device, vim.vm.device.VirtualDisk):
             privilege = "AddNewDisk" if change.fileOperation else "AddExistingDisk"
             context.require(f"VirtualMachine.Config.{privilege}", folder)
+            name = change.device.backing.fileName or ""
+            if name:
+                used.add(simulator.inventory.datastore(datastore_of(name), folder).name)
         if isinstance(change.device, vim.vm.device.VirtualEthernetCard):
             context.require("Network.Assign", folder)
     with simulator.lock:
         _free_name(context, folder, spec.name)
     where = _host_for(context, pool, host, datastore.name)
+    unseen = sorted(used - set(where.datastores))
+    if unseen:
+        raise vim.fault.InvalidDatastore(name=unseen[0])
 
     def body(task: Task) -> Any:
         vm = _new_vm(context, folder, spec, pool, where, path)
@@ -128,7 +145,7 @@ def _new_vm(context: Context, folder: Folder, spec: Any, pool: Any, host: Host, 
         instance_uuid=instance,
         bios_uuid=spec.uuid or str(uuid_module.uuid4()),
         guest_id=spec.guestId or "otherGuest",
-        guest_name=spec.guestId or "otherGuest",
+        guest_name=vmspec.guest_name(spec.guestId or "otherGuest"),
         firmware=spec.firmware or "bios",
         version=spec.version or "vmx-19",
     )
@@ -137,7 +154,11 @@ def _new_vm(context: Context, folder: Folder, spec: Any, pool: Any, host: Host, 
     try:
         reconfigure.apply(vm, spec)
     except Exception:
-        simulator.storage.local_path(vm.config.files.vmPathName).unlink(missing_ok=True)
+        vmx: Path = simulator.storage.local_path(vm.config.files.vmPathName)
+        for left in (vmx, vmx.parent / "vmware.log"):
+            left.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder was another's before
+            vmx.parent.rmdir()
         raise
     simulator.inventory.add(vm)
     disks.write_vmx(vm)

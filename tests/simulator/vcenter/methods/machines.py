@@ -110,13 +110,15 @@ def delete_files(vm: VirtualMachine) -> None:
         for path in chain:
             if store.exists(path) and not store.info(path).children:
                 store.delete_disk(path)
+    others = {store.local_path(path).parent for chain in chains for path in chain}
     folder = store.local_path(vm.config.files.vmPathName).parent
     stem = vm.config.files.vmPathName.rsplit("/", 1)[-1][: -len(".vmx")]
     for path in [*folder.glob(f"{stem}*"), folder / "vmware.log"]:
         if path.suffix in (".vmx", ".nvram", ".vmsd", ".vmsn", ".vmem", ".log"):
             path.unlink(missing_ok=True)
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+    for one in {folder, *others}:
+        if one.is_dir() and not any(one.iterdir()):
+            one.rmdir()
 
 
 @method("ManagedEntity", "Destroy_Task", changing=True, privilege="System.View")

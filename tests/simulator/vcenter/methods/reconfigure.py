@@ -10,13 +10,40 @@ from typing import Any
 
 from pyVmomi import vim, vmodl
 
-from .. import disks, proxy, storage, vmspec
-from ..inventory import VirtualMachine, datastore_of, folder_of, is_rdm
+from .. import disks, networking, proxy, storage, vmspec
+from ..inventory import Network, VirtualMachine, datastore_of, folder_of, is_rdm
 from ..services import Task
 from . import Context, method
 
 device = vim.vm.device
 Spec = device.VirtualDeviceSpec
+
+# What a configuration and its specification have in common and the simulator has no opinion on.
+PLAIN = (
+    "annotation",
+    "guestId",
+    "firmware",
+    "uuid",
+    "instanceUuid",
+    "alternateGuestName",
+    "cpuHotAddEnabled",
+    "cpuHotRemoveEnabled",
+    "memoryHotAddEnabled",
+    "memoryReservationLockedToMax",
+    "nestedHVEnabled",
+    "vPMCEnabled",
+    "maxMksConnections",
+    "guestAutoLockEnabled",
+    "messageBusTunnelEnabled",
+    "latencySensitivity",
+    "cpuAllocation",
+    "memoryAllocation",
+    "swapPlacement",
+    "migrateEncryption",
+    "consolePreferences",
+)
+# What every VM has once, from its making.
+DEFAULT = (device.VirtualKeyboard, device.VirtualPointingDevice, device.VirtualVideoCard, device.VirtualVMCIDevice)
 
 MODES = (
     "persistent",
@@ -110,11 +137,16 @@ def apply(vm: VirtualMachine, spec: Any) -> None:
         config = vm.config
         if spec.name is not None:
             vm.name = config.name = spec.name
-        for name in ("annotation", "guestId", "firmware", "uuid", "instanceUuid", "alternateGuestName"):
+        for name in PLAIN:
             value = getattr(spec, name)
             if value is not None:
                 setattr(config, name, value)
-        for name in ("bootOptions", "flags"):
+        if spec.guestId is not None:
+            config.guestFullName = vmspec.guest_name(spec.guestId)
+        if spec.powerOpInfo is not None:
+            config.defaultPowerOps = spec.powerOpInfo
+        _check_boot_order(vm, spec)
+        for name in ("bootOptions", "flags", "tools"):
             value = getattr(spec, name)
             if value is None:
                 continue
@@ -141,6 +173,13 @@ def apply(vm: VirtualMachine, spec: Any) -> None:
         with simulator.lock:
             vm.touch()
     simulator.proxy.sync(vm)
+
+
+def _check_boot_order(vm: VirtualMachine, spec: Any) -> None:
+    keys = {one.key for one in vm.config.hardware.device}
+    for entry in spec.bootOptions.bootOrder if spec.bootOptions is not None else ():
+        if getattr(entry, "deviceKey", None) is not None and entry.deviceKey not in keys:
+            raise vmodl.fault.InvalidArgument(invalidProperty="configSpec.bootOptions.bootOrder.deviceKey")
 
 
 def check_tracking(vm: VirtualMachine, spec: Any) -> None:
@@ -216,6 +255,8 @@ class Devices:
         with simulator.lock:
             del self.vm.config.hardware.device[:]
             self.vm.config.hardware.device.extend(self.devices)
+            if self.vm.powered_on:
+                vmspec.assign_slots(self.vm.config.hardware.device)
             self.vm.touch()
 
     # add
@@ -240,6 +281,12 @@ class Devices:
             bus = self._free_bus(new, device.VirtualNVMEController)
             self._place(new, 31000 + bus, f"NVME controller {bus}")
             new.busNumber, new.controllerKey, new.unitNumber = bus, 100, 30 + bus
+        elif isinstance(new, (device.VirtualUSBController, device.VirtualUSBXHCIController)):
+            if any(type(one) is type(new) for one in self.devices):
+                raise vim.fault.TooManyDevices()
+            xhci = isinstance(new, device.VirtualUSBXHCIController)
+            self._place(new, 14000 if xhci else 7000, "USB xHCI controller" if xhci else "USB controller")
+            new.busNumber, new.controllerKey, new.unitNumber = 0, 100, 23 if xhci else 22
         elif isinstance(new, device.VirtualController):
             # The controllers that every VM has: the caller's key stands for ours.
             mine = next((one for one in self.devices if type(one) is type(new)), None)
@@ -249,15 +296,62 @@ class Devices:
             return
         elif isinstance(new, device.VirtualEthernetCard):
             key = self._free_key(4000)
+            self._check_network(index, new)
             self._place(new, key, f"Network adapter {key - 3999}")
             new.controllerKey, new.unitNumber = 100, 7 + key - 4000
-            if not new.macAddress:
+            new.addressType = new.addressType or "assigned"
+            # The server keeps addresses unique that it may choose itself.
+            if not new.macAddress or (new.addressType != "manual" and self._is_taken(new.macAddress)):
                 digits = uuid_module.uuid4().hex
                 new.macAddress = f"00:50:56:{int(digits[:2], 16) & 0x3F:02x}:{digits[2:4]}:{digits[4:6]}"
-            new.addressType = new.addressType or "assigned"
+        elif isinstance(new, DEFAULT):
+            raise _invalid(index)
+        elif isinstance(new, device.VirtualTPM) and self.vm.config.keyId is None:
+            raise vim.fault.InvalidDeviceSpec(
+                deviceIndex=index, property="virtualDeviceSpec.device", msg="A virtual TPM needs an encrypted VM."
+            )
+        elif isinstance(new, (device.VirtualCdrom, device.VirtualFloppy)):
+            self._add_drive(index, new)
         else:
             self._place(new, self._free_key(max(new.key, 3000)), type(new)._wsdlName)
         self.devices.append(new)
+
+    def _add_drive(self, index: int, new: Any) -> None:
+        """A CD or floppy drive; the image has to be there if it is connected."""
+        path = getattr(new.backing, "fileName", None)
+        if path and not self.store.local_path(path).is_file():
+            raise vim.fault.FileNotFound(file=path)
+        if isinstance(new, device.VirtualFloppy):
+            self._place(new, self._free_key(8000), "Floppy drive 1")
+            return
+        controller = self._controller(index, new.controllerKey)
+        unit = self._unit(index, new, controller)
+        key = self._disk_key(controller, unit)
+        number = sum(1 for one in self.devices if isinstance(one, device.VirtualCdrom)) + 1
+        self._place(new, key, f"CD/DVD drive {number}")
+        new.controllerKey, new.unitNumber = controller.key, unit
+
+    def _is_taken(self, mac: str) -> bool:
+        machines = [one for one in self.vm.simulator.inventory.all(VirtualMachine) if one is not self.vm]
+        found = [one for vm in machines for one in vm.config.hardware.device] + self.devices
+        return any(getattr(one, "macAddress", None) == mac for one in found)
+
+    def _check_network(self, index: int, new: Any) -> None:
+        """A card is connected to a network of the VM's datacenter, if to any."""
+        inventory, backing = self.vm.simulator.inventory, new.backing
+        datacenter = inventory.datacenter_of(self.vm)
+        port = getattr(backing, "port", None)
+        if port is not None:
+            groups = inventory.all(networking.DistributedPortgroup, datacenter)
+            switches = {one.moid: one.uuid for one in inventory.all(networking.DistributedSwitch, datacenter)}
+            if not any(one.key == port.portgroupKey and switches[one.switch] == port.switchUuid for one in groups):
+                raise vim.fault.InvalidDeviceBacking(deviceIndex=index, property="backing.port")
+            return
+        if isinstance(backing, device.VirtualEthernetCard.NetworkBackingInfo):
+            names = {one.name: one for one in inventory.all(Network, datacenter)}
+            if backing.deviceName not in names:
+                raise vim.fault.InvalidDeviceBacking(deviceIndex=index, property="backing.deviceName")
+            backing.network = names[backing.deviceName].ref
 
     def _place(self, new: Any, key: int, label: str) -> None:
         self.keys[new.key] = key

@@ -424,3 +424,23 @@ def test_a_run_that_reads_a_template(world: World) -> None:
     found.forget_disks()
     (found,) = world.repository.vm(UUID).runs()
     assert found.finished_disk(2000) is None
+
+
+def test_the_folder_of_a_vm_that_was_never_backed_up_can_go(tmp_path: Path) -> None:
+    """As a restore to a new machine leaves it; not with a run, a mark or a point in it."""
+    repository = Repository.open(str(tmp_path), create=True)
+    store = repository.vm("500c1a2b-7d5e-0a4b-9a3c-2f1e0d9c8b7a")
+    run_id = new_run_id()
+    with store.lock(run_id, "test"):
+        run = store.create_run(None, run_id=run_id)
+    store.remove_unused()
+    assert [found.run_id for found in store.runs()] == [run_id]
+    with store.lock(new_run_id(), "test"):
+        run.remove()
+        store.write_facts({"name": "app01"})
+    store.remove_unused()
+    assert store.name == "app01"
+    (store.path / "vm.json").unlink()
+    store.remove_unused()
+    assert not store.path.exists() and repository.vms() == []
+    store.remove_unused()

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""A virtual machine that a restore makes: made, finished, started, and removed again where the restore came to nothing.
+
+Its instance UUID is chosen before it is made, so that a run's record can name it before it is there.
+"""
+
+from __future__ import annotations
+
+import uuid
+from contextlib import suppress
+from typing import Any, Dict, Mapping, NamedTuple, Optional
+
+from ..errors import ConnectionLostError, NotFoundError, TaskError, VsphereError
+from ..libraries import vim
+from .datastore_files import http_put
+from .inventory import VmRef, find_vm
+from .placement import Placement
+from .session import Session
+
+_TIMEOUT = 3600
+
+# Of an intent ``restore``: what it writes.
+NEW_VM = "new_vm"
+
+
+def new_instance_uuid() -> str:
+    return str(uuid.uuid4())
+
+
+def create(session: Session, placement: Placement, spec: Any) -> VmRef:
+    """Make the machine, off. A call whose answer was lost is looked for by the instance UUID.
+
+    :raises VsphereError: it was not made, and nothing of it is there.
+    """
+    what, subject = "The new virtual machine was not made", f"'{spec.name}' in {placement.folder_path}"
+    instance_uuid = spec.instanceUuid
+    try:
+        made = session.run_task(
+            placement.folder.CreateVM_Task,
+            spec,
+            placement.pool,
+            placement.host,
+            what=what,
+            subject=subject,
+            timeout=_TIMEOUT,
+        )
+    except ConnectionLostError:
+        found = find(session, instance_uuid, placement.folder)
+        if found is None:
+            raise
+        return found
+    return find_vm(session, moid=made._moId)
+
+
+def find(session: Session, instance_uuid: str, folder: Any) -> Optional[VmRef]:
+    """The machine of that instance UUID, None if there is none.
+
+    :param folder: whose tasks may still make it; they are waited for.
+    """
+    with suppress(NotFoundError):
+        for task in session.read(folder, "recentTask")["recentTask"] or []:
+            info = session.read(task, "info.descriptionId", "info.state")
+            if info["info.descriptionId"] == "Folder.createVm" and info["info.state"] in ("running", "queued"):
+                # It may be somebody else's; what came of it, the look-up tells.
+                with suppress(TaskError):
+                    session.wait(task, what="The virtual machine was not looked for", timeout=_TIMEOUT)
+    try:
+        return find_vm(session, uuid=instance_uuid, use_instance_uuid=True)
+    except NotFoundError:
+        return None
+
+
+def config_of(session: Session, vm: VmRef) -> Any:
+    return session.read(vm.obj, "config")["config"]
+
+
+def reconfigure(session: Session, vm: VmRef, spec: Any) -> None:
+    session.run_task(
+        vm.obj.ReconfigVM_Task, spec, what="The new virtual machine was not finished", subject=str(vm), timeout=_TIMEOUT
+    )
+
+
+def put_nvram(session: Session, vm: VmRef, vmx_path: str, nvram: bytes) -> str:
+    """Its NVRAM, before it is started for the first time (VADP facts 18); the datastore path."""
+    path = vmx_path[: -len(".vmx")] + ".nvram"
+    http_put(session, path, vm.datacenter_path, nvram)
+    return path
+
+
+def power_on(session: Session, vm: VmRef) -> None:
+    session.run_task(
+        vm.obj.PowerOnVM_Task,
+        None,
+        what="The new virtual machine is restored, but it was not started",
+        subject=str(vm),
+        timeout=_TIMEOUT,
+    )
+
+
+class Removal(NamedTuple):
+    """What became of a half-restored machine. :param action: as in the results of ``vadp_recover``."""
+
+    name: str
+    action: str
+
+
+def destroy(session: Session, vm: VmRef) -> None:
+    """The machine and its files. It has to be off."""
+    session.run_task(
+        vm.obj.Destroy_Task, what="The new virtual machine was not removed", subject=str(vm), timeout=_TIMEOUT
+    )
+
+
+def remove_leftover(session: Session, intent: Mapping[str, Any], check_mode: bool) -> Optional[Removal]:
+    """What a restore that did not come to its end left of a new machine, as its intent says.
+
+    :param intent: an intent ``restore`` with ``target`` new_vm.
+    :returns: None if there is no such machine.
+    :raises VsphereError: it could not be removed.
+    """
+    folder = vim.Folder(str(intent["folder_moid"]), session.stub)
+    vm = find(session, str(intent["instance_uuid"]), folder)
+    if vm is None:
+        return None
+    name = f"{vm.name} ({vm.moid})"
+    if intent.get("complete"):
+        return Removal(name, "kept: it is whole")
+    if intent.get("on_failure") == "keep":
+        return Removal(name, "kept, as on_failure says: it is not whole")
+    state = session.read(vm.obj, "runtime.powerState")["runtime.powerState"]
+    if state != "poweredOff":
+        raise VsphereError(
+            "A half-restored virtual machine was not removed",
+            subject=str(vm),
+            reason=f"somebody has started it: it is {state}",
+            remedy="Power it off, or take it over and remove the run's record",
+            details={"power_state": str(state)},
+        )
+    if not check_mode:
+        destroy(session, vm)
+    return Removal(name, "removed")
+
+
+def is_new_vm(intent: Mapping[str, Any]) -> bool:
+    return intent.get("what") == "restore" and intent.get("target") == NEW_VM
+
+
+def intent_fields(placement: Placement, name: str, instance_uuid: str, on_failure: str) -> Dict[str, Any]:
+    """What an intent ``restore`` says of a machine that is about to be made."""
+    return {
+        "target": NEW_VM,
+        "name": name,
+        "instance_uuid": instance_uuid,
+        "folder": placement.folder_path,
+        "folder_moid": placement.folder._moId,
+        "on_failure": on_failure,
+        "complete": False,
+    }
