@@ -578,7 +578,7 @@ def _open(target: DiskTarget, job: _Job, candidate: Candidate, writable: bool) -
 def _write(
     reader_uri: str, disk: Endpoint, target: DiskTarget, job: _Job, areas: Extents, on_progress: Any
 ) -> CopyResult:
-    """All of the areas, zeros too: what the disk holds must not shine through (VADP facts 35). A new disk holds none."""
+    """All of the areas, zeros too: what the disk holds must not shine through (VADP facts 35). A new one holds none."""
     try:
         return copy(
             reader_uri,
