@@ -111,6 +111,7 @@ def recover_vm(request: RecoverRequest, check_mode: bool) -> Dict[str, Any]:
                 vddk_libdir=request.vddk_libdir,
             )
             ended = records - len(store.runs())
+            warnings = _warnings(store)
             run = begin_run(store, vm, request.point) if request.begin and vm is not None else None
             begun = run is not None and not run["complete"]
             if request.access and begun and run is not None and vm is not None and not vm.template:
@@ -121,7 +122,7 @@ def recover_vm(request: RecoverRequest, check_mode: bool) -> Dict[str, Any]:
                 "changed": bool(recovered) or ended > 0 or begun,
                 "recovered": recovered,
                 "run": run,
-                "warnings": _warnings(store),
+                "warnings": warnings,
             }
 
 
