@@ -15,12 +15,13 @@ from ..libraries import nbd
 
 
 class Memory:
-    """So many bytes, and the buffer by which libnbd knows them."""
+    """So many bytes, a view of them, and the buffer by which libnbd knows them."""
 
-    __slots__ = ("memory", "buffer")
+    __slots__ = ("data", "memory", "buffer")
 
     def __init__(self, size_bytes: int) -> None:
-        self.memory = memoryview(bytearray(size_bytes))
+        self.data = bytearray(size_bytes)
+        self.memory = memoryview(self.data)
         self.buffer: Any = nbd.Buffer.from_buffer(self.memory)
 
 
