@@ -3,8 +3,8 @@
 """Starts modules, each in a process of its own, without the half second that the imports take.
 
 A process that has imported what modules need forks for each of them. Requests and answers are JSON lines:
-``{"module", "arguments": file, "environment": {}, "out": file, "err": file}`` is answered by ``{"pid"}``, and ``{"pid"}``
-by ``{"status"}``: the exit code, negative for a signal, null as long as it runs.
+``{"module", "arguments": file, "environment": {}, "out": file, "err": file}`` is answered by ``{"pid"}``, and
+``{"pid"}`` by ``{"status"}``: the exit code, negative for a signal, null as long as it runs.
 """
 
 from __future__ import annotations
