@@ -14,7 +14,8 @@ help:
 	@echo "make demo       set up, then back up, change and restore a VM on the simulator"
 	@echo "make test       set up, then sanity, lint, unit and end-to-end tests"
 	@echo "make sanity|lint|unit|e2e|soak-short   one of them (after make setup)"
-	@echo "make soak       the same sequences, kills and flipped bits as in make test, by the hundred: SOAK_MINUTES=60 SOAK_KILLS=1000"
+	@echo "make soak       the same sequences, kills and flipped bits as in make test, by the hundred: SOAK_MINUTES=60 SOAK_KILLS=1000;"
+	@echo "                and the end-to-end tests that take long"
 	@echo "make bench      the figures of docs/benchmarks.md, or some: make bench BENCH=name,name (build/bench.json)"
 	@echo "make simulator  a vCenter to play with, until Ctrl-C (state in build/simulator)"
 	@echo "make build      the collection as an archive for ansible-galaxy, in build/"
@@ -48,17 +49,19 @@ unit:
 	$(PYTHON) -m pytest -q -n 3 --dist loadfile tests/unit tests/simulator/tests
 
 e2e:
-	$(PYTHON) -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder tests/e2e
+	$(PYTHON) -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m "not soak" tests/e2e
 
 # Random sequences against a model, kills spread over the calls of a run, flipped bits: the same ones each time.
 soak-short:
 	$(PYTHON) -m pytest -q -n 2 --dist loadfile tests/soak
 
 # Many more of them, other ones each time; the seed that is printed repeats them. tests/soak/*.py say what each variable means.
-soak: setup
+soak:
+	@tests/setup.sh tests
 	SOAK_DEBIAN13=1 SOAK_MINUTES=$${SOAK_MINUTES:-15} SOAK_KILLS=$${SOAK_KILLS:-300} SOAK_CHILD_KILLS=$${SOAK_CHILD_KILLS:-60} \
 	    SOAK_PLAYBOOK_KILLS=$${SOAK_PLAYBOOK_KILLS:-10} SOAK_FLIPS=$${SOAK_FLIPS:-500} \
 	    SOAK_SEED=$${SOAK_SEED:-$$(date +%s)} $(PYTHON) -m pytest -q --timeout 0 tests/soak
+	$(PYTHON) -m pytest -q -n 2 --dist loadfile -m soak tests/e2e
 
 bench: setup
 	@tests/benchmarks/run $(BENCH)

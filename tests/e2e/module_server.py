@@ -3,8 +3,8 @@
 """Starts modules, each in a process of its own, without the half second that the imports take.
 
 A process that has imported what modules need forks for each of them. Requests and answers are JSON lines:
-``{"module", "arguments": file, "out": file, "err": file}`` is answered by ``{"pid"}``, and ``{"pid"}`` by
-``{"status"}``: the exit code, negative for a signal, null as long as it runs.
+``{"module", "arguments": file, "environment": {}, "out": file, "err": file}`` is answered by ``{"pid"}``, and
+``{"pid"}`` by ``{"status"}``: the exit code, negative for a signal, null as long as it runs.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import json
 import os
 import runpy
 import sys
+import tempfile
 import traceback
 from typing import Any, Dict, Optional
 
 MODULES = "ansible_collections.openvadp.backup.plugins.modules."
 
 
-def start(request: Dict[str, str]) -> int:
+def start(request: Dict[str, Any]) -> int:
     pid = os.fork()
     if pid:
         return pid
@@ -28,6 +29,8 @@ def start(request: Dict[str, str]) -> int:
         for number, name in ((0, os.devnull), (1, request["out"]), (2, request["err"])):
             os.dup2(os.open(name, os.O_RDWR | os.O_CREAT, 0o600), number)
         sys.argv = [request["module"], request["arguments"]]
+        os.environ.update(request["environment"])
+        tempfile.tempdir = None
         runpy.run_module(MODULES + request["module"], run_name="__main__")
         status = 0
     except SystemExit as error:

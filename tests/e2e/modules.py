@@ -76,11 +76,14 @@ class Server:
         answer: Dict[str, Any] = json.loads(self._process.stdout.readline())
         return answer
 
-    def start(self, module: str, options: Dict[str, Any], folder: Path) -> Process:
+    def start(
+        self, module: str, options: Dict[str, Any], folder: Path, environment: Optional[Dict[str, str]] = None
+    ) -> Process:
         with tempfile.NamedTemporaryFile("w", prefix=f"{module}-", dir=folder, delete=False) as file:
             json.dump({"ANSIBLE_MODULE_ARGS": options}, file)
         files = {"out": file.name + ".out", "err": file.name + ".err"}
-        return Process(self, self.ask(module=module, arguments=file.name, **files)["pid"], file.name)
+        asked = self.ask(module=module, arguments=file.name, environment=environment or {}, **files)
+        return Process(self, asked["pid"], file.name)
 
     def stop(self) -> None:
         assert self._process.stdin is not None
@@ -89,7 +92,8 @@ class Server:
 
 
 @functools.lru_cache(maxsize=None)
-def _server() -> Server:
+def server() -> Server:
+    """The one that all tests of a process share."""
     return Server()
 
 
@@ -111,7 +115,7 @@ class Modules:
 
     def start(self, module: str, options: Dict[str, Any]) -> Process:
         """A module as a process; its arguments go through a file that only we can read."""
-        return _server().start(module, options, self.repository.parent)
+        return server().start(module, options, self.repository.parent)
 
     @staticmethod
     def result(process: Process) -> Dict[str, Any]:

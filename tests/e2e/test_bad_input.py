@@ -2,9 +2,8 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 """Bad input: a clear error that names the remedy, nothing touched, nothing left behind.
 
-The cases are listed in bad_input.yml. Two plays hold them all, one of what a backup can be told wrongly and one of
-restores; they run side by side, each with a simulator of its own. Callback ``evidence`` looks at the world before and
-after each case, callback ``json_lines`` keeps what the module said. Only the cases that are asked for (``-k``) are run.
+The cases are listed in bad_input.yml. They share two simulators, one for what a backup can be told wrongly and one for
+restores. The world is looked at before and after each case. Only the cases that are asked for (``-k``) are run.
 """
 
 from __future__ import annotations
@@ -18,12 +17,14 @@ import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Dict, Iterator, List
 
 import pytest
 import yaml
 from administrator import Administrator
-from harness import MIB, ROOT, Ansible, Outcome, Running, Simulator
+from evidence import Evidence
+from harness import MIB, ROOT, Simulator
+from modules import Modules, server
 
 Options = Dict[str, Any]
 Tasks = List[Dict[str, Any]]
@@ -31,7 +32,7 @@ Tasks = List[Dict[str, Any]]
 TABLE: Dict[str, List[Options]] = yaml.safe_load(Path(__file__).with_name("bad_input.yml").read_text(encoding="utf-8"))
 CASES = [case for cases in TABLE.values() for case in cases]
 
-# All cases are one play, and that is the first test's.
+# All cases are run by the first test.
 pytestmark = pytest.mark.timeout(900)
 
 EXPORT = "vadp_disk_export"
@@ -52,8 +53,17 @@ with Repository.open(sys.argv[1]).find_vm(vm_name="db01").lock("20261122T084203.
 """
 
 
+@dataclass
+class Task:
+    """A module that was run: what it said, and the evidence of a case."""
+
+    site: Site
+    result: Options
+    evidence: Options
+
+
 class Site:
-    """A simulator, repositories and folders that all cases of one play use, and the play.
+    """A simulator, repositories and folders that many cases use.
 
     ``words`` are what stands in braces in the table.
     """
@@ -71,8 +81,7 @@ class Site:
         # A folder for sockets has to have a short path, or it is made elsewhere.
         self.temporary = Path(tempfile.mkdtemp(prefix="b", dir="/tmp"))
         stack.callback(shutil.rmtree, self.temporary)
-        self.ansible = Ansible(folder / "ansible")
-        self.evidence = folder / "evidence.jsonl"
+        self.evidence = Evidence(self.simulator.control, self.watched, self.temporary)
         self.can_mount = True
         with socket.create_server(("127.0.0.1", 0)) as listener:
             closed = listener.getsockname()[1]
@@ -94,8 +103,7 @@ class Site:
         [module] = [module for module in MODULES if module in case]
         options = {**self.options(module), **self._filled(case[module])}
         options = {key: value for key, value in options.items() if value is not None}
-        action = f"openvadp.backup.{RESTORE if module == 'in_place' else module}"
-        task: Options = {"name": f"case {name}", action: options, "ignore_errors": True}
+        task: Options = {"name": f"case {name}", RESTORE if module == "in_place" else module: options}
         if "programs" in case:
             task["environment"] = {"PATH": str(self.folder / case["programs"])}
         before, after = ([case[side]] if side in case else [] for side in ("before", "after"))
@@ -112,18 +120,29 @@ class Site:
             return [self._filled(item) for item in value]
         return value.format(**self.words) if isinstance(value, str) else value
 
-    def start(self, tasks: Tasks) -> Running:
-        environment = {
-            "ANSIBLE_ACTION_PLUGINS": str(self.ansible.plugins / "action"),
-            "ANSIBLE_CALLBACKS_ENABLED": "json_lines,evidence",
-            "ANSIBLE_PIPELINING": "1",
-            "E2E_CONTROL": self.simulator.facts["control_socket"],
-            "E2E_WATCH": str(self.watched),
-            "E2E_EVIDENCE": str(self.evidence),
-            "TMPDIR": str(self.temporary),
-        }
-        play = {"hosts": "localhost", "gather_facts": False, "tasks": tasks}
-        return self.ansible.start([play], environment=environment)
+    def perform(self, tasks: Tasks) -> Dict[str, Task]:
+        """Do one after the other: ops on the simulator, modules, cases. :returns: those that have a name."""
+        found: Dict[str, Task] = {}
+        for task in tasks:
+            name = task.get("name", "")
+            if "simulator" in task:
+                self.simulator.control.call(**task["simulator"])
+                continue
+            [module] = [module for module in MODULES if module in task]
+            done = Task(self, {}, {})
+
+            def work(done: Task = done, module: str = module, task: Options = task) -> None:
+                environment = {**self.evidence.environment, **task.get("environment", {})}
+                process = server().start(module, task[module], self.folder, environment)
+                done.result.update({"changed": False, **Modules.result(process)})
+
+            if name.startswith("case "):
+                done.evidence.update(self.evidence.around(work))
+            else:
+                work()
+            assert name or not done.result["failed"], done.result
+            found[name] = done
+        return found
 
     # Setting the scene
 
@@ -171,12 +190,12 @@ class BackupSite(Site):
         vm = {**self.connection, "name": "db01"}
         first = {**vm, "snapshot_name": "first"}
         self.setup: Tasks = [
-            {"openvadp.backup.vm_change_tracking": vm},
-            {"openvadp.backup.vm_snapshot": {**first, "quiesce": "never"}},
-            {f"openvadp.backup.{EXPORT}": {**self.options(EXPORT), **first, "point": "one"}},
-            {"openvadp.backup.vm_snapshot": {**first, "state": "absent"}},
+            {"vm_change_tracking": vm},
+            {"vm_snapshot": {**first, "quiesce": "never"}},
+            {EXPORT: {**self.options(EXPORT), **first, "point": "one"}},
+            {"vm_snapshot": {**first, "state": "absent"}},
             {"simulator": {"op": "guest_discard", "vm": "db01", "disk": 2000, "offset": 32 * MIB, "length": MIB}},
-            {"openvadp.backup.vm_snapshot": {**vm, "snapshot_name": "nightly", "quiesce": "never"}},
+            {"vm_snapshot": {**vm, "snapshot_name": "nightly", "quiesce": "never"}},
         ]
 
     def options(self, module: str) -> Options:
@@ -250,16 +269,16 @@ class BackupSite(Site):
         """What goes on and says so. All of it changes something, so it comes last."""
         vm = {**self.connection, "name": "db01"}
         preferred = {**vm, "snapshot_name": "new", "quiesce": "preferred"}
-        absent = {"openvadp.backup.vm_snapshot": {**vm, "snapshot_name": "new", "state": "absent"}}
+        absent = {"vm_snapshot": {**vm, "snapshot_name": "new", "state": "absent"}}
         fault = {"op": "inject", "target": "task", "name": "CreateSnapshotEx_Task", "fault": "FilesystemQuiesceFault"}
         missing, flipped = ({"repository": str(self.watched / name)} for name in ("missing", "flipped"))
         export = self.options(EXPORT)
         told = {
-            "told: no parent": {f"openvadp.backup.{EXPORT}": {**export, **missing}},
-            "told: nothing": {f"openvadp.backup.{EXPORT}": {**export, **flipped}},
-            "told: damage": {"openvadp.backup.restore_point_verify": {**flipped, "vm_name": "db01", "point": "two"}},
+            "told: no parent": {EXPORT: {**export, **missing}},
+            "told: nothing": {EXPORT: {**export, **flipped}},
+            "told: damage": {"restore_point_verify": {**flipped, "vm_name": "db01", "point": "two"}},
         }
-        unquiesced = {"openvadp.backup.vm_snapshot": preferred, "ignore_errors": True}
+        unquiesced = {"vm_snapshot": preferred}
         return [
             {"simulator": {"op": "set_tools", "vm": "db01", "running": False}},
             {"name": "told: Tools do not run", **unquiesced},
@@ -268,7 +287,7 @@ class BackupSite(Site):
             {"simulator": fault},
             {"name": "told: the guest fails", **unquiesced},
             absent,
-            *[{"name": name, **task, "ignore_errors": True} for name, task in told.items()],
+            *[{"name": name, **task} for name, task in told.items()],
         ]
 
 
@@ -279,15 +298,15 @@ class RestoreSite(Site):
         super().__init__(folder, "minimal", stack)
         vm = {**self.connection, "name": "app01"}
         written = {"vm": "app01", "disk": 2001, "offset": 0, "pattern": {"seed": 3, "length": 2 * MIB}}
-        self.setup: Tasks = [{"openvadp.backup.vm_change_tracking": vm}]
+        self.setup: Tasks = [{"vm_change_tracking": vm}]
         for point in ("full", "incremental"):
             named = {**vm, "snapshot_name": point}
             export = {**named, **self.vddk, "repository": str(self.repository), "point": point}
             self.setup += [
                 {"simulator": {"op": "guest_write", **written}},
-                {"openvadp.backup.vm_snapshot": {**named, "quiesce": "never"}},
-                {f"openvadp.backup.{EXPORT}": export},
-                {"openvadp.backup.vm_snapshot": {**named, "state": "absent"}},
+                {"vm_snapshot": {**named, "quiesce": "never"}},
+                {EXPORT: export},
+                {"vm_snapshot": {**named, "state": "absent"}},
             ]
         self.setup.append({"simulator": {"op": "power", "vm": "app01", "state": "poweredOff"}})
 
@@ -326,62 +345,33 @@ class RestoreSite(Site):
         vm = {**self.connection, "name": "restore01", "snapshot_name": "mine"}
         there, removed = TABLE["snapshots"]
         return [
-            {"openvadp.backup.vm_snapshot": vm},
+            {"vm_snapshot": vm},
             *self.task(there),
-            {"openvadp.backup.vm_snapshot": {**vm, "state": "absent", "consolidate": False}},
+            {"vm_snapshot": {**vm, "state": "absent", "consolidate": False}},
             *self.task(removed),
         ]
 
 
-@dataclass
-class Task:
-    """A task of one of the plays after its end.
-
-    ``output`` is what the play printed, ``evidence`` {before, after, changing}, for cases alone.
-    """
-
-    site: Site
-    result: Options
-    evidence: Options
-    output: str
-
-
 @pytest.fixture(scope="module")
 def tasks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dict[str, Task]]:
-    """The tasks of both plays by name. Cases that need a mount are missing where this machine does not let us."""
+    """All that was done, by name. Cases that need a mount are missing where this machine does not let us."""
     folder = tmp_path_factory.mktemp("bad-input")
     items = [item for item in request.session.items if item.path == request.path]
     asked = {item.callspec.params["case"]["name"] for item in items if hasattr(item, "callspec")}
     with ExitStack() as stack:
         backups, restores = BackupSite(folder / "backups", stack), RestoreSite(folder / "restores", stack)
-        for running in [site.start(site.setup) for site in (backups, restores)]:
-            running.wait().ok()
         for site in (backups, restores):
+            site.perform(site.setup)
             site.prepare()
-        planned: List[Tuple[Site, Tasks]] = []
-        # What is refused anywhere is in the shorter of the plays.
+        found: Dict[str, Task] = {}
         for site, cases in ((backups, TABLE["backups"]), (restores, TABLE["anywhere"] + TABLE["restores"])):
             possible = [case for case in cases if site.can_mount or not case.get("mount")]
-            planned.append((site, [task for case in possible if case["name"] in asked for task in site.task(case)]))
+            found.update(site.perform([task for case in possible if case["name"] in asked for task in site.task(case)]))
         if any(item.name.startswith("test_told") for item in items):
-            planned[0][1].extend(backups.told())
+            found.update(backups.perform(backups.told()))
         if any(case["name"] in asked for case in TABLE["snapshots"]):
-            planned[1][1].extend(restores.around_a_snapshot())
-        found = {}
-        for site, running in [(site, site.start(play)) for site, play in planned]:
-            found.update(_ended(site, running.wait().ok()))
+            found.update(restores.perform(restores.around_a_snapshot()))
         yield found
-
-
-def _ended(site: Site, outcome: Outcome) -> Dict[str, Task]:
-    lines = site.evidence.read_text(encoding="utf-8").splitlines() if site.evidence.exists() else []
-    evidence = {line["task"]: line for line in map(json.loads, lines)}
-    found = {}
-    for event in outcome.events:
-        result = {**event["result"], "failed": event["status"] == "failed"}
-        output = " ".join((outcome.stdout + outcome.stderr).split())
-        found[event["task"]] = Task(site, result, evidence.get(event["task"], {}), output)
-    return found
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
@@ -440,7 +430,7 @@ def test_told_that_the_guest_was_not_quiesced(tasks: Dict[str, Task]) -> None:
         quiesce = result["quiesce"]
         assert (quiesce["requested"], quiesce["achieved"]) == ("preferred", "crash-consistent")
         assert reason in quiesce["reason"]
-        assert f"is crash-consistent only: {quiesce['reason']}" in tasks[name].output
+        assert f"is crash-consistent only: {quiesce['reason']}" in str(result["warnings"])
 
 
 def test_told_that_the_parent_is_missing(tasks: Dict[str, Task]) -> None:

@@ -5,13 +5,13 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List
 
 from administrator import Administrator
-from harness import MIB, Ansible, Simulator
+from guest import disks_of, scribble
+from harness import MIB
 from modules import Modules, Process, modes
 
 SECTOR = 512
@@ -19,46 +19,22 @@ CLUSTER = 65536
 PAGE = 2000  # areas in a page of the answer
 
 
-def test_a_chain_of_ten_incrementals(
-    own_simulator: Simulator, ansible: Ansible, repository: Path, modules: Modules
-) -> None:
+def test_a_chain_of_ten_incrementals(modules: Modules) -> None:
     """Random writes, zeros and discards; then a differential, an incremental upon it, and one of nothing."""
-    facts, named = own_simulator.facts, modules.named
+    simulator = modules.simulator
     chain = [f"i{number:02}" for number in range(1, 11)]
     points = ["full", *chain, "differential", "after", "idle"]
-    export = {key: value for key, value in modules.export_options().items() if key not in named}
-    tasks: List[Dict[str, Any]] = [
-        {"name": "track", "openvadp.backup.vm_change_tracking": {"state": "enabled"}},
-    ]
+    sizes = disks_of(simulator.control, "app01")
+    modules.track_changes()
+    simulator.write("app01", 2001, 0, seed=99, length=8 * MIB)
+    disks = {}
     for seed, point in enumerate(points):
         # Now and then a disk is left alone.
-        keys = [] if point == "idle" else ["2000"] if seed % 4 == 3 else ["2000", "2001"]
-        guest = [sys.executable, str(Path(__file__).with_name("guest.py")), facts["control_socket"], "app01"]
-        mode = "differential" if point == "differential" else "auto"
-        tasks += [
-            {"name": f"guest {point}", "ansible.builtin.command": {"argv": [*guest, str(seed), *keys]}},
-            {"name": "snapshot", "openvadp.backup.vm_snapshot": {"snapshot_name": point}, "register": "made"},
-            {"name": point, "openvadp.backup.vadp_disk_export": {"snapshot_name": point, "mode": mode, "point": point}},
-            {"name": "remove", "openvadp.backup.vm_snapshot": {"snapshot_name": point, "state": "absent"}},
-        ]
-    own_simulator.write("app01", 2001, 0, seed=99, length=8 * MIB)
-    play = {
-        "hosts": "localhost",
-        "gather_facts": False,
-        "module_defaults": {
-            "group/openvadp.backup.vadp": named,
-            "openvadp.backup.vadp_disk_export": {**named, **export},
-        },
-        "tasks": tasks,
-    }
-    outcome = ansible.run([play]).ok()
-    for point in points:
-        held = json.loads(outcome.result("command", task=f"guest {point}")["stdout"])
-        modules.held[point] = {int(key): tuple(facts) for key, facts in held.items()}
+        for key in [] if point == "idle" else [2000] if seed % 4 == 3 else [2000, 2001]:
+            scribble(simulator.control, "app01", key, sizes[key], seed)
+        disks[point] = modules.point(point, mode="differential" if point == "differential" else "auto")
     assert len({str(held) for held in modules.held.values()}) == len(points) - 1, "the guest wrote"
 
-    backups = modules.backups
-    disks = {point: backups.manifest("app01", point)["disks"] for point in points}
     parents = {"full": None, "differential": "full", "after": "differential", "idle": "after"}
     parents.update(zip(chain, ["full", *chain]))
     wanted = dict.fromkeys([*chain, "after", "idle"], "incremental")

@@ -165,6 +165,8 @@ class Controller:
         for name in ("action", "plugin_utils", "module_utils"):
             shutil.copytree(ROOT / "plugins" / name, plugins / name)
         (plugins / "modules").mkdir()
+        self.cache = folder / "cache"
+        self.cache.mkdir()
         (plugins / "modules" / "vadp_disk_export.py").write_text(MODULE)
         (folder / "ansible.cfg").write_text(
             f"[defaults]\nlocal_tmp={folder}/local\nremote_tmp={folder}/remote\nasync_dir={folder}/async\n"
@@ -195,6 +197,8 @@ class Controller:
         command = [self.program, "-i", f"{self.folder}/inventory.json", f"{self.folder}/play.json", *options]
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("ANSIBLE_", "PYTHONPATH"))}
         environment["ANSIBLE_CONFIG"] = f"{self.folder}/ansible.cfg"
+        # What is the same in each run is made once.
+        environment.update(PYTHONPATH=str(ROOT / "tests/e2e/startup"), E2E_CACHE=str(self.cache))
         run = subprocess.run(
             command, check=False, capture_output=True, text=True, timeout=120, env=environment, cwd=self.folder
         )
