@@ -58,7 +58,8 @@ soak-short:
 soak: setup
 	SOAK_DEBIAN13=1 SOAK_MINUTES=$${SOAK_MINUTES:-15} SOAK_KILLS=$${SOAK_KILLS:-300} SOAK_CHILD_KILLS=$${SOAK_CHILD_KILLS:-60} \
 	    SOAK_PLAYBOOK_KILLS=$${SOAK_PLAYBOOK_KILLS:-10} SOAK_FLIPS=$${SOAK_FLIPS:-500} \
-	    SOAK_SEED=$${SOAK_SEED:-$$(date +%s)} $(PYTHON) -m pytest -q --timeout 0 tests/soak
+	    SOAK_FILES=$${SOAK_FILES:-10000} SOAK_FILE_SYSTEMS=$${SOAK_FILE_SYSTEMS:-20} \
+	    SOAK_SEED=$${SOAK_SEED:-$$(date +%s)} $(PYTHON) -m pytest -q --timeout 0 tests/soak tests/unit/module_utils/restore/files
 
 bench: setup
 	@tests/benchmarks/run $(BENCH)
