@@ -44,26 +44,21 @@ def test_the_guests_files_come_out_of_a_chain(modules: Modules, tmp_path: Path) 
         assert (dest / name).read_bytes() == content
         assert sums[name] == hashlib.sha256(content).hexdigest()
     assert not modules.done("vadp_file_restore", **options, dest=str(dest))["changed"]
+    _through_the_playbook(modules, tmp_path, {path: sums[path] for path in known})
 
 
-def test_the_playbook(modules: Modules, tmp_path: Path) -> None:
-    modules.track_changes()
-    modules.point("p1")
-    modules.point("p2", mode="incremental")
+def _through_the_playbook(modules: Modules, tmp_path: Path, sums: Dict[str, str]) -> None:
     ansible = modules.backups.ansible
-    dest = tmp_path / "files"
+    dest = tmp_path / "by-playbook"
     dest.mkdir()
     variables = {"repository": str(modules.repository), "vm": modules.vm, "vm_file_restore_disks": [2000]}
-    search = dict(variables, paths="/**", versions=True)
-    outcome = ansible.run("openvadp.backup.restore_files", variables=search).ok()
-    result = outcome.result("vadp_file_restore")
-    files = [file for file in result["files"] if file["type"] == "file"]
-    assert {tuple(file["points"]) for file in files} == {("p1", "p2")} and result["skipped"] == []
-    assert outcome.changed == 0 and "p1 .. p2 (2)" in outcome.stdout
-    paths = [file["path"] for file in files]
-    restore = dict(variables, paths=paths, dest=str(dest))
-    outcome = ansible.run("openvadp.backup.restore_files", variables=restore).ok()
+    paths = [f"/{path}" for path in sorted(sums)]
+    outcome = ansible.run("openvadp.backup.restore_files", variables=dict(variables, paths=paths, versions=True)).ok()
+    found = {file["path"]: file["points"] for file in outcome.result("vadp_file_restore")["files"]}
+    assert {path: points for path, points in found.items() if path in paths} == dict.fromkeys(paths, ["p1", "p2", "p3"])
+    assert outcome.changed == 0 and "p1 .. p3 (3)" in outcome.stdout
+    outcome = ansible.run("openvadp.backup.restore_files", variables=dict(variables, paths=paths, dest=str(dest))).ok()
     assert outcome.changed == 1 and str(dest) + paths[0] in outcome.stdout
-    assert (dest / paths[0].lstrip("/")).is_file()
+    assert {path: hashlib.sha256((dest / path).read_bytes()).hexdigest() for path in sums} == sums
     missing = modules.run("vadp_file_restore", **_options(modules), paths=["/missing"], dest=str(dest))
-    assert "There is no such file: /missing in restore point p2" in missing["msg"]
+    assert "There is no such file: /missing in restore point p3" in missing["msg"]

@@ -32,7 +32,6 @@ OnSkipped = Callable[[int, str, str], None]
 # sys.path is that of the module, which runs out of an archive.
 _PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]);"
-    f" from {parsers.__name__} import use; use();"
     f" from {agent.__name__} import main; main(int(sys.argv[2]), int(sys.argv[3]))"
 )
 

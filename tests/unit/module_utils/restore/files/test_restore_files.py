@@ -15,7 +15,7 @@ from ansible_collections.openvadp.backup.plugins.module_utils.errors import Data
 from ansible_collections.openvadp.backup.plugins.module_utils.restore.files import writer
 
 # `make soak` asks for more.
-FILES = int(os.environ.get("SOAK_FILES", "1500"))
+FILES = int(os.environ.get("SOAK_FILES", "800"))
 
 
 @pytest.fixture(scope="module")
