@@ -279,7 +279,7 @@ class _Restore:
                 "None of the files can be read",
                 subject=str(self._source),
                 reason="; ".join(f"{one['path']}: {one['reason']}" for one in self._selection.skipped[:_SHOWN]),
-                remedy="Look at another point, or with another reader",
+                remedy="Look at another point",
             )
         result = result_of(self._source, self._selection, files, changed=bool(todo))
         result["bytes_restored"] = self._bytes

@@ -15,7 +15,7 @@ from ansible_collections.openvadp.backup.plugins.module_utils.errors import Data
 from ansible_collections.openvadp.backup.plugins.module_utils.restore.files import writer
 
 # `make soak` asks for more.
-FILES = int(os.environ.get("SOAK_FILES", "800"))
+FILES = int(os.environ.get("SOAK_FILES", "400"))
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +46,15 @@ def test_a_second_run_changes_nothing_and_a_changed_file_needs_consent(disk: Any
     assert not again["changed"] and {file["state"] for file in again["files"]} == {"unchanged"}
     hosts = disk.dest / "etc" / "hosts"
     same_size = hosts.read_bytes().upper()
-    for other in (b"longer than before, by far", same_size):
-        hosts.write_bytes(other)
-        with pytest.raises(InputError, match="/etc/hosts holds something else"):
-            disk.restore("/etc", "/big")
-        assert hosts.read_bytes() == other and not (disk.dest / "big").exists()
-        result = disk.restore("/etc", overwrite=True)
-        assert [file["path"] for file in result["files"] if file["state"] == "restored"] == ["/etc/hosts"]
-        assert hosts.read_text() == "127.0.0.1 localhost\n"
+    hosts.write_bytes(same_size)
+    (disk.dest / "etc" / "deep" / "er" / "file").write_bytes(b"longer than before")
+    with pytest.raises(InputError, match="/er/file holds something else; .*/etc/hosts holds something else"):
+        disk.restore("/etc", "/big")
+    assert hosts.read_bytes() == same_size and not (disk.dest / "big").exists()
+    result = disk.restore("/etc", overwrite=True)
+    restored = sorted(file["path"] for file in result["files"] if file["state"] == "restored")
+    assert restored == ["/etc/deep/er/file", "/etc/hosts"]
+    assert hosts.read_text() == "127.0.0.1 localhost\n"
 
 
 def test_what_is_of_another_kind_is_never_replaced(disk: Any) -> None:
