@@ -18,8 +18,8 @@ author: openvadp maintainers (@openvadp)
 description:
   - Renders what module M(openvadp.backup.vadp_file_restore) returns, or what role
     P(openvadp.backup.vm_file_restore#role) leaves in C(vm_file_restore_result).
-  - Each file is one line. What was skipped stands below the table. What option C(query) made of the list is not
-    rendered.
+  - Each file is one line; with option C(versions) each version of one, with the points that hold it.
+  - What was skipped stands below the table. What option C(query) made of the list is not rendered.
   - Print the lines with M(openvadp.backup.show_lines).
 options:
   _input:
@@ -73,7 +73,7 @@ def file_table(results: Sequence[Mapping[str, Any]], most: int = 40, width: int 
         for file in files[:most]:
             rows.append(
                 [
-                    str(result.get("point") or NONE),
+                    _points(result, file),
                     str(file.get("volume") or NONE),
                     str(file.get("dest") or file["path"]) + ("/" if file.get("type") == "directory" else ""),
                     format_bytes(file.get("size")) if file.get("type") == "file" else NONE,
@@ -85,8 +85,22 @@ def file_table(results: Sequence[Mapping[str, Any]], most: int = 40, width: int 
         if len(files) > most:
             below.append(f"and {len(files) - most} more")
         for skipped in (result.get("skipped") or [])[:most]:
-            below += fold(f"skipped: {skipped.get('path')} on {skipped.get('volume')}: {skipped.get('reason')}", width)
+            place = f"{skipped.get('volume')}" + (f" at {skipped['point']}" if skipped.get("point") else "")
+            below += fold(f"skipped: {skipped.get('path')} on {place}: {skipped.get('reason')}", width)
+        for one in result.get("points") or []:
+            if one.get("problem"):
+                below += fold(f"not searched: {one.get('point')}: {one['problem']}", width)
     return render(_HEADINGS, {"size"}, rows) + below
+
+
+def _points(result: Mapping[str, Any], file: Mapping[str, Any]) -> str:
+    """The point of a file, or the first and last that hold a version; how many if others lie between."""
+    held = file.get("points")
+    if not held:
+        return str(result.get("point") or NONE)
+    if len(held) == 1:
+        return str(held[0])
+    return f"{held[0]} .. {held[-1]} ({len(held)})"
 
 
 class FilterModule:

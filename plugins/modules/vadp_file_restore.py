@@ -36,10 +36,6 @@ attributes:
     support: full
     details: A file whose content is in its place already is left as it is.
 options:
-  point:
-    description: Name of the restore point. V(latest) is the one whose snapshot is the newest.
-    type: str
-    default: latest
   paths:
     description:
       - Paths in the guest, from the root of their volume on, each beginning with C(/). On Windows volumes too, without
@@ -58,6 +54,16 @@ options:
     type: path
   list:
     description: Whether the files are only told by RV(files), and not written.
+    type: bool
+    default: false
+  versions:
+    description:
+      - Whether all restore points of the virtual machine are searched, and not O(point) alone. It takes O(list=true).
+      - RV(files) then has an element for each version of each file, and tells which points hold it. A version is
+        another one if its type, size, time of the last change or target differs, or with O(checksums) its content. A
+        change that left size and time as they were is seen with O(checksums) only.
+      - A point that can't be searched is told in RV(points), with a warning. O(limit) holds for each point, O(timeout)
+        for all of them together.
     type: bool
     default: false
   checksums:
@@ -155,6 +161,23 @@ EXAMPLES = r"""
     query: '[?size > `1000000`].{path: path, size: size}'
   register: large
 
+- name: See when a file changed, and which points hold which version
+  openvadp.backup.vadp_file_restore:
+    repository: /backup/vms
+    vm_name: app01
+    paths: [/etc/fstab]
+    list: true
+    versions: true
+    checksums: true
+
+- name: Take the version that was there in the morning
+  openvadp.backup.vadp_file_restore:
+    repository: /backup/vms
+    vm_name: app01
+    point: before 2026-11-20T09:00+01:00
+    paths: [/etc/fstab]
+    dest: /restore/app01
+
 - name: One file of a Windows machine, from the volume with that label
   openvadp.backup.vadp_file_restore:
     repository: /backup/vms
@@ -166,7 +189,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 point:
-  description: Name of the point.
+  description: Name of the point; with O(versions=true) the newest that was searched.
   returned: success
   type: str
   sample: 20261122T084203Z
@@ -288,6 +311,54 @@ files:
       description: V(restored), V(unchanged) or V(listed).
       type: str
       sample: restored
+    points:
+      description: Names of the points that hold this version, oldest first.
+      returned: with O(versions=true)
+      type: list
+      elements: str
+      sample: [20261120T084203Z, 20261121T084203Z]
+    first_point:
+      description: The oldest of them.
+      returned: with O(versions=true)
+      type: str
+      sample: 20261120T084203Z
+    last_point:
+      description: The newest of them.
+      returned: with O(versions=true)
+      type: str
+      sample: 20261121T084203Z
+    absent_from:
+      description: Names of the points in which there is no such file, whichever version.
+      returned: with O(versions=true)
+      type: list
+      elements: str
+      sample: []
+    unknown_in:
+      description:
+        - Names of the points that do not tell, because they or the volume can't be read, or the file or a directory on
+          the way was skipped.
+      returned: with O(versions=true)
+      type: list
+      elements: str
+      sample: []
+points:
+  description: All points of the virtual machine, those whose manifest is damaged first, then oldest first.
+  returned: with O(versions=true)
+  type: list
+  elements: dict
+  contains:
+    point:
+      description: Name of the point.
+      type: str
+      sample: 20261120T084203Z
+    created:
+      description: When its snapshot was taken; null if its manifest is damaged.
+      type: str
+      sample: '2026-11-20T08:42:03Z'
+    problem:
+      description: Why it was not searched; null if it was.
+      type: str
+      sample: null
 skipped:
   description: Selected files that could not be had.
   returned: success
@@ -302,6 +373,11 @@ skipped:
       description: Name of the volume.
       type: str
       sample: 2000p1
+    point:
+      description: Name of the point.
+      returned: with O(versions=true)
+      type: str
+      sample: 20261120T084203Z
     reason:
       description: Why.
       type: str
@@ -322,14 +398,15 @@ from ..module_utils.libraries import first_missing
 from ..module_utils.repository.report import search
 from ..module_utils.restore.files.request import PRESERVE, FilesRequest
 from ..module_utils.restore.files.run import restore_files
+from ..module_utils.restore.files.versions import list_versions
 from ..module_utils.runner import Options, progress_options, repository_options, repository_vm_options, run_module
 
 OPTIONS = Options(
     dict(
-        point=dict(type="str", default="latest"),
         paths=dict(type="list", elements="str", required=True),
         dest=dict(type="path"),
         list=dict(type="bool", default=False),
+        versions=dict(type="bool", default=False),
         checksums=dict(type="bool", default=False),
         query=dict(type="str"),
         recurse=dict(type="bool", default=True),
@@ -352,7 +429,8 @@ def body(module: AnsibleModule) -> Dict[str, Any]:
     if params["query"] is not None and name:
         module.fail_json(msg=missing_required_lib(what), exception=trace)
     with Progress(None if module.check_mode else params["progress_file"]) as progress:
-        result = restore_files(FilesRequest.from_params(params), module.check_mode, progress)
+        request = FilesRequest.from_params(params)
+        result = list_versions(request) if request.versions else restore_files(request, module.check_mode, progress)
     result["files"] = search(params["query"], result["files"])
     return result
 

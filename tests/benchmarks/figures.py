@@ -28,7 +28,7 @@ from harness import Ansible, Backups
 from pyVmomi import vim
 
 from .data import BLOCK, GIB, MIB
-from .rig import DISK, SMALL_DISK, Rig, say, timed
+from .rig import DISK, SMALL_DISK, TOOLS_PATH, Rig, say, timed
 
 ROUNDS = 3
 CHAIN_LAYERS = 10
@@ -258,6 +258,63 @@ def restore_in_place(rig: Rig, _wanted: Set[str]) -> Figures:
     return {"in_place_changed_1pct_vs_full_restore": compared(*times)}
 
 
+# Files
+
+FILE_BYTES = 200 * MIB
+FILE_DISK_BYTES = 320 * MIB
+FILE_LAYERS = 7
+# An appliance that boots without KVM takes its time.
+GUESTFISH_SECONDS = 900
+FILE_FIGURES = [
+    "file_restore_first_byte_seconds",
+    "file_restore_mib_per_second",
+    "file_restore_vs_guestfish",
+    "file_restore_first_byte_vs_guestfish",
+    "file_restore_vs_debugfs",
+    "file_restore_first_byte_vs_debugfs",
+]
+
+
+def files(rig: Rig, wanted: Set[str]) -> Figures:
+    """A file of 200 MB on ext4, each seventh MiB of which lies in another layer of the chain.
+
+    Ours is checked with the hashes of the backup. guestfish reads the chain, debugfs a raw image that qemu-img makes of
+    it first; neither checks anything.
+    """
+    repository = rig.repository("files")
+    layer, request = rig.file_points(repository, FILE_BYTES, FILE_DISK_BYTES, FILE_LAYERS)
+    assert len(image.chain_files(layer)) == FILE_LAYERS
+    ours = FileTimes(*rig.timed_files(request, ROUNDS))
+    say(f"files: first byte {_seconds(ours.first)}, restored in {_seconds(ours.whole)}")
+    figures = {
+        "file_restore_first_byte_seconds": alone(statistics.median(ours.first), "s"),
+        "file_restore_mib_per_second": alone(FILE_BYTES / MIB / statistics.median(ours.whole), "MiB/s"),
+    }
+    peers: Dict[str, Callable[[], Tuple[float, float]]] = {
+        "guestfish": partial(rig.guestfish, layer, GUESTFISH_SECONDS),
+        "debugfs": partial(rig.debugfs, layer),
+    }
+    for name, run in peers.items():
+        if not {f"file_restore_vs_{name}", f"file_restore_first_byte_vs_{name}"} & wanted:
+            continue
+        if shutil.which(name, path=TOOLS_PATH) is None:
+            say(f"files: {name} is not installed, so there is no figure")
+            continue
+        first, whole = run()
+        say(f"files: {name}: first byte {first:.2f} s, all of it {whole:.2f} s")
+        figures[f"file_restore_first_byte_vs_{name}"] = compared(ours.first, [first])
+        figures[f"file_restore_vs_{name}"] = compared(ours.whole, [whole])
+    shutil.rmtree(repository)
+    return figures
+
+
+class FileTimes(NamedTuple):
+    """Seconds to the first byte of a file, and to a restored file, of each round."""
+
+    first: List[float]
+    whole: List[float]
+
+
 # Thirty disks
 
 # Of three machines, four disks of each at once: twelve are as many as one host bears.
@@ -420,6 +477,7 @@ GROUPS: List[Tuple[Callable[[Rig, Set[str]], Figures], List[str]]] = [
     (hotadd, ["hotadd_vs_nbdkit_file"]),
     (https, ["https_vs_curl"]),
     (restore, ["restore_vs_qemu_img_convert", "restore_verify_read_seconds"]),
+    (files, FILE_FIGURES),
     (restore_in_place, ["in_place_changed_1pct_vs_full_restore"]),
     (memory, ["export_rss_mib"]),
 ]

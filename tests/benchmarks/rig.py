@@ -9,6 +9,7 @@ file is synced by us within its time. All is read from the page cache where it f
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
@@ -26,6 +28,12 @@ from ansible_collections.openvadp.backup.plugins.module_utils.datapath import im
 from ansible_collections.openvadp.backup.plugins.module_utils.datapath.processes import RuntimeDir
 from ansible_collections.openvadp.backup.plugins.module_utils.repository.layout import Repository
 from ansible_collections.openvadp.backup.plugins.module_utils.restore import in_place
+from ansible_collections.openvadp.backup.plugins.module_utils.restore.files.request import FilesRequest
+from ansible_collections.openvadp.backup.plugins.module_utils.restore.files.run import (
+    open_source,
+    opened,
+    restore_files,
+)
 from ansible_collections.openvadp.backup.plugins.module_utils.restore.request import DiskChoice, RestoreRequest
 from ansible_collections.openvadp.backup.plugins.module_utils.restore.to_file import restore_point
 from ansible_collections.openvadp.backup.plugins.module_utils.transport.endpoints import (
@@ -42,7 +50,7 @@ from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.inventory 
 from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.session import Connection, Session
 from harness import Simulator
 
-from .data import GIB, Content
+from .data import GIB, MIB, Content
 
 VM = "app01"
 DISK = 2001
@@ -50,6 +58,12 @@ SMALL_DISK = 2000
 # No multiple of a cluster, as real disks are.
 _ODD_BYTES = 67 * 512
 _TRANSPORT = "nbdssl"
+#: Where the tools of file systems are, for an ordinary user too.
+TOOLS_PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+
+
+def _tools_env() -> Dict[str, str]:
+    return dict(os.environ, PATH=TOOLS_PATH)
 
 
 def say(text: str) -> None:
@@ -240,7 +254,101 @@ class Rig:
         """What a restore wrote is no longer held against the disk once a full point follows."""
         change_tracking.reset(self.session, self.vm)
 
+    # Files
+
+    def file_points(self, repository: Path, file_bytes: int, disk_bytes: int, layers: int) -> Tuple[str, FilesRequest]:
+        """Points of a disk with a large file in ext4. :returns: the newest layer, and the request for the file."""
+        raw, tree = self.folder / "files.raw", self.repository("files-tree")
+        with (tree / "big").open("wb") as file:
+            for _number in range(file_bytes // MIB):
+                file.write(self.content.piece(MIB))
+        raw.touch()
+        os.truncate(raw, disk_bytes)
+        subprocess.run(["mkfs.ext4", "-q", "-F", "-d", str(tree), str(raw)], check=True, env=_tools_env())
+        self.file_sha256 = hashlib.sha256((tree / "big").read_bytes()).hexdigest()
+        shutil.rmtree(tree)
+        administrator = Administrator(self.simulator.facts, VM)
+        try:
+            key = administrator.add_disk(4, disk_bytes)
+        finally:
+            administrator.close()
+        # The tracking of a new disk begins with the next snapshot.
+        with self.snapshot():
+            pass
+        content = raw.read_bytes()
+        raw.unlink()
+        pieces = [at for at in range(0, len(content), MIB) if content[at : at + MIB].strip(b"\0")]
+        for number in range(layers):
+            for at in pieces[number::layers] if number else pieces:
+                data = content[at : at + MIB]
+                self.simulator.control.call("guest_write", vm=VM, disk=key, offsets=[at], data=data)
+            with self.snapshot() as snapshot:
+                mode = "incremental" if number else "full"
+                self.export(repository, snapshot, mode=mode, point=f"p{number}", disks=[str(key)])
+        request = FilesRequest(
+            repository=str(repository), vm_name=VM, disks=[key], paths=("/big",), dest=str(self.folder / "files-dest")
+        )
+        return self.layer(repository, f"p{layers - 1}", key), request
+
+    def timed_files(self, request: FilesRequest, rounds: int) -> Tuple[List[float], List[float]]:
+        """Seconds to the first byte of a file, and to the file in its place, of each round."""
+        times: Tuple[List[float], List[float]] = ([], [])
+        for _round in range(rounds):
+            times[0].append(timed(partial(self._first_byte, request)))
+            self.repository("files-dest")
+            times[1].append(timed(partial(self._restore_file, request)))
+        shutil.rmtree(self.folder / "files-dest")
+        return times
+
+    @staticmethod
+    def _first_byte(request: FilesRequest) -> None:
+        with opened(request, open_source(request, request.point)) as selection:
+            (entry,) = selection.entries
+            with contextlib.closing(selection.reader.read(entry)) as pieces:
+                assert next(pieces)
+
+    def _restore_file(self, request: FilesRequest) -> None:
+        (file,) = restore_files(request, check_mode=False)["files"]
+        assert file["sha256"] == self.file_sha256
+
     # Peers
+
+    def guestfish(self, layer: str, timeout: int) -> Tuple[float, float]:
+        """Seconds to the first byte of the file and to all of it, by an appliance without KVM."""
+        env = dict(_tools_env(), LIBGUESTFS_BACKEND="direct", LIBGUESTFS_BACKEND_SETTINGS="force_tcg")
+        dest = self.folder / "peer-file"
+        command = ["guestfish", "--ro", "--format=qcow2", "-a", layer, "-m", "/dev/sda:/", "download", "/big"]
+        first = self._first_byte_of([*command, "/dev/stdout"], env)
+        whole = timed(partial(self._peer_file, [*command, str(dest)], dest, env, timeout))
+        return first, whole
+
+    def debugfs(self, layer: str) -> Tuple[float, float]:
+        """The same by debugfs, of a raw image that qemu-img made of the chain."""
+        raw, dest = self.folder / "peer.raw", self.folder / "peer-file"
+        convert = timed(partial(self.convert_to_raw, layer, raw))
+        first = self._first_byte_of(["debugfs", "-R", "cat /big", str(raw)], _tools_env())
+        command = ["debugfs", "-R", f"dump /big {dest}", str(raw)]
+        whole = timed(partial(self._peer_file, command, dest, _tools_env(), None))
+        raw.unlink()
+        return convert + first, convert + whole
+
+    @staticmethod
+    def _first_byte_of(command: List[str], env: Dict[str, str]) -> float:
+        begun = time.monotonic()
+        options: Dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "env": env}
+        with subprocess.Popen(command, **options) as process:
+            assert process.stdout is not None
+            got = process.stdout.read(1)
+            seconds = time.monotonic() - begun
+            process.terminate()
+        assert got, command
+        return seconds
+
+    def _peer_file(self, command: List[str], dest: Path, env: Dict[str, str], timeout: Optional[int]) -> None:
+        subprocess.run(command, check=True, env=env, stderr=subprocess.DEVNULL, timeout=timeout)
+        image.fsync_file(str(dest))
+        assert hashlib.sha256(dest.read_bytes()).hexdigest() == self.file_sha256
+        dest.unlink()
 
     @contextlib.contextmanager
     def _endpoint(self, snapshot: snapshots.Snapshot) -> Iterator[Tuple[Endpoint, RuntimeDir]]:

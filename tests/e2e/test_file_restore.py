@@ -7,8 +7,9 @@ from __future__ import annotations
 import hashlib
 import sys
 from pathlib import Path
+from typing import Any, Dict
 
-from harness import SIMULATOR, Backups, Simulator
+from harness import SIMULATOR
 from modules import Modules
 
 sys.path.insert(0, str(SIMULATOR))
@@ -16,16 +17,20 @@ sys.path.insert(0, str(SIMULATOR))
 from vcenter.images import known_files  # noqa: E402
 
 
+def _options(modules: Modules) -> Dict[str, Any]:
+    return {"repository": str(modules.repository), "vm_name": modules.vm, "disks": [2000]}
+
+
 def test_the_guests_files_come_out_of_a_chain(modules: Modules, tmp_path: Path) -> None:
     modules.track_changes()
     modules.point("p1")
-    for number in range(2, 5):
+    for number in range(2, 4):
         # Elsewhere on the disk than its files.
         modules.simulator.write(modules.vm, 2000, (20 + number) << 20, seed=number)
         modules.point(f"p{number}", mode="incremental")
     dest = tmp_path / "files"
     dest.mkdir()
-    options = {"repository": str(modules.repository), "vm_name": modules.vm, "paths": ["/**"], "disks": [2000]}
+    options = dict(_options(modules), paths=["/**"])
     listed = modules.done("vadp_file_restore", **options, list=True, query="[?type=='file'].path")
     kind = next(volume["type"] for volume in listed["volumes"] if volume["readable"])
     known = known_files(kind)
@@ -33,29 +38,27 @@ def test_the_guests_files_come_out_of_a_chain(modules: Modules, tmp_path: Path) 
     assert modules.done("vadp_file_restore", **options, dest=str(dest), _ansible_check_mode=True)["changed"]
     assert list(dest.iterdir()) == []
     result = modules.done("vadp_file_restore", **options, dest=str(dest))
-    assert result["changed"] and result["point"] == "p4"
+    assert result["changed"] and result["point"] == "p3"
     sums = {file["path"].lstrip("/"): file["sha256"] for file in result["files"] if file["type"] == "file"}
     for name, content in known.items():
         assert (dest / name).read_bytes() == content
         assert sums[name] == hashlib.sha256(content).hexdigest()
     assert not modules.done("vadp_file_restore", **options, dest=str(dest))["changed"]
+    _through_the_playbook(modules, tmp_path, {path: sums[path] for path in known})
 
 
-def test_the_playbook(own_simulator: Simulator, backups: Backups, tmp_path: Path) -> None:
-    backups.simulator = own_simulator
-    backups.run("app01", point="p1").ok()
-    dest = tmp_path / "files"
+def _through_the_playbook(modules: Modules, tmp_path: Path, sums: Dict[str, str]) -> None:
+    ansible = modules.backups.ansible
+    dest = tmp_path / "by-playbook"
     dest.mkdir()
-    variables = {"repository": str(backups.repository), "vm": "app01", "vm_file_restore_disks": [2000]}
-    outcome = backups.ansible.run(
-        "openvadp.backup.restore_files", variables=dict(variables, paths="/**", list=True)
-    ).ok()
-    paths = [file["path"] for file in outcome.result("vadp_file_restore")["files"] if file["type"] == "file"]
-    assert outcome.changed == 0 and paths[0] in outcome.stdout and "listed" in outcome.stdout
-    restore = dict(variables, paths=paths, dest=str(dest))
-    outcome = backups.ansible.run("openvadp.backup.restore_files", variables=restore).ok()
+    variables = {"repository": str(modules.repository), "vm": modules.vm, "vm_file_restore_disks": [2000]}
+    paths = [f"/{path}" for path in sorted(sums)]
+    outcome = ansible.run("openvadp.backup.restore_files", variables=dict(variables, paths=paths, versions=True)).ok()
+    found = {file["path"]: file["points"] for file in outcome.result("vadp_file_restore")["files"]}
+    assert {path: points for path, points in found.items() if path in paths} == dict.fromkeys(paths, ["p1", "p2", "p3"])
+    assert outcome.changed == 0 and "p1 .. p3 (3)" in outcome.stdout
+    outcome = ansible.run("openvadp.backup.restore_files", variables=dict(variables, paths=paths, dest=str(dest))).ok()
     assert outcome.changed == 1 and str(dest) + paths[0] in outcome.stdout
-    assert (dest / paths[0].lstrip("/")).is_file()
-    assert backups.ansible.run("openvadp.backup.restore_files", variables=restore).ok().changed == 0
-    outcome = backups.ansible.run("openvadp.backup.restore_files", variables=dict(restore, paths="/missing")).failed()
-    assert "There is no such file: /missing in restore point p1" in outcome.result("vadp_file_restore")["msg"]
+    assert {path: hashlib.sha256((dest / path).read_bytes()).hexdigest() for path in sums} == sums
+    missing = modules.run("vadp_file_restore", **_options(modules), paths=["/missing"], dest=str(dest))
+    assert "There is no such file: /missing in restore point p3" in missing["msg"]

@@ -24,6 +24,15 @@ def test_files_and_what_was_skipped() -> None:
     assert lines[2].split() == ["p1", "2000p1", "/d/a", "2.0", "KiB", "T", "f" * 12, "restored"]
     assert lines[3].split() == ["p1", "2000p1", "/b/", "-", "-", "-", "listed"]
     assert lines[4:] == ["and 1 more", "skipped: /c on 2000p1: it is a socket"]
+    held = dict(file, dest=None, state="listed", points=["p1", "p2", "p3"])
+    searched = {
+        "files": [held, dict(held, points=["p2"])],
+        "skipped": [dict(skipped[0], point="p2")],
+        "points": [{"point": "p0", "problem": "damaged"}, {"point": "p1", "problem": None}],
+    }
+    lines = file_table([searched])
+    assert lines[2].startswith("p1 .. p3 (3)  2000p1") and lines[3].startswith("p2 ")
+    assert lines[4:] == ["skipped: /c on 2000p1 at p2: it is a socket", "not searched: p0: damaged"]
     # What a query made of the list has no shape.
     assert len(file_table([{"files": ["/a", 7]}])) == 2
     with pytest.raises(AnsibleFilterError):

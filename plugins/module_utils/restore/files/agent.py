@@ -39,7 +39,7 @@ from ...errors import VadpError
 from ...transport.disk_format import read_partitions
 from . import parsers
 from .disk import CheckedDisk, Slice
-from .filesystems import BROKEN, DIRECTORY, FILE, LINK, OTHER, FileSystem, Info, guess, open_file_system
+from .filesystems import DIRECTORY, FILE, LINK, OTHER, FileSystem, Info, broken, guess, open_file_system
 from .frames import DATA, encode, encode_hole, encode_json
 from .names import bad_name
 from .patterns import Patterns, State, is_literal, parts_of
@@ -160,7 +160,7 @@ class Agent:
         try:
             part.stream.seek(0)
             return b"LABELONE" in part.stream.read(4096)
-        except BROKEN:
+        except broken():
             return False
 
     def _logical(self, physical: Sequence[_Part]) -> List[_Part]:
@@ -174,7 +174,7 @@ class Agent:
                 device = lvm.LVM2Device(part.stream)
                 metadata = device.metadata
                 name = next(key for key, value in (metadata or {}).items() if isinstance(value, dict))
-            except BROKEN as error:
+            except broken() as error:
                 self._unreadable(part, "lvm", problem_of(error))
                 continue
             except StopIteration:
@@ -185,7 +185,7 @@ class Agent:
         for name in sorted(groups):
             try:
                 volumes = list(lvm.LVM2(groups[name]).volume_group.logical_volumes.items())
-            except BROKEN as error:
+            except broken() as error:
                 self._unreadable(_Part(name, keys[name], io.BytesIO(), 0), "lvm", problem_of(error))
                 continue
             for volume_name, volume in volumes:
@@ -195,7 +195,7 @@ class Agent:
                         continue
                     stream = volume.open()
                     parts.append(_Part(full, keys[name], stream, int(stream.size)))
-                except BROKEN as error:
+                except broken() as error:
                     self._unreadable(_Part(full, keys[name], io.BytesIO(), 0), "lvm", problem_of(error))
         return parts
 
@@ -227,7 +227,7 @@ class Agent:
                 return Volume(self._facts(part, known["type"], problem=known["why"]), None)
             kind = system.name
             system.info(system.root())
-        except BROKEN as error:
+        except broken() as error:
             return Volume(self._facts(part, kind, problem=f"it can't be read: {problem_of(error)}"), None)
         facts = self._facts(
             part, kind, label=system.label, uuid=system.uuid, readable=True, warnings=list(system.warnings)
@@ -297,7 +297,7 @@ class Agent:
                 self._send(encode_hole(piece) if isinstance(piece, int) else encode(DATA, piece))
             if sent != info.size:
                 raise ValueError(f"{info.size - sent} bytes are missing at its end")
-        except BROKEN as error:
+        except broken() as error:
             self._raise_damage()
             self._say(problem=f"it can't be read: {problem_of(error)}")
             return
@@ -386,7 +386,7 @@ class _Walk:
                 if info.kind == LINK and not selected:
                     follow += self._followed(matcher, origins, step.literal, path, node)
                     continue
-            except BROKEN as error:
+            except broken() as error:
                 self._agent.skipped(self._volume, child, f"it can't be read: {problem_of(error)}")
                 continue
             self._match(step.selected, origins)
@@ -406,7 +406,7 @@ class _Walk:
     def _entries(self, node: Any, path: str) -> Iterator[Tuple[str, Any]]:
         try:
             yield from self._system.entries(node)
-        except BROKEN as error:
+        except broken() as error:
             self._agent.skipped(self._volume, path or "/", f"the directory can't be read: {problem_of(error)}")
 
     def _tell(self, path: str, node: Any, info: Optional[Info] = None) -> bool:
@@ -423,7 +423,7 @@ class _Walk:
                 return False
             self._agent.found(self._volume, self._system, path, node, info)
             self._found += 1
-        except BROKEN as error:
+        except broken() as error:
             self._agent.skipped(self._volume, path, f"it can't be read: {problem_of(error)}")
             return False
         return True

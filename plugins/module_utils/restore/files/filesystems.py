@@ -5,7 +5,7 @@
 What a file holds is told as pieces: bytes, or the length of a hole. Where a parser takes a hole, or an extent that was
 reserved but never written, for data (it would hand out old bytes of the disk), the extents are worked out here.
 
-Everything comes from a disk that nobody vouches for: any of :data:`BROKEN` may be raised anywhere.
+Everything comes from a disk that nobody vouches for: any of :func:`broken` may be raised anywhere.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from typing import Any, BinaryIO, Callable, Dict, Iterator, List, NamedTuple, Op
 
 from . import parsers
 
-#: What parsers raise over bytes that make no sense.
-BROKEN: Tuple[Type[BaseException], ...] = (
+_BROKEN: Tuple[Type[BaseException], ...] = (
     ArithmeticError,
     AssertionError,
     AttributeError,
@@ -30,7 +29,6 @@ BROKEN: Tuple[Type[BaseException], ...] = (
     TypeError,
     ValueError,
     struct.error,
-    *parsers.errors(),
 )
 
 Piece = Union[bytes, int]
@@ -55,6 +53,11 @@ _OTHERS = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
 }
+
+
+def broken() -> Tuple[Type[BaseException], ...]:
+    """What parsers raise over bytes that make no sense: those that are in use by now."""
+    return _BROKEN + parsers.errors()
 
 
 class Info(NamedTuple):
@@ -489,7 +492,7 @@ class Ntfs(FileSystem):
     def __init__(self, volume: BinaryIO, size: int) -> None:
         super().__init__(volume, size)
         self.fs = parsers.ntfs().NTFS(volume)
-        with contextlib.suppress(*BROKEN):
+        with contextlib.suppress(*broken()):
             self.label = self.fs.volume_name or None
         self.uuid = f"{self.fs.serial:016x}" if self.fs.serial is not None else None
 
@@ -559,7 +562,7 @@ class Fat(FileSystem):
         super().__init__(volume, size)
         self.fs = parsers.fat().FATFS(volume)
         self.label = self.fs.volume_label.strip() or None
-        with contextlib.suppress(*BROKEN):
+        with contextlib.suppress(*broken()):
             self.uuid = str(self.fs.volume_id)
 
     @staticmethod
@@ -599,7 +602,7 @@ class Fat(FileSystem):
         mtime = 0
         if node is not self.fs.root:
             # Many tools leave the date out.
-            with contextlib.suppress(*BROKEN):
+            with contextlib.suppress(*broken()):
                 mtime = parsers.utc_ns(node.mtime)
         if directory:
             return Info(DIRECTORY, 0, mtime, inode=node.cluster)
@@ -652,7 +655,7 @@ KINDS: Tuple[Type[FileSystem], ...] = (Ntfs, Ext, Xfs, Btrfs, Fat)
 def open_file_system(volume: BinaryIO, size: int) -> Optional[FileSystem]:
     """The file system of a volume; None if it holds none that is known.
 
-    :raises Unreadable: it holds one that can't be read. Any of BROKEN: it is damaged.
+    :raises Unreadable: it holds one that can't be read. Any of broken(): it is damaged.
     """
     for kind in KINDS:
         if kind.found(volume):

@@ -32,7 +32,6 @@ OnSkipped = Callable[[int, str, str], None]
 # sys.path is that of the module, which runs out of an archive.
 _PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]);"
-    f" from {parsers.__name__} import use; use();"
     f" from {agent.__name__} import main; main(int(sys.argv[2]), int(sys.argv[3]))"
 )
 
@@ -75,6 +74,10 @@ class Unread(VadpError):
     """One file can't be read; the others can."""
 
 
+class TooMany(DataPathError):
+    """More files are selected than the limit allows."""
+
+
 class FileReader:
     """What reads files. A context manager: entering finds the volumes.
 
@@ -111,7 +114,7 @@ class FileReader:
         :param recurse: what is selected is selected with all that is below it.
         :param limit: more files than that are an error.
         :param on_skipped: gets volume, path and reason of what can't be had.
-        :raises DataPathError: it takes too long, or there are too many. DamagedError: the restore point is damaged.
+        :raises DataPathError: it takes too long. TooMany: it says so. DamagedError: the restore point is damaged.
         """
         raise NotImplementedError
 
@@ -187,7 +190,7 @@ class DissectReader(FileReader):
                 on_skipped(self._volume(skipped), str(skipped.get("path")), str(skipped.get("reason"))[:500])
             elif "end" in document:
                 if document.get("limit"):
-                    raise DataPathError(
+                    raise TooMany(
                         "Too many files are selected",
                         subject=", ".join(patterns),
                         reason=str(document["limit"]),

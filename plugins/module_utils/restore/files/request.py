@@ -17,10 +17,11 @@ PRESERVE = (TIMES, MODE, OWNER, SPECIAL)
 
 @dataclass(frozen=True)
 class FilesRequest:
-    """The options of ``vadp_file_restore``, and of ``vadp_file_versions`` as far as it has them.
+    """The options of ``vadp_file_restore``.
 
     :param volumes: names, labels or UUIDs of the volumes that are searched; empty means all.
     :param list_only: tell the files and write nothing.
+    :param versions: look into all points.
     """
 
     repository: str
@@ -32,6 +33,7 @@ class FilesRequest:
     volumes: List[str] = field(default_factory=list)
     dest: Optional[str] = None
     list_only: bool = False
+    versions: bool = False
     checksums: bool = False
     recurse: bool = True
     overwrite: bool = False
@@ -58,6 +60,8 @@ class FilesRequest:
             raise InputError("There is no path", remedy="Give 'paths'")
         for path in self.paths:
             parts_of(path)
+        if self.versions and not self.list_only:
+            raise InputError("Versions of files can only be listed", remedy="Set 'list: true', or 'versions: false'")
         if not self.list_only:
             if self.dest is None:
                 raise InputError("There is no folder for the files", remedy="Give 'dest', or 'list: true'")

@@ -55,11 +55,16 @@ class Selection:
 
     def __init__(self, reader: FileReader) -> None:
         self.reader = reader
+        #: The numbers of the volumes that are searched.
+        self.searched: List[int] = []
         self.entries: List[Entry] = []
         self.skipped: List[Dict[str, Any]] = []
+        #: Volume and path of each that was skipped.
+        self.skipped_places: List[Tuple[int, str]] = []
 
     def skip(self, volume: int, path: str, reason: str) -> None:
         """Note what can't be had."""
+        self.skipped_places.append((volume, path))
         fields: Dict[str, Any] = dict(path_fields(path))
         fields.update(volume=self.reader.volumes[volume]["name"], reason=reason)
         self.skipped.append(fields)
@@ -80,7 +85,7 @@ def restore_files(request: FilesRequest, check_mode: bool, progress: Optional[Pr
         selection = stack.enter_context(opened(request, source))
         if destination is None:
             files = [_listed(entry, selection, request) for entry in selection.entries]
-            return _result(request, source, selection, [file for file in files if file], changed=False)
+            return result_of(source, selection, [file for file in files if file], changed=False)
         _require_found(request, source, selection)
         return _Restore(request, source, selection, destination, progress or Progress(None)).run(check_mode)
 
@@ -92,6 +97,17 @@ def open_source(request: FilesRequest, point: str) -> Source:
     """
     store = Repository.open(request.repository).find_vm(vm_uuid=request.vm_uuid, vm_name=request.vm_name)
     manifest = store.resolve(point)
+    return source_of(request, store, manifest, store.points())
+
+
+def source_of(
+    request: FilesRequest, store: VmStore, manifest: Dict[str, Any], points: Sequence[Dict[str, Any]]
+) -> Source:
+    """The disks of a point.
+
+    :param points: all of the VM.
+    :raises VadpError: as :func:`open_source`.
+    """
     unknown = [key for key in request.disks if disk_of(manifest, key) is None]
     if unknown:
         known = ", ".join(f"{disk['key']} ('{disk['label']}')" for disk in manifest["disks"])
@@ -110,7 +126,6 @@ def open_source(request: FilesRequest, point: str) -> Source:
             reason="; ".join(problem.rstrip(". ") for problem in problems),
             remedy="Restore from another point, and bring back the damaged files from a copy of the repository",
         )
-    points = store.points()
     disks = [
         DiskSource(
             key=disk["key"],
@@ -124,22 +139,27 @@ def open_source(request: FilesRequest, point: str) -> Source:
 
 
 @contextlib.contextmanager
-def opened(request: FilesRequest, source: Source) -> Iterator[Selection]:
-    """The files that the request selects, by a reader that stays open meanwhile."""
-    deadline = time.monotonic() + request.timeout
-    kind = _usable()
+def opened(request: FilesRequest, source: Source, deadline: Optional[float] = None) -> Iterator[Selection]:
+    """The files that the request selects, by a reader that stays open meanwhile.
+
+    :param deadline: when reading ends; without it the request's ``timeout`` begins now.
+    """
+    deadline = time.monotonic() + request.timeout if deadline is None else deadline
+    kind = usable_reader()
     timeout = float(request.io_timeout)
     # The folder's name is the same for each restore of a VM's files, so the next one clears up after a crash.
     name = f"files-{source.store.uuid}"
     RuntimeDir.leftovers(name, remove=True)
     with RuntimeDir(name) as run_dir, kind(source.disks, run_dir.path, timeout, deadline) as reader:
         selection = Selection(reader)
-        walk = reader.walk(_chosen(request, reader), request.paths, request.recurse, request.limit, selection.skip)
+        selection.searched = _chosen(request, reader)
+        walk = reader.walk(selection.searched, request.paths, request.recurse, request.limit, selection.skip)
         selection.entries = list(walk)
         yield selection
 
 
-def _usable() -> Type[FileReader]:
+def usable_reader() -> Type[FileReader]:
+    """The first reader that can be used. :raises InputError: there is none."""
     for kind in READERS:
         if not kind.missing():
             return kind
@@ -259,9 +279,9 @@ class _Restore:
                 "None of the files can be read",
                 subject=str(self._source),
                 reason="; ".join(f"{one['path']}: {one['reason']}" for one in self._selection.skipped[:_SHOWN]),
-                remedy="Look at another point, or with another reader",
+                remedy="Look at another point",
             )
-        result = _result(self._request, self._source, self._selection, files, changed=bool(todo))
+        result = result_of(self._source, self._selection, files, changed=bool(todo))
         result["bytes_restored"] = self._bytes
         result["diff"] = {
             "before": {self._destination.shown(entry.path): "absent or other" for entry in todo},
@@ -436,14 +456,6 @@ def _update(digest: Any, piece: Any) -> int:
     return piece
 
 
-def checksum(reader: FileReader, entry: Entry) -> str:
-    """SHA-256 of a file. :raises Unread: it can't be read."""
-    digest = hashlib.sha256()
-    for piece in reader.read(entry):
-        _update(digest, piece)
-    return digest.hexdigest()
-
-
 def iso_time(nanoseconds: int) -> Optional[str]:
     """A file's time as text; None if no calendar has it."""
     try:
@@ -470,23 +482,30 @@ def describe(entry: Entry, selection: Selection, sha256: Optional[str]) -> Dict[
     return fields
 
 
+def checksum_of(request: FilesRequest, reader: FileReader, entry: Entry) -> Optional[str]:
+    """SHA-256 of a listed file, if it is asked for. :raises Unread: it can't be read."""
+    if not request.checksums or entry.kind != FILE:
+        return None
+    digest = hashlib.sha256()
+    for piece in reader.read(entry):
+        _update(digest, piece)
+    return digest.hexdigest()
+
+
 def _listed(entry: Entry, selection: Selection, request: FilesRequest) -> Optional[Dict[str, Any]]:
-    sha256 = None
-    if request.checksums and entry.kind == FILE:
-        try:
-            sha256 = checksum(selection.reader, entry)
-        except Unread as error:
-            selection.skip(entry.volume, entry.path, str(error.reason))
-            return None
+    try:
+        sha256 = checksum_of(request, selection.reader, entry)
+    except Unread as error:
+        selection.skip(entry.volume, entry.path, str(error.reason))
+        return None
     return dict(describe(entry, selection, sha256), dest=None, state="listed")
 
 
-def _result(
-    request: FilesRequest, source: Source, selection: Selection, files: List[Dict[str, Any]], changed: bool
-) -> Dict[str, Any]:
+def result_of(source: Source, selection: Selection, files: List[Dict[str, Any]], changed: bool) -> Dict[str, Any]:
+    """What the module returns."""
     reader = selection.reader
     warnings = []
-    for number in _chosen(request, reader):
+    for number in selection.searched:
         volume = reader.volumes[number]
         warnings += [f"Volume {volume['name']} ({volume['type']}): {text}." for text in volume["warnings"]]
     skipped = selection.skipped

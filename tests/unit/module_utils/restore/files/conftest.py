@@ -78,9 +78,9 @@ def sums(tree: Path) -> Dict[bytes, str]:
 class Disks:
     """A repository whose points hold what tests put on a disk."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, world: Any = None) -> None:
         self.folder = folder
-        self.world = _repository.World(folder / "repository")
+        self.world = world or _repository.World(folder / "repository")
         self.dest = folder / "dest"
         self.dest.mkdir()
 
@@ -145,8 +145,12 @@ def disks(tmp_path: Path) -> Disks:
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A folder with files that a file system may hold: small, fragmented, sparse, deep, with odd names."""
-    top = tmp_path / "tree"
+    """A folder with files that a file system may hold: small, fragmented, sparse, deep."""
+    return make_tree(tmp_path / "tree")
+
+
+def make_tree(top: Path) -> Path:
+    """The content of fixture ``tree``."""
     (top / "etc" / "deep" / "er").mkdir(parents=True)
     (top / "etc" / "hosts").write_text("127.0.0.1 localhost\n")
     (top / "etc" / "empty").touch()
@@ -166,9 +170,16 @@ def put_odd_names(tree: Path) -> None:
         Path(os.fsdecode(os.fsencode(tree) + b"/etc/" + name)).write_bytes(b"odd %d" % number)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def c() -> Any:
     """What this file has, for tests that can't import it."""
     return SimpleNamespace(
-        MIB=MIB, ROOT=ROOT, ODD_NAMES=ODD_NAMES, tool=tool, sums=sums, put_odd_names=put_odd_names, Disks=Disks
+        MIB=MIB,
+        ROOT=ROOT,
+        ODD_NAMES=ODD_NAMES,
+        tool=tool,
+        sums=sums,
+        put_odd_names=put_odd_names,
+        make_tree=make_tree,
+        Disks=Disks,
     )

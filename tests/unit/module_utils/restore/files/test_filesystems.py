@@ -30,14 +30,18 @@ def partition(c: Any, image: Path, label: str, *lines: str) -> List[Tuple[int, i
     return [(part["start"] * 512, part["size"] * 512) for part in table["partitions"]]
 
 
-@pytest.mark.parametrize("kind", ["ext2", "ext3", "ext4"])
+# `make soak` asks for all of them, through seven layers.
+ALL = "SOAK_FILES" in os.environ
+
+
+@pytest.mark.parametrize("kind", ["ext2", "ext3", "ext4"] if ALL else ["ext4"])
 def test_ext_with_all_names_in_a_gpt_partition(c: Any, disks: Any, tree: Path, kind: str) -> None:
     c.put_odd_names(tree)
     os.symlink("/etc/hosts", tree / "etc" / "link")
     os.symlink("x" * 200, tree / "etc" / "long")
     image = disks.image(40 * c.MIB)
     ((start, size),) = partition(c, image, "gpt", "start=2048, type=linux")
-    block = "1024" if kind == "ext2" else "4096"
+    block = "4096" if kind == "ext4" else "1024"
     c.tool(
         f"mkfs.{kind}",
         "-q",
@@ -53,7 +57,7 @@ def test_ext_with_all_names_in_a_gpt_partition(c: Any, disks: Any, tree: Path, k
         image,
         f"{size // 1024}k",
     )
-    disks.chain(image)
+    disks.chain(image, 7 if ALL or kind == "ext4" else 1)
     found = restored(c, disks, "/etc", "/big", "/sparse")
     assert found == c.sums(tree)
     assert os.readlink(disks.dest / "etc" / "link") == "/etc/hosts"
@@ -128,7 +132,7 @@ def test_ntfs(c: Any, disks: Any, tree: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("bits", ["12", "16", "32"])
+@pytest.mark.parametrize("bits", ["12", "16", "32"] if ALL else ["32"])
 def test_fat_with_fragments(c: Any, disks: Any, tree: Path, tmp_path: Path, bits: str) -> None:
     image = disks.image({"12": 8, "16": 32, "32": 40}[bits] * c.MIB)
     c.tool("mkfs.fat", "-F", bits, "-s", "1" if bits == "32" else "4", "-n", "DATA", image)
@@ -143,7 +147,7 @@ def test_fat_with_fragments(c: Any, disks: Any, tree: Path, tmp_path: Path, bits
     # It fills the gaps from the last one on backwards, too.
     for name in ("Fragmented 日本.bin", "big", "etc"):
         c.tool("mcopy", "-s", "-i", image, tree / name, "::")
-    disks.chain(image)
+    disks.chain(image, 7 if ALL or bits == "32" else 1)
     found = restored(c, disks, "/etc", "/big", "/fragmented*")
     assert found == c.sums(tree)
 

@@ -14,17 +14,28 @@ import pytest
 from ansible_collections.openvadp.backup.plugins.module_utils.errors import DataPathError, InputError, VadpError
 from ansible_collections.openvadp.backup.plugins.module_utils.restore.files import writer
 
+# `make soak` asks for more.
+FILES = int(os.environ.get("SOAK_FILES", "400"))
 
-@pytest.fixture
-def disk(c: Any, disks: Any, tree: Path) -> Any:
-    """An ext4 file system at point p2, which stands on p1."""
+
+@pytest.fixture(scope="module")
+def made(c: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A repository that no test changes: an ext4 file system at point p2, which stands on p1."""
+    folder = tmp_path_factory.mktemp("made")
+    disks, tree = c.Disks(folder), c.make_tree(folder / "tree")
     (tree / "etc" / "hosts").chmod(0o4711)
     os.utime(tree / "etc" / "hosts", (1, 1_600_000_000))
     os.utime(tree / "etc" / "deep", (1, 1_500_000_000))
     image = disks.image(24 * c.MIB)
     c.tool("mkfs.ext4", "-q", "-F", "-L", "data", "-d", tree, image)
     disks.chain(image, 2)
-    return disks
+    return disks.world
+
+
+@pytest.fixture
+def disk(c: Any, made: Any, tmp_path: Path) -> Any:
+    """The same, with a destination of the test's own."""
+    return c.Disks(tmp_path, made)
 
 
 def test_a_second_run_changes_nothing_and_a_changed_file_needs_consent(disk: Any) -> None:
@@ -35,14 +46,15 @@ def test_a_second_run_changes_nothing_and_a_changed_file_needs_consent(disk: Any
     assert not again["changed"] and {file["state"] for file in again["files"]} == {"unchanged"}
     hosts = disk.dest / "etc" / "hosts"
     same_size = hosts.read_bytes().upper()
-    for other in (b"longer than before, by far", same_size):
-        hosts.write_bytes(other)
-        with pytest.raises(InputError, match="/etc/hosts holds something else"):
-            disk.restore("/etc", "/big")
-        assert hosts.read_bytes() == other and not (disk.dest / "big").exists()
-        result = disk.restore("/etc", overwrite=True)
-        assert [file["path"] for file in result["files"] if file["state"] == "restored"] == ["/etc/hosts"]
-        assert hosts.read_text() == "127.0.0.1 localhost\n"
+    hosts.write_bytes(same_size)
+    (disk.dest / "etc" / "deep" / "er" / "file").write_bytes(b"longer than before")
+    with pytest.raises(InputError, match="/er/file holds something else; .*/etc/hosts holds something else"):
+        disk.restore("/etc", "/big")
+    assert hosts.read_bytes() == same_size and not (disk.dest / "big").exists()
+    result = disk.restore("/etc", overwrite=True)
+    restored = sorted(file["path"] for file in result["files"] if file["state"] == "restored")
+    assert restored == ["/etc/deep/er/file", "/etc/hosts"]
+    assert hosts.read_text() == "127.0.0.1 localhost\n"
 
 
 def test_what_is_of_another_kind_is_never_replaced(disk: Any) -> None:
@@ -74,10 +86,12 @@ def test_patterns_and_what_is_not_there(disk: Any) -> None:
         return sorted(disk.list(*paths, **options))
 
     assert listed("/etc/*", recurse=False) == ["/etc/deep", "/etc/empty", "/etc/hosts"]
-    assert listed("/etc/h[a-o]sts", "/b?g") == ["/big", "/etc/hosts"]
-    assert listed("/**/file") == ["/etc/deep/er/file"]
-    assert listed("/etc/deep") == ["/etc/deep", "/etc/deep/er", "/etc/deep/er/file"]
-    assert listed("/nothing") == [] == listed("/etc/hosts/below")
+    assert listed("/etc/h[a-o]sts", "/b?g", "/**/file") == ["/big", "/etc/deep/er/file", "/etc/hosts"]
+    assert listed("/etc/deep", "/nothing", "/etc/hosts/below") == [
+        "/etc/deep",
+        "/etc/deep/er",
+        "/etc/deep/er/file",
+    ]
     with pytest.raises(VadpError, match="There is no such file: /nothing in restore point p2"):
         disk.restore("/etc/hosts", "/nothing")
     assert os.listdir(disk.dest) == []
@@ -142,14 +156,14 @@ def test_what_a_crash_left_goes_with_the_next_restore(disk: Any) -> None:
     assert sorted(os.listdir(disk.dest)) == [mine, "etc"]
 
 
-def test_ten_thousand_files(c: Any, disks: Any, tmp_path: Path) -> None:
+def test_a_directory_of_many_files(c: Any, disks: Any, tmp_path: Path) -> None:
     tree = tmp_path / "many"
     (tree / "dir").mkdir(parents=True)
-    for number in range(10000):
+    for number in range(FILES):
         (tree / "dir" / f"f{number}").write_bytes(b"%d" % number)
-    image = disks.image(64 * c.MIB)
-    c.tool("mkfs.ext4", "-q", "-F", "-b", "1024", "-N", "12000", "-d", tree, image)
+    image = disks.image((16 + FILES // 200) * c.MIB)
+    c.tool("mkfs.ext4", "-q", "-F", "-b", "1024", "-N", FILES + 1000, "-d", tree, image)
     disks.chain(image, 2)
     result = disks.restore("/dir")
-    assert len(result["files"]) == 10001 and not result["skipped"]
+    assert len(result["files"]) == FILES + 1 and not result["skipped"]
     assert c.sums(disks.dest) == c.sums(tree)
