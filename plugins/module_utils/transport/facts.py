@@ -281,7 +281,7 @@ def _missing_privileges(
     machine: Optional[ProxyVm],
     transports: Sequence[str],
     direction: str,
-    pool: Any,
+    pool: Any = None,
 ) -> Dict[str, Tuple[str, ...]]:
     """What the user lacks, by transport or method: one call. Nothing where the server does not tell."""
     using_vddk = _READING if direction == READ else _WRITING

@@ -399,7 +399,7 @@ def _hotadd_notes(disk: DiskFacts, proxy: ProxyFacts) -> List[str]:
 
 
 def _https(disk: DiskFacts, proxy: ProxyFacts, direction: str, first: bool) -> List[Way]:
-    """VADP facts 50, 51: the base file of a disk at rest, else the export lease of the snapshot; a new machine whole."""
+    """VADP facts 50, 51: the base file of a disk at rest, else the snapshot's export lease; a new machine whole."""
     if direction == WRITE:
         return [_import(disk, proxy)]
     if disk.vm is None or disk.datastore is None:
@@ -552,16 +552,16 @@ def _leased(one: Plan, why: str) -> Plan:
     raise TransportError(
         "The disks of the new machine can't be written by one transport",
         reason=f"{why}; this one can't be written by it",
-        remedy="Make one of the transports work for all disks, see check mode, or restore the disks one after the other",
+        remedy="Make one of the transports work for all disks: the reasons stand in the plan of check mode",
     )
 
 
-def imported(plans: Mapping[int, Plan]) -> Dict[int, Plan]:
-    """The same plans by import lease, where everything before it has failed.
-
-    :raises TransportError: they don't allow it.
-    """
-    return {key: _leased(one, "it failed") for key, one in plans.items()}
+def by_import(plans: Mapping[int, Plan], why: str) -> Optional[Dict[int, Plan]]:
+    """The same plans by import lease, where what stands before it has failed; None where they don't allow that."""
+    try:
+        return {key: _leased(one, why) for key, one in plans.items()}
+    except TransportError:
+        return None
 
 
 def check_transports(transports: Sequence[str]) -> None:

@@ -12,13 +12,15 @@ from contextlib import suppress
 from typing import Any, Dict, Mapping, NamedTuple, Optional
 
 from ..errors import ConnectionLostError, NotFoundError, TaskError, VsphereError
-from ..libraries import vim
+from ..libraries import vim, vmodl
 from .datastore_files import http_put
 from .inventory import VmRef, find_vm
 from .placement import Placement
 from .session import Session
 
 _TIMEOUT = 3600
+# So long an import lease lives without a sign of life, and some more.
+_LEASE_SECONDS = 330
 
 # Of an intent ``restore``: what it writes.
 NEW_VM = "new_vm"
@@ -105,11 +107,26 @@ class Removal(NamedTuple):
     action: str
 
 
-def destroy(session: Session, vm: VmRef) -> None:
-    """The machine and its files. It has to be off."""
-    session.run_task(
-        vm.obj.Destroy_Task, what="The new virtual machine was not removed", subject=str(vm), timeout=_TIMEOUT
-    )
+def destroy(session: Session, vm: VmRef, leased: bool = False) -> None:
+    """The machine and its files. It has to be off.
+
+    :param leased: an import lease may still hold it, with which vSphere takes it away; that is waited for.
+    """
+    what = "The new virtual machine was not removed"
+    deadline = session.clock() + _LEASE_SECONDS
+    pause = 0.2
+    while True:
+        try:
+            session.run_task(vm.obj.Destroy_Task, what=what, subject=str(vm), timeout=_TIMEOUT)
+            return
+        except VsphereError as error:
+            if leased and isinstance(error.fault, vmodl.fault.ManagedObjectNotFound):
+                return
+            held = leased and isinstance(error.fault, vim.fault.MethodDisabled)
+            if not held or session.clock() > deadline:
+                raise
+        session.sleep(pause)
+        pause = min(pause * 1.5, 5.0)
 
 
 def remove_leftover(session: Session, intent: Mapping[str, Any], check_mode: bool) -> Optional[Removal]:
@@ -126,9 +143,14 @@ def remove_leftover(session: Session, intent: Mapping[str, Any], check_mode: boo
     name = f"{vm.name} ({vm.moid})"
     if intent.get("complete"):
         return Removal(name, "kept: it is whole")
-    if intent.get("on_failure") == "keep":
+    leased = bool(intent.get("leased"))
+    if intent.get("on_failure") == "keep" and not leased:
         return Removal(name, "kept, as on_failure says: it is not whole")
-    state = session.read(vm.obj, "runtime.powerState")["runtime.powerState"]
+    try:
+        state = session.read(vm.obj, "runtime.powerState")["runtime.powerState"]
+    except NotFoundError:
+        # Its lease has just ended.
+        return Removal(name, "removed")
     if state != "poweredOff":
         raise VsphereError(
             "A half-restored virtual machine was not removed",
@@ -138,7 +160,7 @@ def remove_leftover(session: Session, intent: Mapping[str, Any], check_mode: boo
             details={"power_state": str(state)},
         )
     if not check_mode:
-        destroy(session, vm)
+        destroy(session, vm, leased)
     return Removal(name, "removed")
 
 
