@@ -192,7 +192,8 @@ options:
     description:
       - The transports that may be used to write into virtual machines, the preferred one first. For each disk the first
         that can work is taken, and the result says why none before it was.
-      - V(san) writes thick disks only, and only where it stands first. V(https) writes no existing disk.
+      - V(san) writes thick disks only, and only where it stands first. V(https) writes no existing disk;
+        with O(target=new_vm) it brings the whole machine, all disks compressed, where nothing before it can write them.
       - A transport that fails on the way is left for the next one, which writes the whole disk anew.
     type: list
     elements: str
@@ -402,7 +403,7 @@ restored:
       type: str
       sample: nbdssl
     method:
-      description: How the transport did it, V(vddk) or V(proxy_hotadd); null for an image file.
+      description: How the transport did it, V(vddk), V(proxy_hotadd) or V(import_lease); null for an image file.
       type: str
       sample: vddk
     transport_reasons:

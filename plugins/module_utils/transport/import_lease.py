@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Optional
@@ -172,7 +171,7 @@ class Upload:
         yield _END_OF_STREAM
 
     def _unreadable(self, error: OSError) -> DataPathError:
-        return DataPathError("A packed disk can't be read", subject=str(self._source), reason=os.strerror(error.errno))
+        return DataPathError("A packed disk can't be read", subject=str(self._source), reason=error.strerror)
 
     def _answered(self, response: http.client.HTTPResponse) -> None:
         words = response.read(2000).decode("utf-8", "replace").strip()

@@ -595,5 +595,7 @@ def _remedy(disk: DiskFacts, candidates: Sequence[Candidate], direction: str, re
             return "Make https work, which alone reads a template: see the reason given for it"
         return "Add https to 'transports': only that reads a template"
     if not any(name in ("nbdssl", "nbd") for name in (candidate.transport for candidate in candidates)):
+        if disk.vm is not None and disk.vm.new and all(candidate.transport != "https" for candidate in candidates):
+            return "Add nbdssl to 'transports'; or https, which brings a new machine without VDDK"
         return "Add nbdssl to 'transports'"
     return "Make nbdssl work on this machine: see the reason given for it"
