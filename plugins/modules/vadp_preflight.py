@@ -52,7 +52,7 @@ options:
     default: [san, hotadd, nbdssl, nbd, https]
   restores:
     description:
-      - Restores that shall be possible too. For each the user's privileges are checked; one that is missing is an error.
+      - Restores that shall be possible too. For each the user's privileges are checked; a missing one is an error.
       - V(in_place) writes into the disks of the machine, V(new_vm) makes another one in its folder and resource pool,
         on its datastores and in its networks.
     type: list

@@ -34,6 +34,7 @@ class NewMachines:
         iso.write_bytes(b"an image")
         self.administrator = Administrator(self.simulator.facts, "app01")
         self.administrator.furnish(ISO)
+        self.administrator.describe(owner="team web", room="B 12")
         self.control = self.simulator.control
         self.modules.track_changes()
         self.third = next(key for key in self.keys("app01") if key not in KEYS)
@@ -127,6 +128,7 @@ def test_a_new_machine_is_the_old_one_but_for_what_must_differ(machines: NewMach
     assert [str(difference) for difference in found if difference.reason is None] == []
     paths = {difference.path for difference in found}
     assert {"instanceUuid", "name", "hardware.device[2000].backing.uuid", "changeTrackingEnabled"} <= paths
+    assert machines.administrator.attributes(result["vm"]["moid"]) == {"owner": "team web", "room": "B 12"}
     assert copy.uuid == machines.app01.uuid and copy.annotation == machines.app01.annotation
     assert [card.macAddress for card in copy.hardware.device if hasattr(card, "macAddress")][1] == "00:50:56:11:22:33"
     assert [entry.deviceKey for entry in copy.bootOptions.bootOrder if hasattr(entry, "deviceKey")] == [2000]
@@ -319,7 +321,12 @@ def test_an_original_that_is_gone_comes_back_under_its_own_name(machines: NewMac
     """The last of this file: app01 is another machine afterwards."""
     machines.control.call("power", vm="app01", state="poweredOff")
     machines.destroy("app01")
+    machines.administrator.forget_attribute("room")
     result = machines.make(None, point="incremental", power_on=True)
+    assert machines.administrator.attributes(result["vm"]["moid"]) == {"owner": "team web"}
+    assert "Custom attribute 'room' with the value 'B 12' was not restored: vCenter has no such" in str(
+        result["warnings"]
+    )
     assert result["vm"]["path"] == "/DC0/vm/production/app01"
     assert machines.simulator.vm("app01")["power_state"] == "poweredOn"
     copy = machines.administrator.config(result["vm"]["moid"])

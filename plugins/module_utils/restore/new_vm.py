@@ -566,6 +566,8 @@ class _Restore:
         spec = finish_spec(self.saved.config(), config)
         if spec is not None:
             new_machine.reconfigure(self.session, vm, spec)
+        attributes = self.saved.facts.get("custom_attributes") or {}
+        self.warnings += new_machine.set_custom_attributes(self.session, vm, attributes)
         return restored
 
     def _context(self, vm: VmRef, proxy: ProxyFacts, run_dir: RuntimeDir) -> OpenContext:

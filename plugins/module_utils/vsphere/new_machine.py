@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import uuid
 from contextlib import suppress
-from typing import Any, Dict, Mapping, NamedTuple, Optional
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional
 
 from ..errors import ConnectionLostError, NotFoundError, TaskError, VsphereError
 from ..libraries import vim, vmodl
@@ -88,6 +88,33 @@ def put_nvram(session: Session, vm: VmRef, vmx_path: str, nvram: bytes) -> str:
     path = vmx_path[: -len(".vmx")] + ".nvram"
     http_put(session, path, vm.datacenter_path, nvram)
     return path
+
+
+def set_custom_attributes(session: Session, vm: VmRef, values: Mapping[str, str]) -> List[str]:
+    """Custom attributes by their names; a sentence for each that could not be set."""
+    if not values:
+        return []
+    if not session.is_vcenter:
+        return [f"Custom attributes are vCenter's, so these were not restored: {', '.join(sorted(values))}"]
+    known = {str(field.name) for field in session.read(vm.obj, "availableField")["availableField"] or []}
+    warnings = []
+    for name, value in sorted(values.items()):
+        reason = "vCenter has no such attribute of virtual machines"
+        if name in known:
+            try:
+                session.call(
+                    vm.obj.setCustomValue,
+                    name,
+                    value,
+                    what="The custom attribute was not set",
+                    subject=str(vm),
+                    idempotent=True,
+                )
+                continue
+            except VsphereError as error:
+                reason = error.reason or error.what
+        warnings.append(f"Custom attribute '{name}' with the value {value!r} was not restored: {reason}")
+    return warnings
 
 
 def power_on(session: Session, vm: VmRef) -> None:
