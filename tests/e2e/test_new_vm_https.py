@@ -165,7 +165,11 @@ def test_what_fails_leaves_nothing(machines: Machines) -> None:
     control.call("set_settings", lease_timeout=1.0)
     control.call("inject", target="call", name="ImportVApp", fault="lost")
     result = machines.run("broken")
-    assert result["failed"], result["msg"]
+    assert result["failed"] and "the connection" in result["msg"], result["msg"]
+    control.call("set_settings", lease_timeout=300.0)
+    result = machines.run("broken", disks=[{"key": 2001}])
+    assert not result["failed"], result["msg"]
+    machines.administrator.destroy("broken")
     machines.nothing_is_left("broken")
     user = machines.simulator.facts["backup_username"]
     control.call("set_privileges", username=user, remove=["VApp.Import"])

@@ -20,6 +20,7 @@ from ..datapath.processes import RuntimeDir
 from ..datapath.progress import Progress
 from ..errors import (
     AmbiguousError,
+    ConnectionLostError,
     DamagedError,
     InputError,
     LockedError,
@@ -628,6 +629,10 @@ class _Restore:
             known, vm = vm, None
             with suppress(VadpError):
                 vm = new_machine.find(self.session, self.planned.wishes.instance_uuid, self.planned.place.folder)
+            if vm is None and self.leased and isinstance(error, ConnectionLostError):
+                # It may still be in the making. The record stays for the next run, which looks again.
+                error.remedy = _with(error.remedy, "If it was made all the same, vSphere removes it within minutes")
+                return False
             if vm is None and known is not None:
                 error.remedy = _with(error.remedy, "The machine that was half restored was removed")
         if vm is None:
