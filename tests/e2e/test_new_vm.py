@@ -179,9 +179,9 @@ def test_by_hotadd(machines: NewMachines, method: str) -> None:
     where = {"device_dir": facts["device_dir"], "sysfs_dir": facts["sysfs_dir"], "transports": ["hotadd"]}
     if method == "proxy_hotadd":
         where["vddk_libdir"] = str(machines.modules.repository)  # no library lies there
-    result = machines.make("attached", point="differential", **where)
+    result = machines.make("attached", point="differential", **where, **SMALL)
     assert {(entry["transport"], entry["method"]) for entry in result["restored"]} == {("hotadd", method)}
-    assert machines.held("attached") == machines.modules.held["differential"]
+    assert machines.held("attached") == {2001: machines.modules.held["differential"][2001]}
     assert not machines.runs() and machines.control.call("attachments") == []
     machines.destroy("attached")
 
@@ -254,6 +254,13 @@ def test_what_fails_on_the_way_is_removed_or_kept(machines: NewMachines) -> None
     control.call("inject", target="task", name="CreateVM_Task", fault="vim.fault.NoDiskSpace")
     result = machines.modules.run("vadp_disk_restore", **machines.options("broken", **SMALL))
     assert result["failed"] and "NoDiskSpace" in result["msg"] and machines.names() == names
+    # The datastore is full in the middle of a disk.
+    control.call("nfc", write_faults={"count": -1, "vix": 8})
+    result = machines.modules.run("vadp_disk_restore", **machines.options("broken", io_timeout=5, **SMALL))
+    control.call("nfc", clear_faults=True)
+    assert result["failed"] and "half restored was removed" in result["msg"] and machines.names() == names, result[
+        "msg"
+    ]
     control.call("inject", target="call", name="PUT /folder", fault="vim.fault.NoPermission")
     result = machines.modules.run("vadp_disk_restore", **machines.options("broken", **SMALL))
     assert result["failed"] and machines.names() == names
