@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import http.client
 import socket
 import threading
 from pathlib import Path
@@ -40,8 +41,6 @@ class _Plain:
         self._port = port
 
     def new(self) -> Any:
-        import http.client
-
         return http.client.HTTPConnection("127.0.0.1", self._port, timeout=20)
 
 
