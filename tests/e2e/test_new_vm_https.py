@@ -142,6 +142,16 @@ def test_a_cut_upload_starts_over(machines: Machines) -> None:
     assert [call["method"] for call in machines.control.call("calls", since=at)].count("ImportVApp") == 1
 
 
+def test_a_disk_that_nothing_can_read_back(machines: Machines) -> None:
+    """On vSAN a disk is no file: it is sent, and the result does not say that it was compared."""
+    result = machines.run("on-vsan", point="full", datastore="vsan01", disks=[{"key": 2001}])
+    assert not result["failed"], result["msg"]
+    assert [(entry["transport"], entry["verified"]) for entry in result["restored"]] == [("https", None)]
+    told = str(result["warnings"])
+    assert "Disk 2001 was not read back: not by the datastore" in told and "where a disk is no file" in told, told
+    assert machines.simulator.disk("on-vsan", 2001) == machines.modules.held["full"][2001]
+
+
 def test_what_fails_leaves_nothing(machines: Machines) -> None:
     control = machines.control
     control.call("set_settings", lease_thumbprint="wrong")

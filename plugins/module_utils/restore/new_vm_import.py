@@ -158,9 +158,13 @@ class Import:
         """Key of a disk that could not be read -> why."""
         unread = {}
         for source, disk in pairs:
+            notes: List[str] = []
             try:
                 targets, proxy = plan_targets(self.session, vm, [(source, disk)], self.request, READ)
+                notes = [
+                    note for item in targets[0].transport.usable() for note in item.notes if note.startswith("not by")
+                ]
                 read_back(self.point, targets[0], self.store, context(proxy), self.intent, self.request, self.progress)
             except TransportError as error:
-                unread[source.key] = error.reason or error.what
+                unread[source.key] = "; ".join([*notes, error.what + (f": {error.reason}" if error.reason else "")])
         return unread
