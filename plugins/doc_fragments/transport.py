@@ -12,10 +12,10 @@ options:
         the result says why none before it was.
       - V(san) reads the LUN of a VMFS datastore, V(hotadd) attaches the disk to this machine, V(nbdssl) and V(nbd) have
         an ESXi host send it, V(https) downloads it. All but V(https) go through VDDK; V(hotadd) works without it too.
-      - V(https) only reads. The disks of a machine that is off, and of a template, are read as files of their
-        datastore; those of a running one by an export lease of the snapshot, so the whole disk crosses the network,
-        waits in a file beside the repository's, and the machine can't be migrated or powered on meanwhile. Writing a
-        new machine by an import lease comes with restores to new machines.
+      - With V(https) the disks of a machine that is off, and of a template, are read as files of their datastore; those
+        of a running one by an export lease of the snapshot, so the whole disk crosses the network, waits in a file
+        beside the repository's, and the machine can't be migrated or powered on meanwhile. V(https) writes no existing
+        disk; a new machine it brings with all its disks, by an import lease.
       - A transport that fails on the way is left for the next one.
     type: list
     elements: str

@@ -192,7 +192,8 @@ options:
     description:
       - The transports that may be used to write into virtual machines, the preferred one first. For each disk the first
         that can work is taken, and the result says why none before it was.
-      - V(san) writes thick disks only, and only where it stands first. V(https) writes no existing disk.
+      - V(san) writes thick disks only, and only where it stands first. V(https) writes no existing disk;
+        with O(target=new_vm) it brings the whole machine, all disks compressed, where nothing before it can write them.
       - A transport that fails on the way is left for the next one, which writes the whole disk anew.
     type: list
     elements: str
@@ -278,6 +279,7 @@ options:
         files, V(keep) leaves it for you to look at.
       - What a restore that crashed left is treated so by the next one of that machine and name, or by
         M(openvadp.backup.vadp_recover) for the half-restored machine.
+      - While a machine comes by transport V(https) vSphere removes it itself if that is broken off, whatever this says.
       - A machine that is whole and only could not be started is kept.
     type: str
     choices: [remove, keep]
@@ -402,7 +404,7 @@ restored:
       type: str
       sample: nbdssl
     method:
-      description: How the transport did it, V(vddk) or V(proxy_hotadd); null for an image file.
+      description: How the transport did it, V(vddk), V(proxy_hotadd) or V(import_lease); null for an image file.
       type: str
       sample: vddk
     transport_reasons:
@@ -423,7 +425,8 @@ restored:
       sample: 8589934592
     bytes_written:
       description:
-        - Bytes written, zeros included; for an image file what it takes on its file system.
+        - Bytes written, zeros included; for an image file what it takes on its file system, for a disk that came by
+          transport V(https) what was sent.
         - With O(changed_only=true) at most an eighth more than what differed, since what lies close together is written
           as one.
       type: int
@@ -435,7 +438,7 @@ restored:
     verified:
       description:
         - Whether what is there was compared with the restore point and is the same. A difference is an error.
-        - Null if nothing was compared.
+        - Null if nothing was compared; after transport V(https), with a warning, also where nothing can read the disk.
       type: bool
       sample: true
     changed_only:

@@ -50,6 +50,15 @@ options:
     elements: str
     choices: [san, hotadd, nbdssl, nbd, https]
     default: [san, hotadd, nbdssl, nbd, https]
+  restores:
+    description:
+      - Restores that shall be possible too. For each the user's privileges are checked; a missing one is an error.
+      - V(in_place) writes into the disks of the machine, V(new_vm) makes another one in its folder and resource pool,
+        on its datastores and in its networks.
+    type: list
+    elements: str
+    choices: [in_place, new_vm]
+    default: []
 notes:
   - A host's port is waited for 10 seconds at most, all hosts at the same time.
   - Free space is judged roughly. A datastore should have a tenth of its disks' size free for the snapshot, a repository
@@ -75,6 +84,14 @@ EXAMPLES = r"""
 - name: Show all that is not as it should be
   openvadp.backup.show_lines:
     lines: "{{ [preflight] | openvadp.backup.preflight_table }}"
+
+- name: May the user restore it as well?
+  openvadp.backup.vadp_preflight:
+    hostname: vcenter.example.com
+    username: backup@vsphere.local
+    password: "{{ vcenter_password }}"
+    name: app01
+    restores: [in_place, new_vm]
 
 - name: Many at once, and fail if one can't be
   openvadp.backup.vadp_preflight:
@@ -218,6 +235,7 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ..module_utils.preflight.request import PreflightRequest
 from ..module_utils.preflight.run import preflight
+from ..module_utils.preflight.server import IN_PLACE, NEW_VM
 from ..module_utils.runner import Options, connection_options, run_module, transport_options, vm_options
 
 TRANSPORTS = ("san", "hotadd", "nbdssl", "nbd", "https")
@@ -225,7 +243,8 @@ TRANSPORTS = ("san", "hotadd", "nbdssl", "nbd", "https")
 
 def options() -> Options:
     """One machine or many: what :func:`vm_options` demands is widened by ``vms``."""
-    own = Options(dict(vms=dict(type="list", elements="str"), repository=dict(type="path")))
+    restores = dict(type="list", elements="str", choices=[IN_PLACE, NEW_VM], default=[])
+    own = Options(dict(vms=dict(type="list", elements="str"), repository=dict(type="path"), restores=restores))
     merged = connection_options() + vm_options() + transport_options(TRANSPORTS) + own
     one_of = ("name", "uuid", "moid", "vms")
     merged.rules["required_one_of"] = [one_of]

@@ -138,6 +138,23 @@ class Administrator:
         order = [boot.BootableDiskDevice(deviceKey=2000), boot.BootableCdromDevice()]
         self._reconfigure(vim.vm.ConfigSpec(bootOptions=boot(bootOrder=order)))
 
+    def describe(self, **values: str) -> None:
+        """Custom attributes of virtual machines, with what is written into this one's."""
+        manager = self._service.content.customFieldsManager
+        for name, value in values.items():
+            field = manager.AddFieldDefinition(name, vim.VirtualMachine, None, None)
+            manager.SetField(self._vm, field.key, value)
+
+    def forget_attribute(self, name: str) -> None:
+        manager = self._service.content.customFieldsManager
+        manager.RemoveCustomFieldDef(next(field.key for field in manager.field if field.name == name))
+
+    def attributes(self, moid: str) -> Dict[str, str]:
+        """The custom attributes of a machine, by their names."""
+        machine = vim.VirtualMachine(moid, self._vm._stub)
+        names = {field.key: field.name for field in machine.availableField}
+        return {names[value.key]: value.value for value in machine.customValue}
+
     def config(self, moid: str = "") -> Any:
         """The configuration of this machine, or of another one."""
         return (vim.VirtualMachine(moid, self._vm._stub) if moid else self._vm).config

@@ -19,6 +19,8 @@ from modules import Modules
 
 KEYS = (2000, 2001)
 ISO = "[nfs01] iso/setup.iso"
+# One disk of 16 MiB, where it does not matter which.
+SMALL: Dict[str, Any] = {"disks": [{"key": 2001}]}
 
 
 class NewMachines:
@@ -34,6 +36,7 @@ class NewMachines:
         iso.write_bytes(b"an image")
         self.administrator = Administrator(self.simulator.facts, "app01")
         self.administrator.furnish(ISO)
+        self.administrator.describe(owner="team web", room="B 12")
         self.control = self.simulator.control
         self.modules.track_changes()
         self.third = next(key for key in self.keys("app01") if key not in KEYS)
@@ -127,6 +130,7 @@ def test_a_new_machine_is_the_old_one_but_for_what_must_differ(machines: NewMach
     assert [str(difference) for difference in found if difference.reason is None] == []
     paths = {difference.path for difference in found}
     assert {"instanceUuid", "name", "hardware.device[2000].backing.uuid", "changeTrackingEnabled"} <= paths
+    assert machines.administrator.attributes(result["vm"]["moid"]) == {"owner": "team web", "room": "B 12"}
     assert copy.uuid == machines.app01.uuid and copy.annotation == machines.app01.annotation
     assert [card.macAddress for card in copy.hardware.device if hasattr(card, "macAddress")][1] == "00:50:56:11:22:33"
     assert [entry.deviceKey for entry in copy.bootOptions.bootOrder if hasattr(entry, "deviceKey")] == [2000]
@@ -175,9 +179,9 @@ def test_by_hotadd(machines: NewMachines, method: str) -> None:
     where = {"device_dir": facts["device_dir"], "sysfs_dir": facts["sysfs_dir"], "transports": ["hotadd"]}
     if method == "proxy_hotadd":
         where["vddk_libdir"] = str(machines.modules.repository)  # no library lies there
-    result = machines.make("attached", point="differential", **where)
+    result = machines.make("attached", point="differential", **where, **SMALL)
     assert {(entry["transport"], entry["method"]) for entry in result["restored"]} == {("hotadd", method)}
-    assert machines.held("attached") == machines.modules.held["differential"]
+    assert machines.held("attached") == {2001: machines.modules.held["differential"][2001]}
     assert not machines.runs() and machines.control.call("attachments") == []
     machines.destroy("attached")
 
@@ -240,36 +244,45 @@ def test_what_fails_on_the_way_is_removed_or_kept(machines: NewMachines) -> None
     folders = [machines.file("[vmfs01] broken"), machines.file("[nfs01] broken")]
     # The last step, when all disks are written.
     control.call("inject", target="task", name="ReconfigVM_Task", fault="vim.fault.InvalidDeviceSpec", count=2)
-    result = machines.modules.run("vadp_disk_restore", **machines.options("broken"))
+    result = machines.modules.run("vadp_disk_restore", **machines.options("broken", **SMALL))
     assert result["failed"] and "The machine that was half restored was removed" in result["msg"], result["msg"]
     assert machines.names() == names and not machines.runs() and not any(folder.exists() for folder in folders)
-    result = machines.modules.run("vadp_disk_restore", **machines.options("broken", on_failure="keep"))
+    result = machines.modules.run("vadp_disk_restore", **machines.options("broken", **SMALL, on_failure="keep"))
     assert result["failed"] and "is kept, as on_failure says" in result["msg"], result["msg"]
     assert machines.names() == sorted([*names, "broken"]) and not machines.runs()
     machines.destroy("broken")
     control.call("inject", target="task", name="CreateVM_Task", fault="vim.fault.NoDiskSpace")
-    result = machines.modules.run("vadp_disk_restore", **machines.options("broken"))
+    result = machines.modules.run("vadp_disk_restore", **machines.options("broken", **SMALL))
     assert result["failed"] and "NoDiskSpace" in result["msg"] and machines.names() == names
+    # The datastore is full in the middle of a disk.
+    control.call("nfc", write_faults={"count": -1, "vix": 8})
+    result = machines.modules.run("vadp_disk_restore", **machines.options("broken", io_timeout=5, **SMALL))
+    control.call("nfc", clear_faults=True)
+    assert result["failed"] and "half restored was removed" in result["msg"] and machines.names() == names, result[
+        "msg"
+    ]
     control.call("inject", target="call", name="PUT /folder", fault="vim.fault.NoPermission")
-    result = machines.modules.run("vadp_disk_restore", **machines.options("broken"))
+    result = machines.modules.run("vadp_disk_restore", **machines.options("broken", **SMALL))
     assert result["failed"] and machines.names() == names
     # An answer that is lost after the call was done: the machine is found, and not made twice.
     control.call("inject", target="call", name="CreateVM_Task", fault="lost")
-    machines.make("broken")
+    machines.make("broken", **SMALL)
     assert machines.names() == sorted([*names, "broken"])
     machines.destroy("broken")
     # It is whole, and only its start failed: it stays.
     control.call("inject", target="task", name="PowerOnVM_Task", fault="vim.fault.InsufficientResourcesFault")
-    result = machines.modules.run("vadp_disk_restore", **machines.options("broken", mac_addresses="new", power_on=True))
+    result = machines.modules.run(
+        "vadp_disk_restore", **machines.options("broken", **SMALL, mac_addresses="new", power_on=True)
+    )
     assert result["failed"] and "is restored, but it was not started" in result["msg"], result["msg"]
-    assert machines.held("broken") == machines.modules.held["differential"] and not machines.runs()
+    assert machines.held("broken") == {2001: machines.modules.held["differential"][2001]} and not machines.runs()
     machines.destroy("broken")
     # Its removal fails too: the next run does that.
     control.call("inject", target="task", name="ReconfigVM_Task", fault="vim.fault.InvalidDeviceSpec")
     control.call("inject", target="task", name="Destroy_Task", fault="vim.fault.FileLocked")
-    result = machines.modules.run("vadp_disk_restore", **machines.options("broken"))
+    result = machines.modules.run("vadp_disk_restore", **machines.options("broken", **SMALL))
     assert result["failed"] and "could not be removed" in result["msg"] and len(machines.runs()) == 1, result["msg"]
-    machines.make("broken")
+    machines.make("broken", **SMALL)
     assert machines.names() == sorted([*names, "broken"]) and not machines.runs()
     machines.destroy("broken")
     assert machines.stores() == [machines.app01.instanceUuid]
@@ -277,16 +290,17 @@ def test_what_fails_on_the_way_is_removed_or_kept(machines: NewMachines) -> None
 
 def test_a_restore_that_is_killed_is_taken_away_by_the_next(machines: NewMachines) -> None:
     names = machines.names()
-    options = machines.options("killed", point="full")
+    options = machines.options("killed", point="full", **SMALL)
 
     def kill_when(condition: str) -> Dict[str, Any]:
-        process = machines.modules.start("vadp_disk_restore", {**options, "rate_limit": "8M"})
+        process = machines.modules.start("vadp_disk_restore", {**options, "rate_limit": "4M"})
         deadline = time.monotonic() + 60
         while True:
             found = [intent for run in machines.runs() for intent in run["intents"] if intent["what"] == "restore"]
             if found and (condition == "recorded" or found[0][condition]):
                 break
             assert process.poll() is None and time.monotonic() < deadline, process.out
+            time.sleep(0.01)
         record = machines.runs()[0]
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
@@ -296,7 +310,7 @@ def test_a_restore_that_is_killed_is_taken_away_by_the_next(machines: NewMachine
         record = kill_when(condition)
         assert len(machines.runs()) == 1
         result = machines.modules.done("vadp_disk_restore", **options)
-        assert machines.held("killed") == machines.modules.held["full"], record
+        assert machines.held("killed") == {2001: machines.modules.held["full"][2001]}, record
         assert machines.names() == sorted([*names, "killed"]) and not machines.runs()
         assert machines.stores() == [machines.app01.instanceUuid]
         assert result["vm"]["instance_uuid"] != record["vm_uuid"]
@@ -319,7 +333,12 @@ def test_an_original_that_is_gone_comes_back_under_its_own_name(machines: NewMac
     """The last of this file: app01 is another machine afterwards."""
     machines.control.call("power", vm="app01", state="poweredOff")
     machines.destroy("app01")
+    machines.administrator.forget_attribute("room")
     result = machines.make(None, point="incremental", power_on=True)
+    assert machines.administrator.attributes(result["vm"]["moid"]) == {"owner": "team web"}
+    assert "Custom attribute 'room' with the value 'B 12' was not restored: vCenter has no such" in str(
+        result["warnings"]
+    )
     assert result["vm"]["path"] == "/DC0/vm/production/app01"
     assert machines.simulator.vm("app01")["power_state"] == "poweredOn"
     copy = machines.administrator.config(result["vm"]["moid"])

@@ -167,6 +167,17 @@ def test_a_privilege_that_is_missing(own: World, privilege: str, severity: str) 
     assert on.get(privilege, "on VM 'app01'") in check["evidence"]
 
 
+def test_privileges_of_restores(own: World) -> None:
+    """By what the user of the simulator may do everything is there; then something is taken away."""
+    user = own.simulator.facts["backup_username"]
+    both = {"transports": ["nbdssl"], "restores": ["in_place", "new_vm"]}
+    assert own.of("app01", **both) == []
+    own.simulator.control.call("set_privileges", username=user, remove=["VApp.Import", "Network.Assign"])
+    assert own.of("app01", transports=["nbdssl"], restores=["in_place"]) == []
+    evidence = found(own.of("app01", **both), "privileges", "error")["evidence"]
+    assert "missing for a restore to new_vm: VApp.Import on its resource pool, Network.Assign on network" in evidence
+
+
 def test_a_server_that_does_not_know_a_privilege(own: World) -> None:
     own.simulator.control.call(
         "inject", target="call", name="HasPrivilegeOnEntities", fault="vmodl.fault.InvalidArgument", count=1

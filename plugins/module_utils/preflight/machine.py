@@ -25,6 +25,9 @@ VM_PATHS = (
     "disabledMethod",
     "datastore",
     "summary.storage.committed",
+    "parent",
+    "resourcePool",
+    "network",
 )
 # Of other machines on the same datastores.
 OTHER_PATHS = ("name", "runtime.powerState", "config.hardware.device")

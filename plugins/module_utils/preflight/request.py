@@ -20,6 +20,7 @@ class PreflightRequest:
 
     :param vm: the options that name one VM, as :func:`..vsphere.inventory.find_vm` takes them; None with *vms*.
     :param vms: names of many.
+    :param restores: the targets of restores that shall be possible too.
     """
 
     connection: Connection
@@ -39,6 +40,7 @@ class PreflightRequest:
     nfc_host_limit: Optional[int] = None
     wire_compression: str = "none"
     io_timeout: int = 180
+    restores: List[str] = field(default_factory=list)
 
     @classmethod
     def from_params(cls, params: Dict[str, Any]) -> PreflightRequest:

@@ -150,7 +150,9 @@ def _surroundings(session: Session, subjects: Sequence[Subject], request: Prefli
     proxies = {
         subject.planned.proxy_moid for subject in subjects if subject.planned and subject.planned.proxy_moid is not None
     }
-    entities = server_side.entities_of(machines, session.content.rootFolder, proxies, session.stub)
+    entities = server_side.entities_of(
+        machines, session.content.rootFolder, proxies, session.stub, new_vm=server_side.NEW_VM in request.restores
+    )
     try:
         around.granted = server_side.Granted.read(session, entities)
     except VsphereError as error:
@@ -250,7 +252,7 @@ def _checks(
     if isinstance(around.granted, server_side.Granted):
         root = session.content.rootFolder._moId
         yield from server_side.privilege_checks(
-            machine, planned.disks, request.transports, around.granted, root, planned.proxy_moid
+            machine, planned.disks, request.transports, around.granted, root, planned.proxy_moid, request.restores
         )
     else:
         yield Check("privileges", NOT_CHECKED, str(machine.vm), f"the server does not tell them: {around.granted}")

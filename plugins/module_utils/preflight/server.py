@@ -122,6 +122,8 @@ def vddk_check(planned: Planned, transports: Sequence[str]) -> Optional[Check]:
 
 # Privileges
 
+IN_PLACE, NEW_VM = "in_place", "new_vm"
+
 
 class Granted:
     """What the user may do, by object. Filled by one call for all objects and all privileges."""
@@ -170,8 +172,12 @@ def privilege_checks(
     granted: Granted,
     root_moid: str,
     proxy_moid: Optional[str],
+    restores: Sequence[str] = (),
 ) -> Iterator[Check]:
-    """What the user lacks for this machine: for what will be done, and for what could be done instead."""
+    """What the user lacks for this machine: for what will be done, and for what could be done instead.
+
+    :param restores: targets of restores that shall be possible too.
+    """
     subject = str(machine.vm)
     chosen = {outcome.chosen for outcome in outcomes if outcome.chosen}
     must = {table.BACKUP}
@@ -192,17 +198,57 @@ def privilege_checks(
         if items:
             listed = ", ".join(f"{name} on {where}" for name, where in items)
             yield Check("privileges", severity, subject, f"missing for {purpose}: {listed}", remedy)
-    if not lacking_must and not lacking_may:
+    lacking_restores = []
+    for target in restores:
+        absent = _lacking_for(target, machine, granted, root_moid, proxy_moid)
+        if absent:
+            lacking_restores.append(target)
+            listed = ", ".join(f"{name} on {where}" for name, where in absent)
+            yield Check("privileges", ERROR, subject, f"missing for a restore to {target}: {listed}", remedy)
+    if not lacking_must and not lacking_may and not lacking_restores:
         yield Check("privileges", OK, subject, "the user has all that were looked for")
+
+
+def _lacking_for(
+    target: str, machine: Machine, granted: Granted, root_moid: str, proxy_moid: Optional[str]
+) -> List[Tuple[str, str]]:
+    """For a restore into this machine, or as a new one beside it: in its folder, pool and networks."""
+    found = _lacking(machine, {table.RESTORE}, granted, root_moid, proxy_moid)
+    if target == NEW_VM:
+        places = _new_places(machine)
+        found += [
+            (privilege.name, where)
+            for privilege in table.needed({table.NEW_VM})
+            for moid, where in places.get(privilege.on, ())
+            if granted.lacks(moid, privilege.name)
+        ]
+    return found
+
+
+def _new_places(machine: Machine) -> Dict[str, List[Tuple[str, str]]]:
+    folder, pool = machine.values.get("parent"), machine.values.get("resourcePool")
+    beside = [(folder._moId, "its folder")] if folder is not None else []
+    return {
+        # What a hot-added disk needs on the proxy a new machine needs where it will be.
+        table.PROXY: beside,
+        table.FOLDER: beside,
+        table.POOL: [(pool._moId, "its resource pool")] if pool is not None else [],
+        table.NETWORK: [(one._moId, f"network {one._moId}") for one in machine.values.get("network") or ()],
+        table.DATASTORE: _datastore_places(machine),
+    }
+
+
+def _datastore_places(machine: Machine) -> List[Tuple[str, str]]:
+    used = {disk.datastore for disk in machine.included}
+    return [(store.moid, f"datastore {store.name}") for store in machine.stores if store.name in used]
 
 
 def _lacking(
     machine: Machine, tasks: Set[str], granted: Granted, root_moid: str, proxy_moid: Optional[str]
 ) -> List[Tuple[str, str]]:
-    used = {disk.datastore for disk in machine.included}
     places: Dict[str, List[Tuple[str, str]]] = {
         table.VM: [(machine.vm.moid, str(machine.vm))],
-        table.DATASTORE: [(store.moid, f"datastore {store.name}") for store in machine.stores if store.name in used],
+        table.DATASTORE: _datastore_places(machine),
         table.VCENTER: [(root_moid, "vCenter")],
         table.PROXY: [(proxy_moid, "the proxy VM")] if proxy_moid else [],
     }
@@ -252,13 +298,21 @@ def _estimate(machine: Machine, repository: Optional[Repository]) -> int:
     return int(full * _INCREMENTAL_SHARE) if repository.vm(machine.vm.instance_uuid).points() else full
 
 
-def entities_of(machines: Sequence[Machine], root: Any, proxy_moids: Set[str], stub: Any) -> List[Any]:
-    """The objects that privileges are asked for on, each once."""
+def entities_of(
+    machines: Sequence[Machine], root: Any, proxy_moids: Set[str], stub: Any, new_vm: bool = False
+) -> List[Any]:
+    """The objects that privileges are asked for on, each once.
+
+    :param new_vm: those that a new machine beside each would need too.
+    """
     found: Dict[str, Any] = {root._moId: root}
     for machine in machines:
         found[machine.vm.moid] = machine.vm.obj
         for store in machine.stores:
             found[store.moid] = vim.Datastore(store.moid, stub)
+        values = machine.values
+        around = [values.get("parent"), values.get("resourcePool"), *(values.get("network") or ())] if new_vm else []
+        found.update({one._moId: one for one in around if one is not None})
     for moid in sorted(proxy_moids):
         found[moid] = vim.VirtualMachine(moid, stub)
     return list(found.values())

@@ -244,14 +244,19 @@ def _look(session: Session, vm: VmRef, point: Point, request: RestoreRequest) ->
 
 
 def plan_targets(
-    session: Session, vm: VmRef, pairs: List[Tuple[PointDisk, Disk]], request: RestoreRequest
+    session: Session,
+    vm: VmRef,
+    pairs: List[Tuple[PointDisk, Disk]],
+    request: RestoreRequest,
+    direction: str = WRITE,
 ) -> Tuple[List[DiskTarget], ProxyFacts]:
-    """How each disk is written. :raises TransportError: a disk can't be."""
+    """How each disk is written, or read back. :raises TransportError: a disk can't be."""
     facts = disk_facts(session, vm, [disk for _source, disk in pairs])
-    proxy = proxy_facts(session, request, vm, facts, WRITE)
+    proxy = proxy_facts(session, request, vm, facts, direction)
+    required = request.require_transport and direction == WRITE
     targets = []
     for source, disk in pairs:
-        chosen = plan(facts[disk.key], proxy, request.transports, WRITE, request.require_transport)
+        chosen = plan(facts[disk.key], proxy, request.transports, direction, required)
         targets.append(DiskTarget(source, disk, chosen, facts[disk.key]))
     return targets, proxy
 
@@ -340,7 +345,17 @@ def write_new_disks(
     progress: Progress,
 ) -> List[Dict[str, Any]]:
     """Write the disks of a machine that was just made; the caller has checked the point, and recorded *intent*."""
-    job = _Job(
+    job = _fresh_job(point, store, context, intent, request, progress)
+    restored = [_restore_disk(target, job) for target in targets]
+    for entry in restored:
+        del entry[_CHANGED]
+    return restored
+
+
+def _fresh_job(
+    point: Point, store: VmStore, context: OpenContext, intent: int, request: RestoreRequest, progress: Progress
+) -> _Job:
+    return _Job(
         context.session,
         context.vm,
         point,
@@ -355,10 +370,39 @@ def write_new_disks(
         proven=lambda: None,
         fresh=True,
     )
-    restored = [_restore_disk(target, job) for target in targets]
-    for entry in restored:
-        del entry[_CHANGED]
-    return restored
+
+
+def read_back(
+    point: Point,
+    target: DiskTarget,
+    store: VmStore,
+    context: OpenContext,
+    intent: int,
+    request: RestoreRequest,
+    progress: Progress,
+) -> None:
+    """Compare a disk that came by another way than those of its plan with the point.
+
+    :param target: its plan is for reading.
+    :raises TransportError: none of its transports can read it.
+    :raises DataPathError: it holds other bytes.
+    """
+    job = _fresh_job(point, store, context, intent, request, progress)
+    failed: Dict[str, VadpError] = {}
+    with image.serve(target.source.layer, run_dir=job.run_dir) as reader, job.run.recorded(reader):
+        for candidate in target.transport.usable():
+            try:
+                return _verify(reader.uri, target, job, candidate, Extents.whole(target.source.capacity_bytes))
+            except VadpError as error:
+                if not (_is_transport(error, False) or _is_transport(error, True)):
+                    raise
+                failed[candidate.transport] = error
+    raise all_failed("read", failed)
+
+
+def is_transport_failure(error: VadpError) -> bool:
+    """Whether it was the transport that failed when a disk was opened or written."""
+    return isinstance(error, TransportError) or _is_transport(error, True)
 
 
 def _forget_earlier(store: VmStore, vm: VmRef, run: Run, keys: List[int]) -> None:

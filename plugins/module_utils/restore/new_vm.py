@@ -20,6 +20,7 @@ from ..datapath.processes import RuntimeDir
 from ..datapath.progress import Progress
 from ..errors import (
     AmbiguousError,
+    ConnectionLostError,
     DamagedError,
     InputError,
     LockedError,
@@ -34,14 +35,25 @@ from ..repository.verify import point_problems
 from ..transport.facts import datastore_facts, proxy_facts
 from ..transport.hotadd import recover
 from ..transport.opener import OpenContext
-from ..transport.planner import WRITE, DiskFacts, Plan, ProxyFacts, VmFacts, plan
+from ..transport.planner import (
+    BY_IMPORT,
+    WRITE,
+    DiskFacts,
+    Plan,
+    ProxyFacts,
+    VmFacts,
+    by_import,
+    plan,
+    plan_new_machine,
+)
 from ..vsphere import new_machine, placement
 from ..vsphere.configuration import restore_config
 from ..vsphere.datastore_files import http_size
 from ..vsphere.disks import Disk, disks_of, split_datastore_path
 from ..vsphere.inventory import VmRef, find_vm
 from ..vsphere.session import Session
-from .in_place import DiskTarget, plan_targets, write_new_disks
+from .in_place import is_transport_failure, plan_targets, write_new_disks
+from .new_vm_import import Import
 from .new_vm_diff import (
     BIOS_UUID,
     DISKS,
@@ -345,6 +357,7 @@ def _plan(
         name=wishes.name,
         datacenter_moid=place.datacenter_moid,
         host_moid=place.host._moId,
+        new=True,
     )
     facts = {
         disk.key: DiskFacts(
@@ -370,8 +383,11 @@ def _plan(
         datacenter_path=place.datacenter_path,
         datacenter_moid=place.datacenter_moid,
     )
-    proxy = proxy_facts(session, request, stand_in, facts, WRITE)
-    return {key: plan(fact, proxy, request.transports, WRITE, request.require_transport) for key, fact in facts.items()}
+    proxy = proxy_facts(session, request, stand_in, facts, WRITE, place.pool)
+    plans = {
+        key: plan(fact, proxy, request.transports, WRITE, request.require_transport) for key, fact in facts.items()
+    }
+    return plan_new_machine(plans, {disk.key: disk.label for disk in point.disks})
 
 
 def _controller(disk: PointDisk, saved: _Saved) -> str:
@@ -453,18 +469,36 @@ class _Restore:
             point_vm=point.store.uuid,
             disks=[disk.key for disk in point.disks],
             half_written=[],
+            leased=False,
         )
+        self.vm: Optional[VmRef] = None
+        self.leased = False
 
     def do(self) -> Dict[str, Any]:
-        vm: Optional[VmRef] = None
+        plans = self.planned.transports
         try:
-            vm = new_machine.create(self.session, self.planned.place, self.planned.machine.spec)
-            self.run.update(self.intent, vm_moid=vm.moid)
-            restored = self._fill(vm)
-            found = self._compare(vm)
+            restored, found = self._attempt(plans)
         except VadpError as error:
-            self._undo(vm, error)
-            raise
+            other = self._other_way(plans, error)
+            if not self._undo(error, last=other is None) or other is None:
+                raise
+            other_plans, why = other
+            self.warnings = [
+                f"All disks came by https, for by the transports before {why}"
+                if other_plans
+                else f"Transport https was tried first, and {why}"
+            ]
+            try:
+                restored, found = self._attempt(other_plans)
+            except VadpError as second:
+                self._undo(second, last=True)
+                raise
+            for entry in restored:
+                entry["transport_reasons"] = [
+                    f"https: {why}" if line.startswith("https: ") else line for line in entry["transport_reasons"]
+                ]
+        vm = self.vm
+        assert vm is not None
         self.run.update(self.intent, complete=True)
         try:
             if self.request.power_on:
@@ -473,40 +507,91 @@ class _Restore:
             self._over()
         return _result(self.point, self.planned, vm, restored, found, self.warnings)
 
-    def _fill(self, vm: VmRef) -> List[Dict[str, Any]]:
+    def _attempt(self, plans: Mapping[int, Plan]) -> Tuple[List[Dict[str, Any]], List[Difference]]:
+        """Make the machine with all that belongs to it; ``self.vm`` is what is there of it."""
+        if any(one.method == BY_IMPORT for one in plans.values()):
+            brought = Import(self.session, self.point, self.store, self.run, self.intent, self.request, self.progress)
+            self._lease(True)
+            with brought.open(self.planned.place, self.planned.machine.spec) as vm:
+                self._made(vm)
+                brought.upload(self._pairs(vm, new_machine.config_of(self.session, vm)))
+            self._lease(False)
+            restored = self._fill(vm, brought, plans)
+        else:
+            vm = new_machine.create(self.session, self.planned.place, self.planned.machine.spec)
+            self._made(vm)
+            restored = self._fill(vm, None, plans)
+        return restored, self._compare(vm)
+
+    def _made(self, vm: VmRef) -> None:
+        self.vm = vm
+        self.run.update(self.intent, vm_moid=vm.moid)
+
+    def _lease(self, held: bool) -> None:
+        self.leased = held
+        self.run.update(self.intent, leased=held)
+
+    def _other_way(self, plans: Mapping[int, Plan], error: VadpError) -> Optional[Tuple[Dict[int, Plan], str]]:
+        """After the transports of one way have failed: the plans of the other one, and why, if it can be tried."""
+        if self.request.require_transport or not is_transport_failure(error):
+            return None
+        why = f"it failed: {error.what}" + (f": {error.reason}" if error.reason else "")
+        if not any(one.method == BY_IMPORT for one in plans.values()):
+            leased = by_import(plans, why)
+            return None if leased is None else (leased, why)
+        others = {key: one.usable() for key, one in plans.items()}
+        if all(any(item.method != BY_IMPORT for item in usable) for usable in others.values()):
+            return {}, why
+        return None
+
+    def _fill(self, vm: VmRef, brought: Optional[Import], plans: Mapping[int, Plan]) -> List[Dict[str, Any]]:
         """NVRAM, disks, and what only the machine's own device keys can say."""
         config = new_machine.config_of(self.session, vm)
         if self.saved.nvram is not None and self.saved.config().keyId is None:
             new_machine.put_nvram(self.session, vm, config.files.vmPathName, self.saved.nvram)
         elif self.saved.nvram is None and config.firmware == "efi":
             self.warnings.append("The point has no NVRAM: the firmware looks for a boot loader by itself")
-        targets, proxy = self._targets(vm, config)
-        request = self.request
+        pairs = self._pairs(vm, config)
         with RuntimeDir(self.run.run_id) as run_dir:
-            context = OpenContext(
-                session=self.session,
-                vm=vm,
-                snapshot_moid=None,
-                vddk=proxy.vddk,
-                proxy=proxy,
-                proxy_vm=proxy.vm.ref if proxy.vm else None,
-                nfc_port=request.nfc_port,
-                io_timeout=request.io_timeout,
-                run_dir=run_dir,
-                run=self.run,
-                device_dir=request.device_dir,
-                sysfs_dir=request.sysfs_dir,
-                wire_compression=request.wire_compression,
-                nfc_host_limit=request.nfc_host_limit,
-                stage_dir=self.store.path,
-            )
-            restored = write_new_disks(self.point, targets, self.store, context, self.intent, request, self.progress)
+
+            def context(proxy: ProxyFacts) -> OpenContext:
+                return self._context(vm, proxy, run_dir)
+
+            if brought is None:
+                targets, proxy = plan_targets(self.session, vm, pairs, self.request)
+                restored = write_new_disks(
+                    self.point, targets, self.store, context(proxy), self.intent, self.request, self.progress
+                )
+            else:
+                restored = brought.results(vm, pairs, plans, context, self.warnings)
         spec = finish_spec(self.saved.config(), config)
         if spec is not None:
             new_machine.reconfigure(self.session, vm, spec)
+        attributes = self.saved.facts.get("custom_attributes") or {}
+        self.warnings += new_machine.set_custom_attributes(self.session, vm, attributes)
         return restored
 
-    def _targets(self, vm: VmRef, config: Any) -> Tuple[List[DiskTarget], ProxyFacts]:
+    def _context(self, vm: VmRef, proxy: ProxyFacts, run_dir: RuntimeDir) -> OpenContext:
+        request = self.request
+        return OpenContext(
+            session=self.session,
+            vm=vm,
+            snapshot_moid=None,
+            vddk=proxy.vddk,
+            proxy=proxy,
+            proxy_vm=proxy.vm.ref if proxy.vm else None,
+            nfc_port=request.nfc_port,
+            io_timeout=request.io_timeout,
+            run_dir=run_dir,
+            run=self.run,
+            device_dir=request.device_dir,
+            sysfs_dir=request.sysfs_dir,
+            wire_compression=request.wire_compression,
+            nfc_host_limit=request.nfc_host_limit,
+            stage_dir=self.store.path,
+        )
+
+    def _pairs(self, vm: VmRef, config: Any) -> List[Tuple[PointDisk, Disk]]:
         """The disks that were made, found by their places. :raises VsphereError: they are not as they were ordered."""
         keys = new_keys(self.saved.config().hardware.device, config.hardware.device)
         made = {disk.key: disk for disk in disks_of(config.hardware.device)}
@@ -522,7 +607,7 @@ class _Restore:
                     remedy="Look at the host's limits for this hardware version",
                 )
             pairs.append((source, disk))
-        return plan_targets(self.session, vm, pairs, self.request)
+        return pairs
 
     def _compare(self, vm: VmRef) -> List[Difference]:
         config = new_machine.config_of(self.session, vm)
@@ -532,18 +617,30 @@ class _Restore:
                 self.warnings.append(f"The new machine's configuration differs: {difference}")
         return found
 
-    def _undo(self, vm: Optional[VmRef], error: VadpError) -> None:
-        """Remove the machine, or keep it; the error tells which."""
-        if vm is None:
+    def _undo(self, error: VadpError, last: bool) -> bool:
+        """Remove the machine, or keep it; the error tells which.
+
+        :param last: nothing else is tried.
+        :returns: whether nothing of the machine is there.
+        """
+        vm, self.vm = self.vm, None
+        if vm is None or self.leased:
+            # Made, though we were not told; or gone with its lease.
+            known, vm = vm, None
             with suppress(VadpError):
                 vm = new_machine.find(self.session, self.planned.wishes.instance_uuid, self.planned.place.folder)
+            if vm is None and self.leased and isinstance(error, ConnectionLostError):
+                # It may still be in the making. The record stays for the next run, which looks again.
+                error.remedy = _with(error.remedy, "If it was made all the same, vSphere removes it within minutes")
+                return False
+            if vm is None and known is not None:
+                error.remedy = _with(error.remedy, "The machine that was half restored was removed")
         if vm is None:
-            self._over()
-            return
-        if self.request.on_failure == KEEP:
+            return self._undone(last)
+        if last and self.request.on_failure == KEEP and not self.leased:
             error.remedy = _with(error.remedy, f"{vm} is kept, as on_failure says, and is not whole")
             self._over()
-            return
+            return False
         if self.run.intents("attachment"):
             # It can't be deleted while the proxy has one of its disks.
             with suppress(VadpError):
@@ -555,14 +652,22 @@ class _Restore:
                     check_mode=False,
                 )
         try:
-            new_machine.destroy(self.session, vm)
+            new_machine.destroy(self.session, vm, self.leased)
         except VadpError as left:
             error.remedy = _with(
                 error.remedy, f"{vm} is half restored and could not be removed ({left.reason}): run the restore again"
             )
-            return
+            return False
         error.remedy = _with(error.remedy, "The machine that was half restored was removed")
-        self._over()
+        return self._undone(last)
+
+    def _undone(self, last: bool) -> bool:
+        if last:
+            self._over()
+        else:
+            self._lease(False)
+            self.run.update(self.intent, vm_moid=None, half_written=[])
+        return True
 
     def _over(self) -> None:
         with suppress(RepositoryError):

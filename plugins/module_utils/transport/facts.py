@@ -10,12 +10,14 @@ from typing import Any, Dict, FrozenSet, Iterable, List, Mapping, Optional, Sequ
 from ..datapath.processes import run_tool
 from ..errors import DataPathError, VsphereError
 from ..libraries import vim, vmodl
+from ..vsphere import faults
 from ..vsphere.disks import Disk
 from ..vsphere.inventory import VmRef, readable
 from ..vsphere.session import Session, filter_spec
 from ..vsphere.snapshots import Snapshot, snapshots_of
 from .guard import problems as device_problems
 from .planner import (
+    BY_IMPORT,
     BY_LEASE,
     BY_VDDK,
     READ,
@@ -45,6 +47,7 @@ _READING = ("VirtualMachine.Provisioning.DiskRandomRead", "VirtualMachine.Provis
 _WRITING = ("VirtualMachine.Provisioning.DiskRandomAccess", *_READING)
 _ATTACHING = ("VirtualMachine.Config.AddExistingDisk", "VirtualMachine.Config.RemoveDisk")
 _EXPORTING = ("VApp.Export",)
+_IMPORTING = ("VApp.Import",)
 
 
 # The disks and where they lie
@@ -164,12 +167,18 @@ def _hosts(session: Session, hosts: Sequence[Any]) -> Dict[str, HostFacts]:
 
 
 def proxy_facts(
-    session: Session, request: Any, vm: VmRef, disks: Mapping[int, DiskFacts], direction: str = READ
+    session: Session,
+    request: Any,
+    vm: VmRef,
+    disks: Mapping[int, DiskFacts],
+    direction: str = READ,
+    pool: Any = None,
 ) -> ProxyFacts:
     """What the planner has to know of this machine and of the user.
 
     :param request: has the options of doc fragment ``transport`` as attributes.
     :param disks: of :func:`disk_facts`; only their LUNs are looked at closely.
+    :param pool: the resource pool that a new machine goes into.
     :raises AmbiguousError: which VM this machine is can't be told; only where hotadd is listed.
     """
     transports = request.transports
@@ -198,7 +207,7 @@ def proxy_facts(
         luns=luns,
         lun_problems=_lun_problems(disks.values(), luns, request.sysfs_dir),
         plugins=_plugins(transports, vddk is not None),
-        missing_privileges=_missing_privileges(session, vm, machine, transports, direction),
+        missing_privileges=_missing_privileges(session, vm, machine, transports, direction, pool),
     )
 
 
@@ -267,22 +276,31 @@ def _shows_uuids(values: Mapping[str, Any]) -> bool:
 
 
 def _missing_privileges(
-    session: Session, vm: VmRef, machine: Optional[ProxyVm], transports: Sequence[str], direction: str
+    session: Session,
+    vm: VmRef,
+    machine: Optional[ProxyVm],
+    transports: Sequence[str],
+    direction: str,
+    pool: Any = None,
 ) -> Dict[str, Tuple[str, ...]]:
     """What the user lacks, by transport or method: one call. Nothing where the server does not tell."""
     using_vddk = _READING if direction == READ else _WRITING
     on_vm: Dict[str, Tuple[str, ...]] = {}
     if any(name in transports for name in _VDDK_TRANSPORTS):
         on_vm[BY_VDDK] = using_vddk
-    if "https" in transports:
+    if "https" in transports and direction == READ:
         on_vm[BY_LEASE] = _EXPORTING
     on_proxy = {"hotadd": _ATTACHING} if machine is not None else {}
-    if session.key is None or not (on_vm or on_proxy):
+    on_pool = {BY_IMPORT: _IMPORTING} if "https" in transports and pool is not None else {}
+    if session.key is None or not (on_vm or on_proxy or on_pool):
         return {}
     entities = [vm.obj]
     if machine is not None and machine.moid != vm.moid:
         entities.append(vim.VirtualMachine(machine.moid, session.stub))
-    wanted = sorted({name for names in [*on_vm.values(), *on_proxy.values()] for name in names})
+    if on_pool:
+        entities.append(pool)
+    asked = ((vm.moid, on_vm), ("" if machine is None else machine.moid, on_proxy), (faults.moid_of(pool), on_pool))
+    wanted = sorted({name for _moid_, groups in asked for names in groups.values() for name in names})
     try:
         answer = session.call(
             session.content.authorizationManager.HasPrivilegeOnEntities,
@@ -300,7 +318,7 @@ def _missing_privileges(
         item.entity._moId: {one.privId for one in item.privAvailability if not one.isGranted} for item in answer or ()
     }
     missing: Dict[str, Tuple[str, ...]] = {}
-    for moid, groups in ((vm.moid, on_vm), (machine.moid if machine is not None else "", on_proxy)):
+    for moid, groups in asked:
         for name, privileges in groups.items():
             absent = tuple(sorted(lacking.get(moid, set()) & set(privileges)))
             if absent:

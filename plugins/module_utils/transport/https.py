@@ -32,7 +32,15 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional,
 from urllib.parse import urlsplit
 
 from ..datapath import image
-from ..errors import DataPathError, InputError, RepositoryError, TransportError, VadpError, VsphereError
+from ..errors import (
+    ConnectionLostError,
+    DataPathError,
+    InputError,
+    RepositoryError,
+    TransportError,
+    VadpError,
+    VsphereError,
+)
 from ..libraries import vim
 from ..vsphere import faults
 from ..vsphere.datastore_files import folder_url, http_range, http_stream
@@ -109,7 +117,7 @@ class _HttpsEndpoint(Endpoint):
 
 
 @contextlib.contextmanager
-def _as_transport_error(subject: str) -> Iterator[None]:
+def as_transport_error(subject: str) -> Iterator[None]:
     """What the server refuses here keeps this transport from a disk, and no other."""
     try:
         yield
@@ -139,7 +147,7 @@ def open_folder(session: Session, vm: VmRef, disk: Disk, *, run_dir: RuntimeDir,
         ranges, or its certificate can't be verified by nbdkit's plugin.
     """
     flat = flat_file(disk.file)
-    with _as_transport_error(disk.file):
+    with as_transport_error(disk.file):
         _check_base(session, vm, disk)
         _probe_ranges(session, vm, disk, flat)
     folder = Path(run_dir.path)
@@ -414,7 +422,7 @@ def open_lease(
     """
     intent = run.record("temporary_file", key=disk.key, stage=str(stage), lease=vm.moid)
     try:
-        with _as_transport_error(disk.file):
+        with as_transport_error(disk.file):
             with _shared_lease(session, vm, snapshot_moid, io_timeout) as lease:
                 run.update(intent, lease=lease.moid)
                 _Download(session, lease, disk, stage, io_timeout, on_progress).run()
@@ -477,17 +485,27 @@ def _end_lease(session: Session, lease: Any, well: bool) -> None:
         session.call(end, what="The export lease was not ended", subject=lease._moId)
 
 
-class _Lease:
-    """A lease and how many downloads need it."""
+class Lease:
+    """A lease and how many transfers need it.
 
-    def __init__(self, session: Session, vm: VmRef, snapshot_moid: str, timeout: int) -> None:
+    :param kind: export or import, for messages.
+    :param what: what was not done if it can't be had.
+    :param start: the call that makes it.
+    """
+
+    def __init__(
+        self, session: Session, kind: str, what: str, subject: str, start: Callable[[], Any], timeout: int
+    ) -> None:
         self.users = 0
         self.failed = False
         self.addresses: List[Any] = []
         self.shares: Dict[int, float] = {}
+        self.entity: Any = None
         self._session = session
-        self._vm = vm
-        self._snapshot_moid = snapshot_moid
+        self._kind = kind
+        self._what = what
+        self._subject = subject
+        self._start = start
         self._timeout = timeout
         self._lock = threading.Lock()
         self._lease: Any = None
@@ -507,8 +525,8 @@ class _Lease:
         """:raises TransportError: the lease has ended."""
         if self._problem is not None:
             raise TransportError(
-                "The export lease has ended before the download",
-                subject=str(self._vm),
+                f"The {self._kind} lease has ended before everything was transferred",
+                subject=self._subject,
                 reason=self._problem.reason or str(self._problem),
                 remedy="Run again",
                 retryable=True,
@@ -520,19 +538,18 @@ class _Lease:
             self.check()
             if self._keeper is not None:
                 return
-            snapshot = vim.vm.Snapshot(self._snapshot_moid, self._session.stub)
-            what = "The snapshot was not opened for export"
-            self._lease = self._session.call(snapshot.ExportSnapshot, what=what, subject=str(self._vm))
+            self._lease = self._session.call(self._start, what=self._what, subject=self._subject)
             try:
-                info = self._wait(what)
+                info = self._wait(self._what)
             except BaseException:
                 # Who waits for this lease tries for one of its own, which the server gives only when this is over.
                 self._end(well=False)
                 raise
             self.addresses = list(info.deviceUrl)
+            self.entity = info.entity
             # Two calls may be lost before the server loses its patience.
             pause = min(_PROGRESS_SECONDS, info.leaseTimeout / 4)
-            self._keeper = threading.Thread(target=self._keep, args=(pause,), name="export-lease", daemon=True)
+            self._keeper = threading.Thread(target=self._keep, args=(pause,), name="nfc-lease", daemon=True)
             self._keeper.start()
 
     def _wait(self, what: str) -> Any:
@@ -544,11 +561,11 @@ class _Lease:
                 return seen["info"]
             if seen["state"] in ("error", "done"):
                 if seen["error"] is not None:
-                    raise faults.to_error(seen["error"], what, str(self._vm))
-                raise VsphereError(what, subject=str(self._vm), reason=f"the lease is {seen['state']}", retryable=True)
+                    raise faults.to_error(seen["error"], what, self._subject)
+                raise VsphereError(what, subject=self._subject, reason=f"the lease is {seen['state']}", retryable=True)
             if self._session.clock() > deadline:
                 raise VsphereError(
-                    what, subject=str(self._vm), reason="the lease does not become ready in time", retryable=True
+                    what, subject=self._subject, reason="the lease does not become ready in time", retryable=True
                 )
             self._session.sleep(pause)
             pause = min(pause * 1.5, _POLL_SECONDS[1])
@@ -561,13 +578,38 @@ class _Lease:
                 self._session.call(
                     self._lease.HttpNfcLeaseProgress,
                     percent,
-                    what="The export lease was not kept alive",
-                    subject=str(self._vm),
+                    what=f"The {self._kind} lease was not kept alive",
+                    subject=self._subject,
                     idempotent=True,
                 )
             except VsphereError as error:
                 self._problem = error
                 return
+
+    def complete(self) -> None:
+        """All is transferred: the machine is there for good. :raises VsphereError: it is not."""
+        self._over.set()
+        if self._keeper is not None:
+            self._keeper.join()
+        lease, what = self._lease, f"The {self._kind} lease was not completed"
+
+        def is_done() -> bool:
+            return str(self._session.read(lease, "state")["state"]) == "done"
+
+        def end() -> None:
+            try:
+                lease.HttpNfcLeaseComplete()
+            except vim.fault.InvalidState as fault:
+                # It has ended already: well, or not; another try would not help.
+                if not is_done():
+                    raise VsphereError(what, subject=self._subject, reason=faults.fault_text(fault)) from fault
+
+        try:
+            self._session.call(end, what=what, subject=self._subject)
+        except ConnectionLostError:
+            if not is_done():
+                raise
+        self._lease = None
 
     def close(self) -> None:
         """Complete it, or abort it where a download failed. Never raises: a lease that is left ends by itself."""
@@ -583,18 +625,21 @@ class _Lease:
                 _end_lease(self._session, lease, well)
 
 
-_leases: Dict[Tuple[int, str, str], _Lease] = {}
+_leases: Dict[Tuple[int, str, str], Lease] = {}
 _leases_lock = threading.Lock()
 
 
 @contextlib.contextmanager
-def _shared_lease(session: Session, vm: VmRef, snapshot_moid: str, timeout: int) -> Iterator[_Lease]:
+def _shared_lease(session: Session, vm: VmRef, snapshot_moid: str, timeout: int) -> Iterator[Lease]:
     """The one lease of a snapshot as long as anybody downloads: the first opens it, the last ends it."""
     key = (id(session), vm.moid, snapshot_moid)
     with _leases_lock:
         lease = _leases.get(key)
         if lease is None or lease.broken:
-            lease = _leases[key] = _Lease(session, vm, snapshot_moid, timeout)
+            snapshot = vim.vm.Snapshot(snapshot_moid, session.stub)
+            what = "The snapshot was not opened for export"
+            lease = Lease(session, "export", what, str(vm), snapshot.ExportSnapshot, timeout)
+            _leases[key] = lease
         lease.users += 1
     try:
         lease.open()
@@ -622,7 +667,7 @@ class _Download:
     def __init__(
         self,
         session: Session,
-        lease: _Lease,
+        lease: Lease,
         disk: Disk,
         stage: Path,
         io_timeout: int,
@@ -663,7 +708,7 @@ class _Download:
         try:
             connection.connect()
             connection.sock.settimeout(self._io_timeout)
-            connection.request("GET", url.path + (f"?{url.query}" if url.query else ""), headers=self._headers(url))
+            connection.request("GET", request_path(url), headers=cookie_for(self._session, url))
             response = connection.getresponse()
             if response.status != 200:
                 self._refused(response)
@@ -674,10 +719,6 @@ class _Download:
             raise _CutError(f"the connection was lost: {error or type(error).__name__}") from error
         finally:
             connection.close()
-
-    def _headers(self, url: Any) -> Dict[str, str]:
-        # The ticket is in the address. The session's cookie is the server's own, and for nobody else.
-        return {"Cookie": self._session.cookie} if url.hostname == "*" else {}
 
     def _refused(self, response: http.client.HTTPResponse) -> None:
         reason = f"HTTP {response.status} {response.reason}"
@@ -728,6 +769,16 @@ class _Download:
             ) from error
 
 
+def request_path(url: Any) -> str:
+    """What to ask the server for; *url* is split."""
+    return str(url.path) + (f"?{url.query}" if url.query else "")
+
+
+def cookie_for(session: Session, url: Any) -> Dict[str, str]:
+    """The ticket is in the address. The session's cookie is the server's own, and for nobody else."""
+    return {"Cookie": session.cookie} if url.hostname == "*" else {}
+
+
 def address_of(addresses: List[Any], disk: Disk) -> Any:
     """The entry of a lease for a disk: by controller, bus and unit, never by its place (VADP facts 51).
 
@@ -740,7 +791,7 @@ def address_of(addresses: List[Any], disk: Disk) -> Any:
     if len(found) != 1:
         known = ", ".join(str(one.key) for one in disks) or "no disk"
         raise TransportError(
-            "The export lease has no address for the disk",
+            "The lease has no address for the disk",
             subject=disk.file,
             reason=f"{wanted} is wanted, it lists {known}",
             remedy="Use another transport for this disk",
@@ -764,7 +815,7 @@ def tls_for(session: Session, address: Any) -> Tls:
     except ValueError:
         port = 0
     if url.scheme != "https" or not url.hostname or not port:
-        raise TransportError("The export lease's address can't be used", subject=address.key, reason="it is no HTTPS")
+        raise TransportError("The lease's address can't be used", subject=address.key, reason="it is no HTTPS")
     host = connection.hostname if own else url.hostname
     pinned = _pinned(address)
     if pinned is None and own and not connection.validate_certs and not connection.thumbprint:
@@ -788,7 +839,7 @@ def _pinned(address: Any) -> Optional[str]:
             der = base64.b64decode(text, validate=True)
     except (ValueError, binascii.Error) as error:
         raise TransportError(
-            "The certificate in the export lease can't be read", subject=address.key, reason=str(error)
+            "The certificate in the lease can't be read", subject=address.key, reason=str(error)
         ) from error
     return hashlib.sha256(der).hexdigest()
 

@@ -26,6 +26,7 @@ BY_VDDK = "vddk"
 BY_ATTACHING = "proxy_hotadd"
 BY_FOLDER = "folder"
 BY_LEASE = "export_lease"
+BY_IMPORT = "import_lease"
 
 _NFS = ("NFS", "NFS41")
 _FILES_ARE_WHOLE = ("VMFS", *_NFS)
@@ -61,7 +62,11 @@ class DatastoreFacts:
 
 @dataclass(frozen=True)
 class VmFacts:
-    """The virtual machine that a disk belongs to. :param snapshots: how many it has."""
+    """The virtual machine that a disk belongs to.
+
+    :param snapshots: how many it has.
+    :param new: it is about to be made.
+    """
 
     moid: str
     name: str
@@ -71,6 +76,7 @@ class VmFacts:
     snapshots: int = 0
     datacenter_moid: str = ""
     host_moid: Optional[str] = None
+    new: bool = False
 
 
 @dataclass(frozen=True)
@@ -393,9 +399,9 @@ def _hotadd_notes(disk: DiskFacts, proxy: ProxyFacts) -> List[str]:
 
 
 def _https(disk: DiskFacts, proxy: ProxyFacts, direction: str, first: bool) -> List[Way]:
-    """VADP facts 50, 51: the base file of a disk at rest, else the export lease of the snapshot."""
+    """VADP facts 50, 51: the base file of a disk at rest, else the snapshot's export lease; a new machine whole."""
     if direction == WRITE:
-        return [Way(BY_FOLDER, ["existing disks are not written by HTTPS: use hotadd, nbdssl or nbd"])]
+        return [_import(disk, proxy)]
     if disk.vm is None or disk.datastore is None:
         return [Way(BY_FOLDER, ["where the disk lies and whether its virtual machine runs is not known"])]
     if _is_encrypted(disk):
@@ -411,6 +417,27 @@ def _https(disk: DiskFacts, proxy: ProxyFacts, direction: str, first: bool) -> L
             ],
         ),
     ]
+
+
+def _import(disk: DiskFacts, proxy: ProxyFacts) -> Way:
+    """The lease that a new machine comes by, with all its disks."""
+    if disk.vm is None or not disk.vm.new:
+        return Way(
+            BY_IMPORT,
+            [
+                "existing disks are not written by HTTPS, which only brings a new machine with its disks: use hotadd,"
+                " nbdssl or nbd"
+            ],
+        )
+    return Way(
+        BY_IMPORT,
+        _hosts(disk) + _privileges(proxy, BY_IMPORT),
+        [
+            "the whole disk crosses the network, compressed, and waits in a file beside the repository's",
+            f"'{disk.vm.name}' can't be powered on, moved or removed until all its disks are there",
+            "where that is broken off vSphere removes the machine, whatever on_failure says",
+        ],
+    )
 
 
 def _folder(disk: DiskFacts, proxy: ProxyFacts) -> List[str]:
@@ -460,6 +487,7 @@ _METHODS = {
     BY_ATTACHING: "attaching the disk",
     BY_FOLDER: "the datastore's files",
     BY_LEASE: "an export lease",
+    BY_IMPORT: "an import lease",
 }
 
 
@@ -498,6 +526,44 @@ def plan(
     )
 
 
+def plan_new_machine(plans: Mapping[int, Plan], labels: Mapping[int, str]) -> Dict[int, Plan]:
+    """The plans of a new machine's disks, made one: an import lease brings all of them or none.
+
+    :param plans: of :func:`plan`, by device key.
+    :param labels: device key -> what the disk is called.
+    """
+    leased = [key for key, one in plans.items() if one.method == BY_IMPORT]
+    if not leased or len(leased) == len(plans):
+        return dict(plans)
+    why = (
+        f"disk '{labels[leased[0]]}' can only be written by https, and an import lease brings all disks of the machine"
+    )
+    return {key: one if one.method == BY_IMPORT else _leased(one, why) for key, one in plans.items()}
+
+
+def _leased(one: Plan, why: str) -> Plan:
+    """A plan in which nothing before the import lease can be used."""
+    candidates = list(one.candidates)
+    for number, candidate in enumerate(candidates[: one.eligible]):
+        if candidate.method == BY_IMPORT:
+            return Plan(candidates, candidate.transport, candidate.method, one.eligible)
+        if candidate.usable:
+            candidates[number] = Candidate(candidate.transport, False, [why])
+    raise TransportError(
+        "The disks of the new machine can't be written by one transport",
+        reason=f"{why}; this one can't be written by it",
+        remedy="Make one of the transports work for all disks: the reasons stand in the plan of check mode",
+    )
+
+
+def by_import(plans: Mapping[int, Plan], why: str) -> Optional[Dict[int, Plan]]:
+    """The same plans by import lease, where what stands before it has failed; None where they don't allow that."""
+    try:
+        return {key: _leased(one, why) for key, one in plans.items()}
+    except TransportError:
+        return None
+
+
 def check_transports(transports: Sequence[str]) -> None:
     """:raises InputError: the list is empty, names a transport twice or an unknown one."""
     if not transports:
@@ -529,5 +595,7 @@ def _remedy(disk: DiskFacts, candidates: Sequence[Candidate], direction: str, re
             return "Make https work, which alone reads a template: see the reason given for it"
         return "Add https to 'transports': only that reads a template"
     if not any(name in ("nbdssl", "nbd") for name in (candidate.transport for candidate in candidates)):
+        if disk.vm is not None and disk.vm.new and all(candidate.transport != "https" for candidate in candidates):
+            return "Add nbdssl to 'transports'; or https, which brings a new machine without VDDK"
         return "Add nbdssl to 'transports'"
     return "Make nbdssl work on this machine: see the reason given for it"

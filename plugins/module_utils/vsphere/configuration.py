@@ -125,6 +125,8 @@ def save(session: Session, vm: VmRef, snapshot: Optional[Snapshot] = None) -> Di
     something in this vCenter only, so names stand beside them.
     """
     paths = ["runtime.host", "runtime.powerState", "resourcePool", "network", "datastore", "layoutEx.file"]
+    if session.is_vcenter:
+        paths += ["customValue", "availableField"]
     if snapshot is None:
         facts = session.read(vm.obj, "config", *paths)
         config = facts["config"]
@@ -159,8 +161,19 @@ def save(session: Session, vm: VmRef, snapshot: Optional[Snapshot] = None) -> Di
             {"name": item.name, "type": str(item.type), "size_bytes": int(item.size)}
             for item in facts["layoutEx.file"] or []
         ],
+        "custom_attributes": _custom_attributes(facts),
         **around,
         "config": to_json(config),
+    }
+
+
+def _custom_attributes(facts: Dict[str, Any]) -> Dict[str, str]:
+    """What was written into the machine's custom attributes, by their names: keys are of one vCenter."""
+    names = {field.key: str(field.name) for field in facts.get("availableField") or []}
+    return {
+        names[item.key]: str(item.value)
+        for item in facts.get("customValue") or []
+        if item.key in names and getattr(item, "value", None)
     }
 
 

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import uuid
 from contextlib import suppress
-from typing import Any, Dict, Mapping, NamedTuple, Optional
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional
 
 from ..errors import ConnectionLostError, NotFoundError, TaskError, VsphereError
-from ..libraries import vim
+from ..libraries import vim, vmodl
 from .datastore_files import http_put
 from .inventory import VmRef, find_vm
 from .placement import Placement
 from .session import Session
 
 _TIMEOUT = 3600
+# So long an import lease lives without a sign of life, and some more.
+_LEASE_SECONDS = 330
 
 # Of an intent ``restore``: what it writes.
 NEW_VM = "new_vm"
@@ -88,6 +90,33 @@ def put_nvram(session: Session, vm: VmRef, vmx_path: str, nvram: bytes) -> str:
     return path
 
 
+def set_custom_attributes(session: Session, vm: VmRef, values: Mapping[str, str]) -> List[str]:
+    """Custom attributes by their names; a sentence for each that could not be set."""
+    if not values:
+        return []
+    if not session.is_vcenter:
+        return [f"Custom attributes are vCenter's, so these were not restored: {', '.join(sorted(values))}"]
+    known = {str(field.name) for field in session.read(vm.obj, "availableField")["availableField"] or []}
+    warnings = []
+    for name, value in sorted(values.items()):
+        reason = "vCenter has no such attribute of virtual machines"
+        if name in known:
+            try:
+                session.call(
+                    vm.obj.setCustomValue,
+                    name,
+                    value,
+                    what="The custom attribute was not set",
+                    subject=str(vm),
+                    idempotent=True,
+                )
+                continue
+            except VsphereError as error:
+                reason = error.reason or error.what
+        warnings.append(f"Custom attribute '{name}' with the value {value!r} was not restored: {reason}")
+    return warnings
+
+
 def power_on(session: Session, vm: VmRef) -> None:
     session.run_task(
         vm.obj.PowerOnVM_Task,
@@ -105,11 +134,26 @@ class Removal(NamedTuple):
     action: str
 
 
-def destroy(session: Session, vm: VmRef) -> None:
-    """The machine and its files. It has to be off."""
-    session.run_task(
-        vm.obj.Destroy_Task, what="The new virtual machine was not removed", subject=str(vm), timeout=_TIMEOUT
-    )
+def destroy(session: Session, vm: VmRef, leased: bool = False) -> None:
+    """The machine and its files. It has to be off.
+
+    :param leased: an import lease may still hold it, with which vSphere takes it away; that is waited for.
+    """
+    what = "The new virtual machine was not removed"
+    deadline = session.clock() + _LEASE_SECONDS
+    pause = 0.2
+    while True:
+        try:
+            session.run_task(vm.obj.Destroy_Task, what=what, subject=str(vm), timeout=_TIMEOUT)
+            return
+        except VsphereError as error:
+            if leased and isinstance(error.fault, vmodl.fault.ManagedObjectNotFound):
+                return
+            held = leased and isinstance(error.fault, vim.fault.MethodDisabled)
+            if not held or session.clock() > deadline:
+                raise
+        session.sleep(pause)
+        pause = min(pause * 1.5, 5.0)
 
 
 def remove_leftover(session: Session, intent: Mapping[str, Any], check_mode: bool) -> Optional[Removal]:
@@ -126,9 +170,14 @@ def remove_leftover(session: Session, intent: Mapping[str, Any], check_mode: boo
     name = f"{vm.name} ({vm.moid})"
     if intent.get("complete"):
         return Removal(name, "kept: it is whole")
-    if intent.get("on_failure") == "keep":
+    leased = bool(intent.get("leased"))
+    if intent.get("on_failure") == "keep" and not leased:
         return Removal(name, "kept, as on_failure says: it is not whole")
-    state = session.read(vm.obj, "runtime.powerState")["runtime.powerState"]
+    try:
+        state = session.read(vm.obj, "runtime.powerState")["runtime.powerState"]
+    except NotFoundError:
+        # Its lease has just ended.
+        return Removal(name, "removed")
     if state != "poweredOff":
         raise VsphereError(
             "A half-restored virtual machine was not removed",
@@ -138,7 +187,7 @@ def remove_leftover(session: Session, intent: Mapping[str, Any], check_mode: boo
             details={"power_state": str(state)},
         )
     if not check_mode:
-        destroy(session, vm)
+        destroy(session, vm, leased)
     return Removal(name, "removed")
 
 

@@ -109,6 +109,7 @@ PRIVILEGES: Tuple[Privilege, ...] = (
     Privilege("VirtualMachine.Config.AdvancedConfig", FOLDER, (NEW_VM,), "give it the advanced settings that it had"),
     Privilege("VirtualMachine.Config.EditDevice", FOLDER, (NEW_VM,), "give it the video card that it had"),
     Privilege("VirtualMachine.Interact.PowerOn", FOLDER, (NEW_VM,), "start it, with power_on"),
+    Privilege("Global.SetCustomField", FOLDER, (NEW_VM,), "give it the custom attributes that it had"),
     Privilege("Resource.AssignVMToPool", POOL, (NEW_VM,), "put it into a resource pool"),
     Privilege("Network.Assign", NETWORK, (NEW_VM,), "connect its network cards"),
     Privilege("Host.Config.Network", HOST, (LAN,), "VMkernel NICs, switches and port groups of a host"),

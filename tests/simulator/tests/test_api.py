@@ -9,6 +9,7 @@ import hashlib
 import http.client
 import inspect
 import json
+import random
 import signal
 import ssl
 import subprocess
@@ -1048,3 +1049,118 @@ def test_a_lease_belongs_to_its_session_and_needs_its_privilege(sim):
         sim.control.call("set_privileges", username=sim.info["backup_username"], add=["VApp.Export"])
         Disconnect(other)
         remove(snap)
+
+
+# --- import leases --------------------------------------------------------------------------------------------------
+
+
+def import_spec(name, *sizes, **fields):
+    kinds = vim.vm.device
+    controller = kinds.ParaVirtualSCSIController(key=-1, busNumber=0, sharedBus="noSharing")
+    changes = [kinds.VirtualDeviceSpec(operation="add", device=controller)]
+    for number, size in enumerate(sizes):
+        disk = kinds.VirtualDisk(
+            key=-10 - number,
+            controllerKey=-1,
+            unitNumber=number,
+            capacityInBytes=size,
+            capacityInKB=size // KIB,
+            backing=Disk.FlatVer2BackingInfo(fileName="", diskMode="persistent", thinProvisioned=True),
+        )
+        changes.append(kinds.VirtualDeviceSpec(operation="add", fileOperation="create", device=disk))
+    files = vim.vm.FileInfo(vmPathName="[vmfs01]")
+    return vim.vm.VmImportSpec(configSpec=vim.vm.ConfigSpec(name=name, files=files, deviceChange=changes, **fields))
+
+
+def stream_of(folder, size, seed):
+    raw, vmdk = folder / f"{seed}.raw", folder / f"{seed}.vmdk"
+    data = random.Random(seed).randbytes(200 * KIB)
+    with open(raw, "wb") as stream:
+        stream.truncate(size)
+        stream.seek(70 * KIB)
+        stream.write(data)
+        stream.seek(size - 512)
+        stream.write(b"end" + bytes(509))
+    options = ["-o", "subformat=streamOptimized"]
+    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "vmdk", *options, str(raw), str(vmdk)], check=True)
+    return hashlib.sha256(raw.read_bytes()).hexdigest(), vmdk.read_bytes() + bytes(512)  # with its end marker
+
+
+def upload(sim, url, data, method="POST", kind="application/x-vnd.vmware-streamVmdk"):
+    connection = sim.http()
+    connection.request(method, url.replace("https://*", ""), body=data, headers={"Content-Type": kind})
+    response = connection.getresponse()
+    try:
+        return response.status, response.read().decode()
+    finally:
+        connection.close()
+
+
+def test_a_machine_comes_by_an_import_lease(sim, tmp_path):
+    beside = sim.vm("app01")
+    size = 3 * MIB + 512
+    (one, first), (two, second) = stream_of(tmp_path, size, 1), stream_of(tmp_path, 2 * MIB, 2)
+    lease = beside.resourcePool.ImportVApp(import_spec("imported", size, 2 * MIB), beside.parent)
+    info = ready(lease)
+    vm = info.entity
+    urls = {address.importKey: address.url for address in info.deviceUrl}
+    names = ["/imported/ParaVirtualSCSIController0:0", "/imported/ParaVirtualSCSIController0:1"]
+    assert sorted(urls) == names and list(urls) != names  # whoever goes by the order is wrong
+    for work in (vm.PowerOnVM_Task, vm.Destroy_Task):
+        with pytest.raises(vim.fault.MethodDisabled):
+            work()
+    assert upload(sim, urls[names[0]], first, method="PUT")[0] == 405
+    assert upload(sim, urls[names[0]], first, kind="application/octet-stream")[0] == 415
+    assert "no VMDK" in upload(sim, urls[names[0]], bytes(65536))[1]
+    assert "the disk has" in upload(sim, urls[names[0]], second)[1]
+    assert "ends early" in upload(sim, urls[names[0]], first[: len(first) // 2])[1]
+    assert upload(sim, urls[names[0]], first)[0] == 201
+    assert download(sim, urls[names[0]])[0] == 405
+    with pytest.raises(vim.fault.InvalidState):
+        lease.HttpNfcLeaseComplete()
+    assert upload(sim, urls[names[1]], second)[0] == 201
+    lease.HttpNfcLeaseComplete()
+    assert upload(sim, urls[names[1]], second)[0] == 404
+    held = [sim.control.call("read_disk", vm="imported", disk=key)["sha256"] for key in (2000, 2001)]
+    assert held == [one, two]
+    done(vm.PowerOn())
+    done(vm.PowerOff())
+    done(vm.Destroy_Task())
+
+
+def test_an_import_that_does_not_end_well_leaves_nothing(sim):
+    beside = sim.vm("app01")
+    pool, folder = beside.resourcePool, beside.parent
+
+    def gone(lease, fault):
+        deadline = time.monotonic() + 20
+        while lease.state != "error" and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert isinstance(lease.error, fault), lease.error
+        assert not [vm for vm in folder.childEntity if vm.name == "imported"]
+        assert not (sim.state / "datastores" / "vmfs01" / "imported").exists()
+
+    lease = pool.ImportVApp(import_spec("imported", MIB), folder)
+    ready(lease)
+    lease.HttpNfcLeaseAbort(None)
+    gone(lease, vmodl.fault.RequestCanceled)
+    sim.control.call("set_settings", lease_timeout=0.3)
+    try:
+        gone(pool.ImportVApp(import_spec("imported", MIB), folder), vim.fault.Timedout)
+    finally:
+        sim.control.call("set_settings", lease_timeout=300.0)
+    boot = vim.vm.BootOptions(bootOrder=[vim.vm.BootOptions.BootableDiskDevice(deviceKey=2000)])
+    gone(pool.ImportVApp(import_spec("imported", bootOptions=boot), folder), vmodl.fault.InvalidArgument)
+    with pytest.raises(vim.fault.DuplicateName):
+        pool.ImportVApp(import_spec("app01", MIB), folder)
+    with pytest.raises(vmodl.fault.InvalidArgument):
+        pool.ImportVApp(import_spec("imported", MIB), None)
+    user = sim.info["backup_username"]
+    sim.control.call("set_privileges", username=user, remove=["VApp.Import"])
+    other = sim.backup_user()
+    try:
+        with pytest.raises(vim.fault.NoPermission):
+            vim.ResourcePool(pool._moId, other._stub).ImportVApp(import_spec("imported", MIB), folder)
+    finally:
+        sim.control.call("set_privileges", username=user, add=["VApp.Import"])
+        Disconnect(other)

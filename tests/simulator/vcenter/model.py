@@ -197,6 +197,7 @@ class Entity(Managed):
         super().__init__(simulator, moid)
         self.name = name
         self.parent = parent
+        self.custom_values: dict[int, str] = {}
 
     def save(self) -> None:
         """Write this object down and tell whoever waits for updates."""
@@ -240,13 +241,15 @@ class Entity(Managed):
         return soap.array(vim.Tag)
 
     def p_value(self) -> Any:
-        return soap.array(vim.CustomFieldsManager.Value)
+        return self.p_customValue()
 
     def p_availableField(self) -> Any:
-        return soap.array(vim.CustomFieldsManager.FieldDef)
+        found = [one for one in self.simulator.custom_fields if one.managedObjectType in (None, self.type)]
+        return soap.array(vim.CustomFieldsManager.FieldDef, found)
 
     def p_customValue(self) -> Any:
-        return soap.array(vim.CustomFieldsManager.Value)
+        found = [vim.CustomFieldsManager.StringValue(key=key, value=text) for key, text in self.custom_values.items()]
+        return soap.array(vim.CustomFieldsManager.Value, found)
 
     def p_recentTask(self) -> Any:
         return soap.array(vim.Task, [task.ref for task in self.simulator.tasks.of(self.moid)])

@@ -175,11 +175,16 @@ class Handler(BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         if self.path.startswith("/folder"):
             folder.store(self)
+        elif self.path.startswith("/nfc/"):
+            leases.receive(self)
         else:
             self.close_connection = True
             self.text(404, "404 Not Found\n")
 
     def do_POST(self) -> None:
+        if self.path.startswith("/nfc/"):
+            leases.receive(self)
+            return
         body = b""
         for piece in self.chunks():
             body += piece

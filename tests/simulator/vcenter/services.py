@@ -51,6 +51,7 @@ BACKUP_PRIVILEGES = frozenset(
         "Datastore.AllocateSpace",
         "Global.DisableMethods",
         "Global.EnableMethods",
+        "Global.SetCustomField",
         "VApp.Export",
         "VApp.Import",
         "Resource.AssignVMToPool",

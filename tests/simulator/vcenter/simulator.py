@@ -87,7 +87,8 @@ class Simulator:
         self.sessions = Sessions(self)
         self.tasks = Tasks(self)
         self.events = Events(self)
-        self.leases: dict[str, Any] = {}  # export leases that are held, by their ticket
+        self.leases: dict[str, Any] = {}  # leases that are held, by their ticket
+        self.custom_fields: list[Any] = []  # until it is stopped
         self.services: dict[str, Managed] = {}  # the objects of fixed moids, once somebody has asked
         self.proxy = ProxyMachine(self)
         self.device_dir, self.sysfs_dir = self.proxy.device_dir, self.proxy.sysfs_dir

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""A disk as a stream-optimised VMDK, as ESXi sends it: tables and footer come behind the data that they speak of."""
+"""A disk as a stream-optimised VMDK, as ESXi sends it (tables and footer behind the data) and takes it (in order)."""
 
 from __future__ import annotations
 
@@ -87,3 +87,75 @@ def _grains(data: Iterable[tuple[int, int]], count: int) -> Iterator[int]:
         for grain in range(max(done, offset // GRAIN), min(count, -(-(offset + length) // GRAIN))):
             yield grain
             done = grain + 1
+
+
+class BadStream(Exception):
+    """What was sent is no stream-optimised VMDK of the disk."""
+
+
+class _Pieces:
+    """Exact reads from a body that comes in pieces of any size."""
+
+    def __init__(self, pieces: Iterable[bytes]) -> None:
+        self._pieces = iter(pieces)
+        self._held = bytearray()
+
+    def read(self, size: int, at_end: bool = False) -> bytes:
+        """:param at_end: less, or nothing, will do."""
+        while len(self._held) < size:
+            piece = next(self._pieces, None)
+            if piece is None:
+                if at_end:
+                    break
+                raise BadStream("it ends early")
+            self._held += piece
+        data = bytes(self._held[:size])
+        del self._held[:size]
+        return data
+
+
+def grains(pieces: Iterable[bytes], capacity: int) -> Iterator[tuple[int, bytes]]:
+    """(offset, bytes) of all that a stream holds, read once from its beginning to its end, as ESXi does.
+
+    :raises BadStream: it is something else, of another capacity, out of order, or not whole.
+    """
+    source = _Pieces(pieces)
+    fields = struct.unpack_from("<IIIQQQQIQQQB4sH", source.read(SECTOR))
+    magic, version, flags, sectors, grain, at, length, _entries, _spare, _directory, overhead = fields[:11]
+    if magic != 0x564D444B or version not in (1, 2, 3):
+        raise BadStream("no VMDK")
+    if flags & 0x30000 != 0x30000 or grain * SECTOR != GRAIN or fields[13] != 1:
+        raise BadStream("not stream-optimised")
+    if sectors * SECTOR != capacity:
+        raise BadStream(f"of {sectors * SECTOR} bytes, the disk has {capacity}")
+    head = source.read((overhead - 1) * SECTOR)
+    text = head[(at - 1) * SECTOR : (at - 1 + length) * SECTOR].split(b"\0")[0].decode("utf-8", "replace")
+    if '"streamOptimized"' not in text or "parentCID=ffffffff" not in text or "parentFileNameHint" in text:
+        raise BadStream("its descriptor is of another kind")
+    last = -1
+    while True:
+        marker = source.read(SECTOR)
+        number, size, kind = struct.unpack_from("<QII", marker)
+        if size == 0:
+            if kind == END_OF_STREAM:
+                break
+            source.read(number * SECTOR)
+            continue
+        packed = marker[12:] + source.read(len(_padded(bytes(12 + size))) - SECTOR)
+        offset = number * SECTOR
+        if number % grain or offset <= last or offset >= capacity:
+            raise BadStream(f"a grain at byte {offset} behind {last}")
+        last = offset
+        try:
+            data = zlib.decompress(packed[:size])
+        except zlib.error as error:
+            raise BadStream(f"the grain at byte {offset}: {error}") from error
+        if len(data) not in (GRAIN, capacity - offset):  # the last one may be whole, or as much as there is
+            raise BadStream(f"the grain at byte {offset} has {len(data)} bytes")
+        yield offset, data[: capacity - offset]
+    while True:
+        rest = source.read(1 << 16, at_end=True)
+        if rest.count(0) != len(rest):
+            raise BadStream("there is more behind its end")
+        if not rest:
+            return

@@ -22,6 +22,7 @@ MODULES = (
     "authorization",
     "changetracking",
     "collector",
+    "customfields",
     "dvswitches",
     "environment",
     "events",

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import uuid as uuid_module
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,13 @@ def _host_for(context: Context, pool: Any, host: Any, datastore: str) -> Host:
 
 @method("Folder", "CreateVM_Task", changing=True)
 def create_vm(context: Context, folder: Folder, config: Any, pool: Any, host: Any) -> Any:
-    simulator, spec = context.simulator, config
+    make = maker(context, folder, config, pool, host)
+    return context.simulator.tasks.start(context, context.method, folder, lambda task: make().ref)
+
+
+def maker(context: Context, folder: Folder, spec: Any, pool: Any, host: Any) -> Callable[[], VirtualMachine]:
+    """What makes a machine that may be made here. :raises vmodl.MethodFault: it may not."""
+    simulator = context.simulator
     if "VirtualMachine" not in folder.props["childType"]:
         raise vmodl.fault.NotSupported()
     path = spec.files.vmPathName if spec.files is not None else None
@@ -103,12 +110,7 @@ def create_vm(context: Context, folder: Folder, config: Any, pool: Any, host: An
     unseen = sorted(used - set(where.datastores))
     if unseen:
         raise vim.fault.InvalidDatastore(name=unseen[0])
-
-    def body(task: Task) -> Any:
-        vm = _new_vm(context, folder, spec, pool, where, path)
-        return vm.ref
-
-    return simulator.tasks.start(context, context.method, folder, body)
+    return lambda: _new_vm(context, folder, spec, pool, where, path)
 
 
 def _new_vmx(context: Context, name: str, path: str) -> str:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""Export leases: ExportSnapshot, ExportVm, HttpNfcLease, and the downloads under ``/nfc`` (VADP facts 51)."""
+"""Export and import leases: ExportSnapshot, ExportVm, ImportVApp, HttpNfcLease, and what goes through ``/nfc``
+(VADP facts 51)."""
 
 from __future__ import annotations
 
@@ -16,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from pyVmomi import vim, vmodl
 
-from .. import disks, soap, stream_vmdk
+from .. import disks, soap, storage, stream_vmdk
 from ..inventory import VirtualMachine, datastore_of, disks_in, is_rdm
 from ..model import Managed
 from ..services import DropConnection, as_fault
-from . import Context, method
+from . import Context, find_object, method
 from .snapshots import SnapshotObject
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ class _Device:
         self.name = name
         self.path = path
         self.local = local
+        self.import_key: str | None = None
+        self.uploaded = False
         self.sha1 = ""  # of the last whole download
         self.size = 0
 
@@ -50,9 +53,11 @@ class Lease(Managed):
 
     type = vim.HttpNfcLease
 
-    def __init__(self, context: Context, vm: VirtualMachine, config: Any) -> None:
+    writes = False
+
+    def __init__(self, context: Context, vm: VirtualMachine | None, config: Any) -> None:
         super().__init__(context.simulator, f"session[{secrets.token_hex(8)}]lease-{next(_NUMBERS)}")
-        self.vm = vm
+        self.vm: Any = vm
         self.session = context.session
         self.ticket = secrets.token_hex(16)
         self.state = "initializing"
@@ -63,7 +68,7 @@ class Lease(Managed):
         self.over = threading.Event()
         self._lock = threading.Lock()
         self._openers: list[Any] = []
-        self.devices = self._devices(config)
+        self.devices = self._devices(config) if vm is not None else []
 
     def _devices(self, config: Any) -> list[_Device]:
         """The last disk first, and files that are no disks before them: whoever goes by the order is wrong."""
@@ -86,25 +91,32 @@ class Lease(Managed):
 
     def start(self) -> None:
         """Hold the disks; ready after a moment."""
-        try:
-            for device in self.devices:
-                if device.path is not None:
-                    opener = self.simulator.storage.open(device.path, f"lease:{self.moid}", write=False)
-                    self._openers.append(opener)
-        except Exception:
-            self._let_go()
-            raise
+        self._hold()
         self.simulator.leases[self.ticket] = self
         assert self.session is not None
         self.session.objects[self.moid] = self
         threading.Thread(target=self._live, name=self.moid, daemon=True).start()
 
+    def _hold(self) -> None:
+        try:
+            for device in self.devices:
+                if device.path is not None:
+                    opener = self.simulator.storage.open(device.path, f"lease:{self.moid}", write=self.writes)
+                    self._openers.append(opener)
+        except Exception:
+            self._let_go()
+            raise
+
+    def _prepare(self) -> None:
+        """What has to be done before it is ready. :raises vmodl.MethodFault:"""
+        self.simulator.injector.apply("task", "ExportSnapshot", self.vm.moid)
+
     def _live(self) -> None:
         time.sleep(self.simulator.settings.task_delay)
         try:
-            self.simulator.injector.apply("task", "ExportSnapshot", self.vm.moid)
-        except vmodl.MethodFault as fault:
-            self.end("error", fault)
+            self._prepare()
+        except Exception as error:  # noqa: BLE001  a task's failure is its answer
+            self.end("error", as_fault(error))
             return
         with self._lock:
             if self.state == "initializing":
@@ -123,6 +135,9 @@ class Lease(Managed):
             self.state, self.error = state, error
             self.over.set()
         self._let_go()
+
+    def may_complete(self) -> bool:
+        return True
 
     def _let_go(self) -> None:
         self.simulator.leases.pop(self.ticket, None)
@@ -185,7 +200,7 @@ class Lease(Managed):
         }[simulator.settings.lease_thumbprint]
         return vim.HttpNfcLease.DeviceUrl(
             key=device.key,
-            importKey=device.key,
+            importKey=device.import_key or device.key,
             url=f"https://{host}/nfc/{self.ticket}/{device.name}",
             sslThumbprint=thumbprint,
             disk=device.path is not None,
@@ -211,6 +226,48 @@ class Lease(Managed):
             size += len(piece)
             yield piece
         device.sha1, device.size = digest.hexdigest(), size
+
+
+class ImportLease(Lease):
+    """The lease of a machine that is being made. What does not come to its end leaves nothing."""
+
+    writes = True
+
+    def __init__(self, context: Context, make: Any) -> None:
+        super().__init__(context, None, None)
+        self._make = make
+
+    def _prepare(self) -> None:
+        self.simulator.injector.apply("task", "ImportVApp", self.moid)
+        self.vm = self._make()
+        self.devices = [one for one in self._devices(self.vm.config) if one.path is not None]
+        for device in self.devices:
+            device.import_key = f"/{self.vm.name}/{device.key.split('/')[-1]}"
+        self._hold()
+
+    def may_complete(self) -> bool:
+        return all(device.uploaded for device in self.devices)
+
+    def end(self, state: str, error: Any = None) -> None:
+        was_over = self.over.is_set()
+        super().end(state, error)
+        if state == "error" and not was_over and self.vm is not None:
+            from .machines import delete_files
+
+            with self.vm.lock:
+                delete_files(self.vm)
+                self.simulator.inventory.remove(self.vm)
+
+    def take(self, device: _Device, pieces: Any) -> None:
+        """A disk's content. :raises stream_vmdk.BadStream: :raises storage.StorageError:"""
+        assert device.path is not None
+        store = self.simulator.storage
+        for offset, data in stream_vmdk.grains(pieces, store.info(device.path).capacity_bytes):
+            if self.over.is_set():
+                raise DropConnection
+            if data.count(0) != len(data):
+                store.write(device.path, offset, data)
+        device.uploaded = True
 
 
 # --- what a held lease keeps the VM from ----------------------------------------------------------------------------
@@ -254,6 +311,22 @@ def export_vm(context: Context, vm: VirtualMachine) -> Any:
     return _export(context, vm, vm.config)
 
 
+@method("ResourcePool", "ImportVApp", changing=True)
+def import_vapp(context: Context, pool: Any, spec: Any, folder: Any, host: Any) -> Any:
+    from . import folders
+
+    if not isinstance(spec, vim.vm.VmImportSpec):
+        raise vmodl.fault.NotSupported()
+    if folder is None:
+        raise vmodl.fault.InvalidArgument(invalidProperty="folder")
+    target: Any = find_object(context, folder._moId, "Folder")
+    context.require("VirtualMachine.Inventory.Create", target)
+    make = folders.maker(context, target, spec.configSpec, pool.ref, host)
+    lease = ImportLease(context, make)
+    lease.start()
+    return lease.ref
+
+
 @method("HttpNfcLease", "HttpNfcLeaseProgress")
 def progress(context: Context, lease: Lease, percent: int) -> None:
     lease.check()
@@ -264,6 +337,8 @@ def progress(context: Context, lease: Lease, percent: int) -> None:
 @method("HttpNfcLease", "HttpNfcLeaseComplete")
 def complete(context: Context, lease: Lease) -> None:
     lease.check()
+    if not lease.may_complete():
+        raise vim.fault.InvalidState(msg="Not all disks were uploaded.")
     lease.end("done")
 
 
@@ -299,8 +374,8 @@ def manifest(context: Context, lease: Lease) -> Any:
 # --- /nfc -----------------------------------------------------------------------------------------------------------
 
 
-def serve(handler: "Handler") -> None:
-    """A download: no ranges, no length, cut where a test says so. The ticket in the URL is all that it takes."""
+def _named(handler: "Handler") -> tuple[Any, Any]:
+    """The lease and the device that a request is about; (None, None) without. The ticket is all that it takes."""
     simulator = handler.simulator
     match = re.fullmatch(r"/nfc/([0-9a-f]+)/([^/?]+)", handler.path.split("?")[0])
     lease = simulator.leases.get(match.group(1)) if match else None
@@ -308,19 +383,83 @@ def serve(handler: "Handler") -> None:
     name = f"{handler.command} /nfc"
     if lease is None or device is None or lease.state != "ready":
         simulator.record_call(None, name, None, fault="404")
-        handler.text(404, "404 Not Found\n")
-        return
+        _refuse(handler, 404, "404 Not Found\n")
+        return None, None
     assert lease.session is not None
-    user = lease.session.user.name
     try:
         simulator.injector.apply("call", name, device.key)
     except DropConnection:
-        simulator.record_call(user, name, device.key, fault="drop")
+        simulator.record_call(lease.session.user.name, name, device.key, fault="drop")
         handler.close_connection = True
         raise
     except vmodl.MethodFault as fault:
-        simulator.record_call(user, name, device.key, fault=type(as_fault(fault)).__name__)
-        handler.text(500, "500 Internal Server Error\n")
+        simulator.record_call(lease.session.user.name, name, device.key, fault=type(as_fault(fault)).__name__)
+        _refuse(handler, 500, "500 Internal Server Error\n")
+        return None, None
+    return lease, device
+
+
+def _refuse(handler: "Handler", status: int, text: str, body: Any = None) -> None:
+    """:param body: what has not come yet of it."""
+    handler.close_connection = True
+    for _unused in body if body is not None else handler.chunks():
+        pass  # a client that still sends would see a reset connection instead of the answer
+    handler.text(status, text)
+
+
+def receive(handler: "Handler") -> None:
+    """An upload: a POST of a stream-optimised VMDK, and nothing else; cut where a test says so."""
+    lease, device = _named(handler)
+    if lease is None:
+        return
+    simulator, name, user = handler.simulator, f"{handler.command} /nfc", lease.session.user.name
+    refused, body = None, handler.chunks()
+    if not isinstance(lease, ImportLease):
+        refused = (405, "an export lease takes nothing")
+    elif handler.command != "POST":
+        refused = (405, "disks are sent by POST")
+    elif handler.headers.get("Content-Type") != "application/x-vnd.vmware-streamVmdk":
+        refused = (415, f"{handler.headers.get('Content-Type')} is no content type of a disk")
+    elif "Content-Length" not in handler.headers and "Transfer-Encoding" not in handler.headers:
+        refused = (411, "neither a length nor chunks")
+    if refused is None:
+        cut = simulator.settings.take("lease_cuts")
+        try:
+            lease.take(device, _arriving(handler, lease, body, cut))
+        except (stream_vmdk.BadStream, storage.StorageError) as error:
+            refused = (500, f"{type(error).__name__}: {error}")
+    if refused is not None:
+        simulator.record_call(user, name, device.key, fault=str(refused[0]))
+        _refuse(handler, refused[0], f"{refused[1]}\n", body)
+        return
+    simulator.record_call(user, name, device.key)
+    handler.text(201, "")
+
+
+def _arriving(handler: "Handler", lease: Lease, body: Iterator[bytes], cut: bool) -> Iterator[bytes]:
+    begun, came = time.monotonic(), 0
+    for piece in body:
+        for start in range(0, len(piece), CUT_AFTER):
+            part = piece[start : start + CUT_AFTER]
+            came += len(part)
+            speed = lease.simulator.settings.lease_bytes_per_second
+            while speed and came / speed > time.monotonic() - begun and not lease.over.wait(TICK):
+                pass
+            if lease.over.is_set() or (cut and came > CUT_AFTER):
+                handler.close_connection = True
+                raise DropConnection
+            yield part
+
+
+def serve(handler: "Handler") -> None:
+    """A download: no ranges, no length, cut where a test says so."""
+    lease, device = _named(handler)
+    if lease is None:
+        return
+    simulator, name, user = handler.simulator, f"{handler.command} /nfc", lease.session.user.name
+    if isinstance(lease, ImportLease):
+        simulator.record_call(user, name, device.key, fault="405")
+        handler.text(405, "an import lease gives nothing\n")
         return
     cut = simulator.settings.take("lease_cuts")
     simulator.record_call(user, name, device.key, fault="cut" if cut else None)

@@ -294,6 +294,27 @@ def granted(**missing: List[str]) -> server.Granted:
 READ = "VirtualMachine.Provisioning.DiskRandomRead"
 
 
+def test_privileges_of_restores_where_they_are_asked_for() -> None:
+    def lacks(restores: List[str], **missing: List[str]) -> Dict[str, str]:
+        app = machine_of()
+        app.values.update(parent=vim.Folder("group-v3"), resourcePool=vim.ResourcePool("resgroup-8"))
+        app.values["network"] = [vim.Network("network-7")]
+        checks = server.privilege_checks(app, [], ["nbdssl"], granted(**missing), "group-d1", None, restores)
+        return {check.severity: check.evidence for check in checks}
+
+    write, make = "VirtualMachine.Provisioning.DiskRandomAccess", "VirtualMachine.Inventory.Create"
+    assert list(lacks([], vm_1=[write], group_v3=[make])) == ["ok"]
+    assert list(lacks(["in_place"], group_v3=[make])) == ["ok"]
+    assert f"a restore to in_place: {write} on VM" in lacks(["in_place"], vm_1=[write])["error"]
+    assert f"a restore to new_vm: {make} on its folder" in lacks(["in_place", "new_vm"], group_v3=[make])["error"]
+    for place, name, where in (
+        ("group_v3", "VirtualMachine.Config.AddNewDisk", "its folder"),
+        ("resgroup_8", "VApp.Import", "its resource pool"),
+        ("network_7", "Network.Assign", "network network-7"),
+    ):
+        assert f"{name} on {where}" in lacks(["new_vm"], **{place: [name]})["error"]
+
+
 def test_privileges_of_what_will_be_done_and_of_what_could_be() -> None:
     assert list(lacking(granted(), outcome("nbdssl"))) == ["ok"]
     assert READ in lacking(granted(vm_1=[READ]), outcome("nbdssl"))["error"]

@@ -223,6 +223,16 @@ def test_privileges_are_asked_for_where_they_are_needed() -> None:
     assert server.asked[-1] == (["vm-1"], sorted(facts._WRITING))
 
 
+def test_the_privilege_of_an_import_is_asked_on_the_resource_pool() -> None:
+    manager = vim.AuthorizationManager
+    denied = manager.PrivilegeAvailability(privId="VApp.Import", isGranted=False)
+    answer = manager.EntityPrivilege(entity=vim.ResourcePool("resgroup-1"), privAvailability=[denied])
+    server, pool = Server(answer=[granted("vm-1"), answer]), vim.ResourcePool("resgroup-1")
+    asked = facts._missing_privileges(server, VM, None, ["https"], "write", pool)  # type: ignore[arg-type]
+    assert asked == {"import_lease": ("VApp.Import",)}
+    assert server.asked == [(["vm-1", "resgroup-1"], ["VApp.Import"])]
+
+
 def test_without_an_answer_nothing_is_missing() -> None:
     assert missing(Server(answer=VsphereError("no")), ALL) == {}
     direct = Server(answer=[granted("vm-1", *facts._READING)])

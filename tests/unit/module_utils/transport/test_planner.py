@@ -19,8 +19,10 @@ from ansible_collections.openvadp.backup.plugins.module_utils.transport.planner 
     ProxyFacts,
     ProxyVm,
     VmFacts,
+    by_import,
     consider,
     plan,
+    plan_new_machine,
 )
 from ansible_collections.openvadp.backup.plugins.module_utils.transport.vddk import Vddk
 
@@ -71,6 +73,7 @@ def vddk(version: str) -> Vddk:
 
 
 OFF = dict(vm_power_state="poweredOff", vm_snapshots=0)
+NEW = dict(OFF, vm_new=True)
 
 
 class Case(NamedTuple):
@@ -218,6 +221,18 @@ WRITING = [
     Case("nbdssl", disk(vm_snapshots=0), PROXY, "only a powered-off virtual machine is written"),
     Case("nbd", disk(**OFF), PROXY, method="vddk"),
     Case("https", disk(**OFF), PROXY, "existing disks are not written by HTTPS"),
+    Case("https", replace(DISK, vm=None), PROXY, "existing disks are not written by HTTPS"),
+    # A machine that is about to be made.
+    Case("https", disk(**NEW), PROXY, method="import_lease"),
+    Case("https", disk(**NEW), proxy(vddk=None, vm=None, plugins=frozenset()), method="import_lease"),
+    Case("https", disk(datastore=store("vsan"), **NEW), PROXY, method="import_lease"),
+    Case("https", disk(thin=False, controller="ide", **NEW), PROXY, method="import_lease"),
+    Case("https", disk(**NEW), proxy(is_vcenter=False), method="import_lease"),
+    Case("https", disk(datastore=AWAY, **NEW), PROXY, "no ESXi host with datastore 'vmfs01' can serve now"),
+    Case("https", disk(**NEW), proxy(missing_privileges={"import_lease": ("VApp.Import",)}), "privilege VApp.Import"),
+    Case("https", disk(**NEW), proxy(missing_privileges={"export_lease": ("VApp.Export",)}), method="import_lease"),
+    Case("nbdssl", disk(**NEW), PROXY, method="vddk"),
+    Case("hotadd", disk(**NEW), PROXY, method="vddk"),
 ]
 
 
@@ -301,6 +316,36 @@ def test_what_helps_a_template() -> None:
     with pytest.raises(TransportError) as caught:
         plan(template, PROXY, ["nbdssl", "https"], READ, True)
     assert str(caught.value.remedy).startswith("Put https first")
+
+
+def test_an_import_lease_brings_all_disks_of_a_new_machine_or_none() -> None:
+    """Beside a disk that only https can write, the others come that way too, and say why."""
+    only_https = proxy(vddk=None, vddk_problem=NO_VDDK)
+    transports = ["hotadd", "nbdssl", "https"]
+    plans = {
+        2000: plan(disk(**NEW), only_https, transports, WRITE, False),
+        3000: plan(disk(controller="ide", **NEW), only_https, transports, WRITE, False),
+    }
+    labels = {2000: "Hard disk 1", 3000: "Hard disk 2"}
+    assert [one.method for one in plans.values()] == ["proxy_hotadd", "import_lease"]
+    together = plan_new_machine(plans, labels)
+    assert {(one.chosen, one.method) for one in together.values()} == {("https", "import_lease")}
+    assert "hotadd: disk 'Hard disk 2' can only be written by https" in together[2000].reasons()[0]
+    assert [item.transport for item in together[2000].usable()] == ["https"]
+    assert "waits in a file" in "".join(together[3000].notes("https"))
+    # All by one transport, or all by https: nothing changes.
+    for key in plans:
+        assert plan_new_machine({key: plans[key]}, labels) == {key: plans[key]}
+    without = plan(disk(**NEW), only_https, ["hotadd"], WRITE, False)
+    with pytest.raises(TransportError, match="can't be written by one transport"):
+        plan_new_machine({2000: without, 3000: plans[3000]}, labels)
+
+
+def test_https_after_the_others_have_failed() -> None:
+    failed = by_import({2000: plan(disk(**NEW), PROXY, ["nbdssl", "https"], WRITE, False)}, "it failed: cut")
+    assert failed is not None and failed[2000].reasons() == ["nbdssl: it failed: cut"]
+    assert by_import({2000: plan(disk(**NEW), PROXY, ["nbdssl"], WRITE, False)}, "it failed") is None
+    assert by_import({2000: plan(disk(**NEW), PROXY, ["nbdssl", "https"], WRITE, True)}, "it failed") is None
 
 
 def test_a_required_transport_is_the_first_one_or_an_error() -> None:
