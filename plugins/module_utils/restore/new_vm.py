@@ -498,7 +498,8 @@ class _Restore:
                     f"https: {why}" if line.startswith("https: ") else line for line in entry["transport_reasons"]
                 ]
         vm = self.vm
-        assert vm is not None
+        if vm is None:
+            raise AssertionError("a machine that was made is known")
         self.run.update(self.intent, complete=True)
         try:
             if self.request.power_on:

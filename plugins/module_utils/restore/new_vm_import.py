@@ -68,7 +68,8 @@ class Import:
 
     def upload(self, pairs: _Pairs) -> None:
         """All disks, each whole. :raises TransportError: one could not be sent."""
-        assert self._lease is not None
+        if self._lease is None:
+            raise AssertionError("the lease is held")
         self._lease.shares = dict.fromkeys((disk.key for _source, disk in pairs), 0.0)
         for source, disk in pairs:
             begun = time.monotonic()

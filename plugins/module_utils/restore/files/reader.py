@@ -266,9 +266,10 @@ class DissectReader(FileReader):
         return kind, content
 
     def _failure(self, reason: str, remedy: Optional[str] = None) -> DataPathError:
-        assert self._child is not None
-        self._child.stop(timeout=0)
-        last = self._child.log_tail(3)
+        last = ""
+        if self._child is not None:
+            self._child.stop(timeout=0)
+            last = self._child.log_tail(3)
         return DataPathError(
             "The file systems can't be read",
             subject=", ".join(f"disk {disk.key} ('{disk.label}')" for disk in self.disks),
