@@ -21,8 +21,8 @@ extends_documentation_fragment:
 attributes:
   check_mode:
     support: full
-    details: This module changes nothing, so it does the same in check mode. With O(level=boot) the point is checked, and
-      RV(boot) tells what would be booted.
+    details: This module changes nothing, so it does the same in check mode. With O(level=boot) the point is checked,
+      and RV(boot) tells what would be booted.
   diff_mode:
     support: N/A
     details: This module changes nothing.

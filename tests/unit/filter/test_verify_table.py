@@ -36,7 +36,7 @@ RESULT: Dict[str, Any] = {"vm_name": "app01", "point": "p1", "level": "boot", "p
 
 def test_disks_and_the_boot() -> None:
     lines = verify_table([dict(RESULT, boot=BOOT)])
-    assert lines[2].split() == "app01 p1 2000 Hard disk 1 boot 3 4.0 MiB 2.0 sound".split()
+    assert lines[2].split() == ["app01", "p1", "2000", "Hard", "disk", "1", "boot", "3", "4.0", "MiB", "2.0", "sound"]
     assert lines[3:] == [
         "p1 booted after 3.2 s: its serial console says 'login:'",
         "guest: bios, 512 MiB, 2000 on paravirtual SCSI, by tcg (no KVM: there is no /dev/kvm)",

@@ -2,8 +2,8 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 """Whether KVM works here. That /dev/kvm can be opened proves nothing: on some machines a guest hangs after its BIOS.
 
-So a guest of 94 bytes is booted, which goes to protected mode, returns from an interrupt and answers by ending qemu with
-a status of its own. If it has not after some seconds, there is no KVM here. Software (TCG) does it then.
+So a guest of 94 bytes is booted, which goes to protected mode, returns from an interrupt and answers by ending qemu
+with a status of its own. If it has not after some seconds, there is no KVM here. Software (TCG) does it then.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ACCELERATORS = (AUTO, KVM, TCG)
 DEVICE = "/dev/kvm"
 PROBE_SECONDS = 3.0
 
-# cli; ax, ds = 0; lgdt; protected mode; flat segments; iret to the next instruction; out 0x10 to port 0xf4; hlt for ever.
+# cli; ax, ds = 0; lgdt; protected mode; flat segments; iret to the next instruction; out 0x10 to port 0xf4; hlt.
 _GUEST = bytes.fromhex(
     "fa31c08ed8660f0116587c0f20c00c010f22c066ea1b7c0000080066b810008ed88ed0bc007000009c6a0868317c0000"
     "cf66baf400b010eef4ebfd8d742600900000000000000000ffff0000009acf00ffff00000092cf001700407c0000"

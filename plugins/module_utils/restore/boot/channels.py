@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""What is heard of a guest: its serial console, its agent, and qemu itself (QMP). All of it may lie, or say too much."""
+"""What is heard of a guest: its serial console, its agent, qemu itself (QMP). All of it may lie, or say too much."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class Console:
 
     def drain(self) -> None:
         """What qemu has sent already, within reason."""
-        for dummy in range(SERIAL_BYTES // _READ_BYTES):
+        for _again in range(SERIAL_BYTES // _READ_BYTES):
             if not self.open or not select.select([self], [], [], 0)[0]:
                 return
             self.read()

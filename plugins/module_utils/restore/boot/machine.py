@@ -131,7 +131,9 @@ def design(
             what = _class(controller) or "an unknown controller"
             notes.append(f"disk {disk.key} is on {_SHOWN[kind]}: qemu has no {what}")
         elif kind == "lsi53c895a":
-            notes.append(f"disk {disk.key} is on {_SHOWN[kind]}, which the guest needs a driver for: qemu has no 53C1030")
+            notes.append(
+                f"disk {disk.key} is on {_SHOWN[kind]}, which the guest needs a driver for: qemu has no 53C1030"
+            )
         if kind == "ide" and buses.used.get("ide", 0) >= most:
             raise InputError("The machine has more disks on IDE than qemu takes", subject=f"disk {disk.key}")
         device = buses.place(kind, most, controller.get("key", "other"), disk)

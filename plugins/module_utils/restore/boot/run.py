@@ -20,7 +20,6 @@ import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from ...datapath.image import create_overlay, overlay_opts
@@ -248,9 +247,7 @@ def _planned(store: VmStore, point: str, request: BootRequest, folder: str) -> I
             options = overlay_opts(str(store.layer_path(disk["key"], point)), f"/proc/self/fd/{descriptors[-1]}")
             disks.append(BootDisk(disk["key"], disk["label"], f"{options},cache.no-flush=on,discard=unmap"))
         firmware = _efi_firmware(folder) if firmware_of(saved) == EFI else None
-        machine = design(
-            saved, disks, memory_mb=request.boot_memory, cpus=request.boot_cpus, firmware=firmware
-        )
+        machine = design(saved, disks, memory_mb=request.boot_memory, cpus=request.boot_cpus, firmware=firmware)
         yield _Plan(machine, descriptors)
     finally:
         for descriptor in descriptors:
@@ -285,9 +282,7 @@ def _efi_firmware(folder: str) -> Tuple[str, str]:
     )
 
 
-def command_line(
-    program: str, machine: Machine, accelerator: str, request: BootRequest, folder: str
-) -> List[str]:
+def command_line(program: str, machine: Machine, accelerator: str, request: BootRequest, folder: str) -> List[str]:
     """All of qemu's command line. The machine does not run before it is told to: nothing it says is lost."""
     command = ["prlimit", "--core=0", f"--fsize={request.boot_overlay_limit * _MIB}"]
     command += [f"--as={machine.memory_mb * _MIB + _QEMU_BYTES}", program]
