@@ -27,7 +27,7 @@ _INIT = b"""#!/bin/busybox sh
 /bin/busybox mount -t devtmpfs dev /dev
 /bin/busybox mount -t proc proc /proc
 /bin/busybox mount -t sysfs sys /sys
-for console in /dev/ttyS0 /dev/tty0; do echo "%s" >$console; done
+for console in /dev/tty0 /dev/ttyS0; do echo "%s" >$console; done
 for module in virtio_ring virtio virtio_pci_legacy_dev virtio_pci_modern_dev virtio_pci virtio_console; do
     /bin/busybox insmod /modules/$module.ko
 done

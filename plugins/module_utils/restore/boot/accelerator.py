@@ -20,7 +20,7 @@ TCG = "tcg"
 ACCELERATORS = (AUTO, KVM, TCG)
 
 DEVICE = "/dev/kvm"
-PROBE_SECONDS = 3.0
+PROBE_SECONDS = 2.0
 
 # cli; ax, ds = 0; lgdt; protected mode; flat segments; iret to the next instruction; out 0x10 to port 0xf4; hlt.
 _GUEST = bytes.fromhex(
