@@ -163,7 +163,7 @@ def test_what_cannot_be_ended_now_is_ended_later(modules: Modules, own_simulator
     libdir = own_simulator.facts["vddk_libdir"]
     options = dict(modules.named, repository=str(repository))
     begun = modules.done("vadp_recover", **options, begin=True, point="one", access=True, vddk_libdir=libdir)
-    assert begun["run"]["access"] == {"prepared": True, "reason": None}
+    assert begun["run"]["access"] == {"prepared": True, "reason": None} and not begun.get("warnings"), begun
     identity = prepared(own_simulator)
     assert len(identity) == 1 and begun["run"]["id"] in identity[0]
     missing = modules.done("vadp_recover", **options, vddk_libdir="/nonexistent")

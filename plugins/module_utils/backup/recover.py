@@ -120,6 +120,7 @@ def recover_vm(request: RecoverRequest, check_mode: bool) -> Dict[str, Any]:
                     details={"recovered": recovered},
                 )
             ended = records - len(store.runs())
+            warnings = _warnings(store)
             run = begin_run(store, vm, request.point) if request.begin and vm is not None else None
             begun = run is not None and not run["complete"]
             if request.access and begun and run is not None and vm is not None and not vm.template:
@@ -130,7 +131,7 @@ def recover_vm(request: RecoverRequest, check_mode: bool) -> Dict[str, Any]:
                 "changed": bool(recovered) or ended > 0 or begun,
                 "recovered": recovered,
                 "run": run,
-                "warnings": _warnings(store),
+                "warnings": warnings,
             }
 
 

@@ -29,6 +29,7 @@ from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Sequenc
 
 from ..errors import DataPathError, VadpError
 from ..libraries import nbd
+from . import buffers
 from .extents import Extents
 from .hashes import HashWriter
 from .image import CLUSTER_BYTES
@@ -119,11 +120,12 @@ def _in_flight(connection: _Connection) -> int:
 class _Slot:
     """A buffer on its way: read, then written in one or more pieces."""
 
-    __slots__ = ("memory", "buffer", "offset", "length", "read_bytes", "pending")
+    __slots__ = ("lent", "memory", "buffer", "offset", "length", "read_bytes", "pending")
 
     def __init__(self, size: int) -> None:
-        self.memory = memoryview(bytearray(size))
-        self.buffer = nbd.Buffer.from_buffer(self.memory)
+        self.lent = buffers.borrow(size)
+        self.memory = self.lent.memory
+        self.buffer = self.lent.buffer
         self.offset = 0
         self.length = 0
         self.read_bytes = 0
@@ -246,6 +248,7 @@ class _Copy:
         self.on_progress = on_progress
         self.bucket = _Bucket(rate_limit)
         self.slot_count = slots
+        self.free: List[_Slot] = []
         self.io_timeout = io_timeout
         self.cancel = cancel
         self.drop_zeros = drop_zeros
@@ -329,6 +332,9 @@ class _Copy:
             side.connections.clear()
         self.by_fd.clear()
         self.completed.clear()
+        # What was in flight may be written to as long as libnbd remembers the request: that stays away.
+        buffers.give_back(slot.lent for slot in self.free)
+        self.free.clear()
 
     def disconnect(self, seconds: float) -> None:
         """Let what is in flight end, and say goodbye: a server that is left in the middle of a request can crash.
@@ -526,10 +532,10 @@ class _Copy:
         if not self.target_zeroes and not self.drop_zeros:
             self.zero_bytes = self.request_bytes
             self.zeros = _Slot(self.request_bytes)
+            self.zeros.memory[:] = bytes(self.request_bytes)
         self.allocation = _Allocation(capacity_bytes, self.limit, self.areas)
         if not self.source.handle.can_meta_context(_CONTEXT):
             self.allocation.give_up(0)
-        self.free: List[_Slot] = []
         self.slots_made = 0
         self.position = 0
 

@@ -13,6 +13,7 @@ from array import array
 from collections import deque
 from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Tuple
 
+from ..datapath import buffers
 from ..datapath.extents import Extents
 from ..errors import DataPathError
 from ..libraries import nbd
@@ -41,8 +42,8 @@ class _Pair:
     """One piece of both disks on its way."""
 
     def __init__(self, size: int) -> None:
-        self.data = (bytearray(size), bytearray(size))
-        self.buffers = tuple(nbd.Buffer.from_buffer(data) for data in self.data)
+        self.lent = (buffers.borrow(size), buffers.borrow(size))
+        self.data = tuple(lent.data for lent in self.lent)
         self.offset = 0
         self.length = 0
         self.missing = 0
@@ -54,7 +55,7 @@ class _Pair:
 
     def differences(self) -> Iterator[Tuple[int, int]]:
         """(start, end) of the sectors that differ, in bytes of the disk, ascending; neighbours are not joined."""
-        one, other = (memoryview(data) for data in self.data)
+        one, other = (lent.memory for lent in self.lent)
         for start in range(0, self.length, _PART_BYTES):
             end = min(start + _PART_BYTES, self.length)
             if one[start:end] == other[start:end]:
@@ -188,9 +189,10 @@ class _Comparison:
         pair.offset = offset
         pair.length = length
         pair.missing = len(self.sides)
-        for side, data, buffer in zip(self.sides, pair.data, pair.buffers):
+        for side, lent in zip(self.sides, pair.lent):
+            buffer = lent.buffer
             if pair.length != self.request_bytes:
-                buffer = nbd.Buffer.from_buffer(memoryview(data)[: pair.length])
+                buffer = nbd.Buffer.from_buffer(lent.memory[: pair.length])
             if not side.in_flight:
                 side.last_answer = time.monotonic()
             side.in_flight += 1
@@ -278,4 +280,6 @@ class _Comparison:
             side.handle = None
         self.sides.clear()
         self.completed.clear()
+        # Not what was in flight: see _Copy.close.
+        buffers.give_back(lent for pair in self.free for lent in pair.lent)
         self.free.clear()

@@ -8,6 +8,7 @@ import re
 import signal
 import threading
 import time
+from pathlib import Path
 
 import blake3
 import pytest
@@ -436,6 +437,22 @@ def test_memory_is_bounded_by_the_buffers(nbdkit, tmp_path):
     failing_copy(source, target, size, on_progress=look, cancel=cancel, connections=2, depth=4)
     assert seen[-1] == 8
     os.kill(target.pid, signal.SIGKILL)
+
+
+def test_memory_is_used_again(nbdkit, tmp_path):
+    """Thirty disks of a machine take no more than those that are copied at once."""
+    random_disk(tmp_path / "disk", 8 * MIB)
+    source = nbdkit("-r", "file", tmp_path / "disk")
+    target = nbdkit("memory", 8 * MIB)
+
+    def resident_bytes():
+        return int(re.search(r"RssAnon:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+    copy(source.uri, target.uri, capacity_bytes=8 * MIB)
+    before = resident_bytes()
+    for _disk in range(30):
+        copy(source.uri, target.uri, capacity_bytes=8 * MIB)
+    assert resident_bytes() - before < 16 * MIB
 
 
 def test_several_copies_side_by_side(nbdkit, tmp_path):
