@@ -88,7 +88,7 @@ options:
     type: path
     default: /var/tmp
   boot_overlay_limit:
-    description: MiB that a guest may write to a disk. It is ended if it writes more.
+    description: MiB that a guest may write to a disk. The disk fails, and so does the proof, if it writes more.
     type: int
     default: 8192
 requirements:

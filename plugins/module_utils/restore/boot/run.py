@@ -400,13 +400,16 @@ class _Guest:
                 return "its kernel panicked"
             elif event == "SHUTDOWN":
                 return "it switched itself off"
+            elif event == "BLOCK_IO_ERROR":
+                limit, folder = self._request.boot_overlay_limit, self._request.boot_overlay_dir
+                return f"a disk failed: it wrote more than boot_overlay_limit ({limit} MiB), or {folder} is full"
         for console in (self._firmware, self._serial):
             if console.failures.found is not None:
                 return f"it says {console.failures.found!r}"
         if not self._qmp.open:
             self._child.wait(_LOOK_SECONDS)
             words = self._child.log_tail(2) or f"status {self._child.returncode}"
-            return f"qemu ended: {words} (a guest that writes more than boot_overlay_limit is ended so)"
+            return f"qemu ended: {words}"
         return ""
 
     def _awaited(self) -> str:
