@@ -4,7 +4,7 @@
 
 The parts lie in build/boot, where tests/setup.sh unpacks them from Debian's packages: ``vmlinuz``, ``modules``,
 ``busybox``, ``syslinux`` and ``mbr.bin``. The guest says :data:`GREETING` on its serial console and its screen,
-answers as qemu's guest agent does where there is such a port, and then sleeps. The initial file system is not
+answers as qemu's guest agent does where there is such a port, and does nothing else. The initial file system is not
 compressed, so the greeting stands as it is in the disk's bytes: a test can change it there.
 """
 
@@ -31,15 +31,15 @@ for console in /dev/tty0 /dev/ttyS0; do echo "%s" >$console; done
 for module in virtio_ring virtio virtio_pci_legacy_dev virtio_pci_modern_dev virtio_pci virtio_console; do
     /bin/busybox insmod /modules/$module.ko
 done
-if [ -e /dev/vport1p1 ]; then port=/dev/vport1p1; else port=/dev/vport0p1; fi
-if [ -e $port ]; then
-    exec 3<>$port
-    while read -r line <&3; do
-        number=${line##*:}
-        echo "{\\"return\\": ${number%%%%\\}*}}" >&3
+while :; do
+    for port in /dev/vport*p1; do
+        while read -r line; do
+            number=${line##*:}
+            echo "{\\"return\\": ${number%%%%\\}*}}" >&0
+        done 2>/dev/null <>$port
     done
-fi
-exec /bin/busybox sleep 100000
+    /bin/busybox sleep 0.5
+done
 """
 # What takes long without hardware virtualisation is left out.
 _OPTIONS = "nokaslr mitigations=off tsc=reliable lpj=4000000 no_timer_check nowatchdog cryptomgr.notests nosmp"

@@ -192,7 +192,11 @@ def parse(line: bytes) -> Dict[str, Any]:
 
 
 class Qmp:
-    """qemu's own control socket."""
+    """qemu's own control socket.
+
+    ``beside`` are channels that are read while an answer is awaited: qemu stands still while the guest writes to a
+    console that nobody reads, and a socket that is written byte by byte is full after some 300 of them.
+    """
 
     def __init__(self, path: str) -> None:
         self._socket = connect(path)
@@ -201,10 +205,8 @@ class Qmp:
         #: Names of events that nobody has taken yet, oldest first.
         self.events: List[str] = []
         self.open = True
+        self.beside: List[Any] = []
         self.command("qmp_capabilities")
-
-    def fileno(self) -> int:
-        return self._socket.fileno()
 
     def command(self, name: str, **arguments: Any) -> Any:
         """Carry out a command and return its answer. DataPathError: it failed, or qemu does not answer."""
@@ -232,12 +234,17 @@ class Qmp:
             "qemu does not answer", subject=name, reason="it has ended" if not self.open else "it hangs"
         )
 
-    def read(self) -> None:
-        """Take in what has come without being asked for."""
-        self._receive(0)
+    def read(self, seconds: float) -> None:
+        """Take in what has come without being asked for, here and beside, or comes within that time."""
+        self._receive(seconds)
 
     def _receive(self, timeout: float) -> List[Dict[str, Any]]:
-        if not select.select([self._socket], [], [], timeout)[0]:
+        others = [channel for channel in self.beside if channel.open]
+        ready = select.select([self._socket, *others], [], [], timeout)[0]
+        for channel in others:
+            if channel in ready:
+                channel.read()
+        if self._socket not in ready:
             return []
         try:
             data = self._socket.recv(_READ_BYTES)

@@ -14,7 +14,6 @@ import contextlib
 import json
 import os
 import re
-import select
 import shutil
 import tempfile
 import time
@@ -358,6 +357,7 @@ class _Guest:
     def run(self) -> Outcome:
         """Let it run."""
         begun = time.monotonic()
+        self._qmp.beside = [self._serial, self._firmware, *([] if self._agent is None else [self._agent])]
         self._qmp.command("cont")
         next_look = begun
         while True:
@@ -374,7 +374,7 @@ class _Guest:
                 self._was_steady = self._steady.look(self._look(), now)
             if self._agent is not None:
                 self._agent.ask(now)
-            self._listen(_LOOK_SECONDS / 2)
+            self._qmp.read(_LOOK_SECONDS / 2)
         seconds = time.monotonic() - begun
         with contextlib.suppress(DataPathError):
             return Outcome(by, reason, seconds, self._resets, self._look(), self._heard())
@@ -422,14 +422,6 @@ class _Guest:
         if self._steady is not None:
             wanted.append(f"a screen that stays the same for {self._request.steady_seconds} s and is not blank")
         return "awaited: " + ", or ".join(wanted)
-
-    def _listen(self, seconds: float) -> None:
-        channels: List[Any] = [self._qmp, self._serial, self._firmware]
-        if self._agent is not None:
-            channels.append(self._agent)
-        ready = select.select([channel for channel in channels if channel.open], [], [], seconds)[0]
-        for channel in ready:
-            channel.read()
 
     def _look(self) -> Screen:
         self._qmp.command("screendump", filename=self._picture)

@@ -137,6 +137,32 @@ def test_qmp_answers_and_events(peer: Peer) -> None:
     qmp.close()
 
 
+def test_a_guest_that_waits_for_its_console_does_not_hold_up_qemu(peer: Peer) -> None:
+    written = threading.Event()
+
+    def console(connection: Any) -> None:
+        # Byte by byte, as a guest does: the socket's buffer is full long before.
+        for _number in range(100_000):
+            connection.send(b"x")
+        written.set()
+
+    def talk(connection: Any) -> None:
+        lines = connection.makefile("rwb", buffering=0)
+        for number in range(2):
+            identity = json.loads(lines.readline())["id"]
+            assert number == 0 or written.wait(60)
+            lines.write(json.dumps({"return": number, "id": identity}).encode() + b"\n")
+
+    qmp, serial = Qmp(peer(talk)), Console(peer(console), None, None)
+    qmp.beside = [serial]
+    assert qmp.command("screendump") == 1
+    while serial.open:
+        qmp.read(1)
+    assert serial.log.total == 100_000
+    qmp.close()
+    serial.close()
+
+
 def test_json_that_is_none() -> None:
     assert parse(b'{"a": 1}') == {"a": 1}
     assert parse(b"[1]") == parse(b"\xff") == parse(b"") == parse(b"[" * 100_000) == {}
