@@ -128,8 +128,8 @@ def design(
         controller = devices.get(place.get("controllerKey")) or {}
         kind, most = _KINDS.get(_class(controller), _SATA)
         if _class(controller) not in _KINDS:
-            what = _class(controller) or "an unknown controller"
-            notes.append(f"disk {disk.key} is on {_SHOWN[kind]}: qemu has no {what}")
+            why = f"qemu has no {_class(controller)}" if controller else "its controller is not known"
+            notes.append(f"disk {disk.key} is on {_SHOWN[kind]}: {why}")
         elif kind == "lsi53c895a":
             notes.append(
                 f"disk {disk.key} is on {_SHOWN[kind]}, which the guest needs a driver for: qemu has no 53C1030"
