@@ -19,7 +19,7 @@ as_root() {
     fi
 }
 
-PACKAGES=(python3 python3-venv python3-dev python3-libnbd libnbd-bin nbdkit qemu-utils gcc libc6-dev make git openssl curl
+PACKAGES=(python3 python3-venv python3-dev python3-libnbd libnbd-bin nbdkit qemu-utils qemu-system-x86 gcc libc6-dev make git openssl curl
     e2fsprogs ntfs-3g xfsprogs btrfs-progs dosfstools mtools fdisk util-linux procps openssh-client shellcheck
     iproute2 iputils-ping)
 
@@ -68,6 +68,36 @@ if ! nbdkit vddk --dump-plugin >/dev/null 2>&1; then
         fetch_vddk_plugin
     fi
     nbdkit vddk --dump-plugin >/dev/null
+fi
+
+# Kernel, boot loader and shell of the guest that demo and tests boot: unpacked, for nothing of it is for this machine.
+if [ ! -e build/boot/busybox ]; then
+    say "unpacking a kernel for a guest"
+    rm -rf build/boot
+    mkdir -p build/boot/packages build/boot/modules
+    kernel() { apt-cache depends linux-image-cloud-amd64 | sed -n 's/.*Depends: \(linux-image-[0-9][^ ]*\)$/\1/p' | head -n 1; }
+    if ! (cd build/boot/packages && apt-get -q download "$(kernel)" syslinux busybox-static); then
+        as_root apt-get -q update
+        (cd build/boot/packages && apt-get -q download "$(kernel)" syslinux busybox-static)
+    fi
+    # A kernel that has virtio built in has no such modules, which tar then complains of.
+    dpkg --fsys-tarfile build/boot/packages/linux-image-*.deb | tar -xf - -C build/boot/packages --wildcards \
+        './boot/vmlinuz-*' '*/kernel/drivers/virtio/*' '*/virtio_console.ko*' || true
+    dpkg -x build/boot/packages/syslinux_*.deb build/boot/packages
+    dpkg -x build/boot/packages/busybox-static_*.deb build/boot/packages
+    /usr/bin/python3 - build/boot/packages build/boot/modules <<'END'
+import lzma, pathlib, sys
+
+for path in pathlib.Path(sys.argv[1]).rglob("virtio*.ko*"):
+    data = path.read_bytes()
+    name = path.name.partition(".")[0] + ".ko"
+    (pathlib.Path(sys.argv[2]) / name).write_bytes(lzma.decompress(data) if path.suffix == ".xz" else data)
+END
+    mv build/boot/packages/boot/vmlinuz-* build/boot/vmlinuz
+    mv build/boot/packages/usr/bin/syslinux build/boot/syslinux
+    mv "$(find build/boot/packages -name mbr.bin | head -n 1)" build/boot/mbr.bin
+    mv "$(find build/boot/packages -type f -path '*bin/busybox' | head -n 1)" build/boot/busybox
+    rm -r build/boot/packages
 fi
 
 # An SSH server for one test, unpacked rather than installed: installing it would start a public server on this machine.

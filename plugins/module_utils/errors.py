@@ -125,6 +125,10 @@ class DamagedError(RepositoryError):
     """Stored data or metadata differ from what was written."""
 
 
+class BootError(VadpError):
+    """A restore point is as it was written, but did not boot."""
+
+
 def check_range(option: str, number: Optional[int], low: int, high: int) -> None:
     """:raises InputError: *number* is neither from *low* to *high* nor None (not given)."""
     if number is not None and not low <= number <= high:

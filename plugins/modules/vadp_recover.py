@@ -12,7 +12,7 @@ description:
     machine, disks that are still attached to a proxy, snapshots that carry this repository's id (with what their
     removal may have left), temporary ones of M(openvadp.backup.vm_change_tracking), prepared access (see
     M(openvadp.backup.vadp_access)), the virtual machine itself where a restore was making it and did not come to its
-    end, and temporary files.
+    end, and temporary files, also of a M(openvadp.backup.restore_point_verify) that was killed while it booted a point.
   - What others made is never touched. The virtual machine is locked meanwhile, so a run that is still at work is not
     disturbed, and the module fails.
   - With O(begin=true) it then begins a run, and returns name and description for its snapshot.

@@ -16,7 +16,14 @@ from harness import Ansible, Backups, Simulator  # noqa: E402
 from modules import Modules  # noqa: E402
 
 # A file is one worker's work: the long ones go first, or the others wait for the last of them at the end.
-LONG = ("test_role_backup_proxy", "test_faults", "test_role_backup", "test_backup_nic", "test_incrementals")
+LONG = (
+    "test_role_backup_proxy",
+    "test_faults",
+    "test_role_backup",
+    "test_backup_nic",
+    "test_incrementals",
+    "test_boot",
+)
 
 
 def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:

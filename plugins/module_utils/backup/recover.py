@@ -20,7 +20,7 @@ from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 from ..datapath.image import fsync_dir
 from ..datapath.processes import RuntimeDir, start_time
-from ..errors import InputError, NotFoundError, RepositoryError, VadpError
+from ..errors import InputError, LockedError, NotFoundError, RepositoryError, VadpError
 from ..repository.layout import Repository, VmStore, check_point_name, is_empty_folder, new_point_name
 from ..repository.runs import Run, boot_id, new_run_id
 from ..transport import hotadd, https
@@ -381,7 +381,22 @@ def _temporary_files(store: VmStore, runs: List[Run], check_mode: bool) -> List[
     for run in runs:
         for folder in RuntimeDir.leftovers(run.run_id, remove=not check_mode):
             found.append(_item("temporary_file", folder, "removed", check_mode))
-    return found
+    return found + _boots(store, check_mode)
+
+
+def _boots(store: VmStore, check_mode: bool) -> List[Recovered]:
+    """What a restore_point_verify that was killed left, unless another boots the machine now."""
+    names = RuntimeDir.leftovers(store.boot_name, remove=not check_mode)
+    parts = store.boot_part_files()
+    if parts and not check_mode:
+        try:
+            with store.boot_lock(new_run_id()):
+                parts = store.boot_part_files()
+                for path in parts:
+                    _unlink(path)
+        except LockedError:
+            parts = []
+    return [_item("temporary_file", name, "removed", check_mode) for name in [*names, *map(str, parts)]]
 
 
 def _unlink(path: Path) -> None:

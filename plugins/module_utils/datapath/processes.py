@@ -35,7 +35,8 @@ _STILL_OURS = 'test "$PPID" = "$1" || exit 125; shift; exec "$@"'
 
 # Program -> the packages that hold it, where none is named like it everywhere.
 _PACKAGES = dict.fromkeys(("qemu-img", "qemu-nbd"), "qemu-utils (Debian, Ubuntu) or qemu-img (Fedora, RHEL)")
-_PACKAGES.update(setpriv="util-linux", timeout="coreutils")
+_PACKAGES.update(setpriv="util-linux", prlimit="util-linux", timeout="coreutils")
+_PACKAGES["qemu-system-x86_64"] = "qemu-system-x86 (Debian, Ubuntu) or qemu-system-x86-core (Fedora)"
 
 # A variable that can carry a password does not go to a child.
 _SECRET = re.compile(r"^VMWARE_|PASSW|SECRET|TOKEN|CREDENTIAL", re.IGNORECASE)

@@ -374,6 +374,19 @@ class VmStore:
         """The manifest of a point; it exists if the point does."""
         return self._inside("points", f"{check_point_name(point)}.json")
 
+    def screenshot_path(self, point: str) -> Path:
+        """The guest's screen when the point was booted last; there need not be any."""
+        return self._inside("boots", f"{check_point_name(point)}.png")
+
+    def serial_log_path(self, point: str) -> Path:
+        """What the guest said on its serial console when the point was booted last; there need not be any."""
+        return self._inside("boots", f"{check_point_name(point)}.serial.log")
+
+    @property
+    def boot_name(self) -> str:
+        """What the folder of sockets is called when a point of this VM is booted: always the same."""
+        return f"boot-{self.uuid}"
+
     @property
     def trust_path(self) -> Path:
         """The marks of disks whose change tracking must not be believed; there need not be any."""
@@ -555,6 +568,38 @@ class VmStore:
         :raises LockedError: another run holds it (when entered).
         """
         return StoreLock(self, run_id, what)
+
+    def boot_lock(self, run_id: str) -> VmLock:
+        """The lock of those who boot points of this VM: one at a time, and beside backups, which need not wait.
+
+        Who holds it writes to the folder ``boots``, and nowhere else.
+        """
+        self.make_folder()
+        self._make_folders(self._inside("boots"))
+        return VmLock(self._inside("boots", "lock"), run_id, "restore_point_verify")
+
+    def boot_part_files(self) -> List[Path]:
+        """Unfinished evidence of boots. Under the lock of :meth:`boot_lock` each of them is a leftover."""
+        folder = self._inside("boots")
+        if not folder.is_dir():
+            return []
+        return [folder / name for name in sorted(os.listdir(str(folder))) if _PART_FILE.fullmatch(name)]
+
+    def keep_evidence(self, point: str, screenshot: Optional[bytes], serial_log: bytes) -> None:
+        """Keep what a boot of a point has shown, in place of the last one's. Under the lock of :meth:`boot_lock`.
+
+        :param screenshot: a PNG file, if there is a picture.
+        """
+        path = self.screenshot_path(point)
+        try:
+            if screenshot is None:
+                _unlink(path)
+            else:
+                atomic_write(str(path), screenshot, mode=0o600)
+            path = self.serial_log_path(point)
+            atomic_write(str(path), serial_log, mode=0o600)
+        except OSError as error:
+            raise _unusable(str(path), error) from None
 
     def require_lock(self, what: str) -> None:
         """RuntimeError (a defect of the caller) unless this object's lock is held."""

@@ -25,8 +25,8 @@ def run(*argv: str) -> bytes:
     ).stdout
 
 
-def part_of(image: Path, scratch: Path) -> Path:
-    table = json.loads(run("sfdisk", "-J", str(image)))["partitiontable"]["partitions"][0]
+def part_of(image: Path, scratch: Path, number: int = 0) -> Path:
+    table = json.loads(run("sfdisk", "-J", str(image)))["partitiontable"]["partitions"][number]
     part = scratch / "part"
     with open(image, "rb") as source:
         source.seek(table["start"] * 512)
@@ -61,6 +61,19 @@ def test_fat_is_sound_and_holds_the_known_files(tmp_path: Path) -> None:
     said = run("fsck.fat", "-n", "-v", str(part)).decode()
     assert "3 files" in said or ": 4 files" in said
     assert images.known_files("fat")["DATA.BIN"] in part.read_bytes()
+
+
+def test_the_disk_that_boots_has_a_kernel_and_the_known_files(tmp_path: Path) -> None:
+    image = images.image("bootable", CAPACITY)
+    boot = part_of(image, tmp_path)
+    run("fsck.fat", "-n", str(boot))
+    assert (images.boot_image.PARTS / "vmlinuz").read_bytes() in boot.read_bytes()
+    assert image.read_bytes().count(images.boot_image.GREETING) == 1
+    part = part_of(image, tmp_path, 1)
+    run("e2fsck", "-f", "-n", str(part))
+    for name, content in images.known_files("bootable").items():
+        run("debugfs", "-R", f"dump /{name} {tmp_path}/out", str(part))
+        assert (tmp_path / "out").read_bytes() == content
 
 
 def test_random_allocates_what_was_asked_and_half_of_it_compresses() -> None:

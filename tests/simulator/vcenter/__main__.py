@@ -25,7 +25,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--state", type=Path, help="folder that keeps everything; without it one that goes with the simulator"
     )
-    parser.add_argument("--vms", choices=("minimal", "standard"), default="minimal", help="VMs of a new state folder")
+    sets = ("minimal", "standard", "demo")
+    parser.add_argument("--vms", choices=sets, default="minimal", help="VMs of a new state folder")
     parser.add_argument("--hosts", type=int, default=0, help="so many more hosts for a new state folder")
     parser.add_argument("--port", type=int, default=0, help="the vCenter port; 0 takes a free one")
     parser.add_argument(

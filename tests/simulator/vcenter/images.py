@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from . import boot_image
 from .storage import Storage
 
 MIB = 1 << 20
@@ -44,6 +45,9 @@ def _run(argv: list[str], **options: object) -> str:
         "TEST_DIR": "1",
         "TEST_DEV": "1",
         "QA_CHECK_FS": "1",
+        # the boot partition need not fit any drive's geometry; its times are fixed
+        "MTOOLS_SKIP_CHECK": "1",
+        "SOURCE_DATE_EPOCH": str(_EPOCH),
     }
     try:
         done = subprocess.run(argv, check=True, capture_output=True, text=True, timeout=300, env=environment, **options)
@@ -117,6 +121,16 @@ def _insert(part: Path, image: Path, offset: int) -> None:
 
 def _make_ext4(image: Path, scratch: Path) -> None:
     offset, length = _partition(image, "gpt", "linux")
+    _put_ext4(image, scratch, offset, length)
+
+
+def _make_bootable(image: Path, scratch: Path) -> None:
+    """As ext4, behind a partition that a BIOS boots from."""
+    boot_image.make(image, scratch, _run)
+    _put_ext4(image, scratch, boot_image.DATA_AT, image.stat().st_size - boot_image.DATA_AT)
+
+
+def _put_ext4(image: Path, scratch: Path, offset: int, length: int) -> None:
     tree = scratch / "tree"
     tree.mkdir()
     _put_tree("ext4", tree)
@@ -225,6 +239,7 @@ def _make_random(image: Path, allocated_bytes: int) -> None:
 
 _MAKERS: dict[str, Callable[[Path, Path], None]] = {
     "ext4": _make_ext4,
+    "bootable": _make_bootable,
     "xfs": _make_xfs,
     "ntfs": _make_ntfs,
     "fat": _make_fat,
@@ -239,6 +254,8 @@ def kinds() -> list[str]:
 
 def known_files(kind: str) -> dict[str, bytes]:
     """What lies in a kind's file system: path -> content."""
+    if kind == "bootable":
+        return _files("ext4")
     return _files(kind) if kind in _MAKERS and kind != "empty" else {}
 
 
@@ -267,7 +284,8 @@ def image(kind: str, capacity_bytes: int) -> Path:
         raise ImageError(f"there is no kind {kind!r} of image, only {', '.join(kinds())}, random:<n>M, random:<n>%")
     if kind in _MAKERS and kind != "empty" and capacity_bytes < SMALLEST_BYTES:
         raise ImageError(f"{kind} wants at least {SMALLEST_BYTES} bytes, not {capacity_bytes}")
-    version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+    sources = b"".join(Path(source).read_bytes() for source in (__file__, boot_image.__file__))
+    version = hashlib.sha256(sources).hexdigest()[:8]
     name = f"{re.sub('[:%]', '-', kind)}-{capacity_bytes}-{version}.raw"
     for result in (_PROJECT_CACHE / name, (folder := _cache_folder()) / name):
         if result.exists():

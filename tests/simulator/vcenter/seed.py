@@ -202,17 +202,21 @@ def seed(simulator: "Simulator", vms: str) -> None:
         _proxy(seeder, MIB)
     elif vms == "standard":
         _standard(seeder)
+    elif vms == "demo":
+        _pair(seeder, 192 * MIB, "xfs", 320 * MIB + 67 * 512, bootable=True)
+        _proxy(seeder, 16 * MIB)
     else:
-        raise ValueError(f"--vms is minimal or standard, not {vms}")
+        raise ValueError(f"--vms is minimal, standard or demo, not {vms}")
 
 
-def _pair(seeder: Seeder, first: int, second_kind: str, second: int) -> None:
+def _pair(seeder: Seeder, first: int, second_kind: str, second: int, bootable: bool = False) -> None:
     """app01, and restore01 with empty disks of the same sizes."""
     seeder.vm(
         101,
         "app01",
-        [{"kind": "ext4", "bytes": first}, {"kind": second_kind, "bytes": second}],
+        [{"kind": "bootable" if bootable else "ext4", "bytes": first}, {"kind": second_kind, "bytes": second}],
         folder="group-v7",
+        firmware="bios" if bootable else "efi",
         running=True,
     )
     seeder.vm(102, "restore01", [{"kind": "empty", "bytes": first}, {"kind": "empty", "bytes": second}], host="host-11")

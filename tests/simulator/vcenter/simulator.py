@@ -62,7 +62,7 @@ class Simulator:
     """A vCenter.
 
     :param state_dir: where everything is kept; an empty or absent folder is seeded.
-    :param vms: which machines a new state gets, ``minimal`` or ``standard``.
+    :param vms: which machines a new state gets, ``minimal``, ``standard`` or ``demo``.
     :param hosts: so many more hosts for a new state.
     :param passwords: by user name; a user not named gets a random one, once for each state folder.
     """
