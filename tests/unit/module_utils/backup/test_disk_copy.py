@@ -291,7 +291,7 @@ def test_a_transport_that_breaks_in_the_middle_is_left_for_the_next(world: World
         "--filter=error",
         "--filter=log",
         "error-pread=EIO",
-        "error-pread-rate=20%",
+        "error-pread-rate=50%",
         f"logfile={failing}",
     ]
     changed = Extents.of([(0, 16 << 20)])
