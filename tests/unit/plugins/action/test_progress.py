@@ -307,7 +307,7 @@ def test_a_job_that_vanishes_is_noticed_and_a_silent_one_is_waited_for(controlle
 def test_a_task_that_is_given_up_ends_its_job(controller: Controller) -> None:
     become = {"ansible_connection": "local", "ansible_become": True, "ansible_become_method": "su"}
     own = controller.folder / "given-up"
-    outcome, _lines, _text = controller.play({"seconds": 60, "progress_file": str(own)}, {"timeout": 5}, become)
+    outcome, _lines, _text = controller.play({"seconds": 60, "progress_file": str(own)}, {"timeout": 10}, become)
     assert outcome["failed"] and '"done"' not in own.read_text()
     # Ansible puts the module into the group that is told to end only after it has started; else its lease ends it.
     deadline = time.monotonic() + 10
