@@ -14,6 +14,11 @@ options:
       - Name that the virtual machine had when it was last backed up.
       - Two machines of one name are an error that lists both.
     type: str
+"""
+
+    # restore_point_info says itself what its point means.
+    POINT = r"""
+options:
   point:
     description:
       - Which restore point of the virtual machine, by its name, as V(latest), or by a time.

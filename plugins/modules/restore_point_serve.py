@@ -23,6 +23,7 @@ author:
 extends_documentation_fragment:
   - openvadp.backup.repository
   - openvadp.backup.repository_vm
+  - openvadp.backup.repository_vm.point
   - openvadp.backup.attributes
 attributes:
   check_mode:

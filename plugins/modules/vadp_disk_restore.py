@@ -21,6 +21,7 @@ extends_documentation_fragment:
   - openvadp.backup.vm
   - openvadp.backup.repository
   - openvadp.backup.repository_vm
+  - openvadp.backup.repository_vm.point
   - openvadp.backup.transport
   - openvadp.backup.progress
   - openvadp.backup.attributes

@@ -24,6 +24,7 @@ author:
 extends_documentation_fragment:
   - openvadp.backup.repository
   - openvadp.backup.repository_vm
+  - openvadp.backup.repository_vm.point
   - openvadp.backup.progress
   - openvadp.backup.attributes
 attributes:

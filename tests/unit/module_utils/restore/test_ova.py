@@ -7,9 +7,9 @@ import random
 import subprocess
 import sys
 import tarfile
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any, Dict, List
+from xml.etree import ElementTree
 
 import pytest
 from ansible_collections.openvadp.backup.plugins.module_utils.errors import DamagedError, DataPathError, InputError
