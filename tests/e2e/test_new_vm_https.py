@@ -166,7 +166,7 @@ def test_what_fails_leaves_nothing(machines: Machines) -> None:
     for call, fault in (("HttpNfcLeaseComplete", "vim.fault.NoDiskSpace"), ("ImportVApp", "vim.fault.InvalidName")):
         control.call("inject", target="call", name=call, fault=fault)
         result = machines.run("broken")
-        assert result["failed"] and fault.split(".")[-1] in result["msg"], result["msg"]
+        assert result["failed"] and fault.rsplit(".", maxsplit=1)[-1] in result["msg"], result["msg"]
         machines.nothing_is_left("broken")
     control.call("inject", target="task", name="ImportVApp", fault="vim.fault.NoDiskSpace")
     result = machines.run("broken")

@@ -17,9 +17,9 @@ import subprocess
 import tarfile
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Tuple
+from xml.etree import ElementTree
 
 import nbd
 import pytest
