@@ -2,6 +2,7 @@
 # make test: set up, and pass every check that .ci/run demands. Both need Debian with git and make, and root or sudo.
 SHELL := /bin/bash
 PYTHON := .venv/bin/python
+E2E := tests/e2e
 export PYTHONPATH := $(CURDIR)/build/tree
 export ANSIBLE_COLLECTIONS_PATH := $(CURDIR)/build/tree
 # Byte code is kept, and out of the way: hundreds of tests start the same programs.
@@ -36,8 +37,7 @@ test:
 in-turn:
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory unit
-	@$(MAKE) --no-print-directory e2e
-	@$(MAKE) --no-print-directory soak-short
+	@$(MAKE) --no-print-directory e2e E2E="tests/e2e tests/soak"
 
 sanity:
 	tests/tools/sanity.sh
@@ -46,10 +46,10 @@ lint:
 	tests/tools/lint.sh
 
 unit:
-	$(PYTHON) -m pytest -q -n 3 --dist loadfile tests/unit tests/simulator/tests
+	$(PYTHON) -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder tests/unit tests/simulator/tests
 
 e2e:
-	$(PYTHON) -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m "not soak" tests/e2e
+	$(PYTHON) -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m "not soak" $(E2E)
 
 # Random sequences against a model, kills spread over the calls of a run, flipped bits: the same ones each time.
 soak-short:

@@ -17,11 +17,20 @@ from modules import Modules  # noqa: E402
 
 # A file is one worker's work: the long ones go first, or the others wait for the last of them at the end.
 LONG = (
-    "test_role_backup_proxy",
     "test_faults",
+    "test_model",
+    "test_crash",
+    "test_role_backup_proxy",
     "test_role_backup",
     "test_backup_nic",
     "test_incrementals",
+    "test_transports",
+    "test_proxy_hotadd",
+    "test_new_vm",
+    "test_ways_back",
+    "test_https",
+    "test_preflight",
+    "test_role_backup_lan",
     "test_boot",
 )
 
