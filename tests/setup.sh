@@ -142,16 +142,6 @@ END
     chmod +x build/lvm2/lvm
 fi
 
-# libnbd's binding exists for the distribution's Python only, so the environment is made from that one and sees its packages.
-wanted=$(cat requirements.txt requirements-dev.txt tests/setup.sh | sha256sum | cut -c -16)
-if [ "$(cat .venv/.wanted 2>/dev/null)" != "$wanted" ]; then
-    say "making .venv"
-    [ -x .venv/bin/python ] || /usr/bin/python3 -m venv --system-site-packages .venv
-    .venv/bin/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
-    echo "$wanted" >.venv/.wanted
-fi
-.venv/bin/python -c 'import nbd, pyVmomi, requests, jmespath, blake3'
-
 # Other controllers, for a smoke test on each: the oldest ansible-core that is supported, and the newest, which wants a newer
 # Python than Debian 12 has and is left out where there is none.
 controller() {
@@ -164,7 +154,8 @@ controller() {
         echo "$requirement" >"build/controllers/$name/.wanted"
     fi
 }
-if [ "$for_tests" ]; then
+controllers() {
+    local newest_python
     mkdir -p build/controllers
     controller oldest /usr/bin/python3 'ansible-core==2.16.*'
     newest_python=$(tests/tools/pythons.sh | grep -E 'python3\.1[2-9]$' | tail -n 1 || true)
@@ -173,7 +164,25 @@ if [ "$for_tests" ]; then
     else
         say "no Python 3.12 or newer: the newest ansible-core is not tried"
     fi
+}
+# pip keeps one core busy, so they are made beside .venv.
+controllers_pid=
+if [ "$for_tests" ]; then
+    controllers &
+    controllers_pid=$!
 fi
+
+# libnbd's binding exists for the distribution's Python only, so the environment is made from that one and sees its packages.
+wanted=$(cat requirements.txt requirements-dev.txt tests/setup.sh | sha256sum | cut -c -16)
+if [ "$(cat .venv/.wanted 2>/dev/null)" != "$wanted" ]; then
+    say "making .venv"
+    [ -x .venv/bin/python ] || /usr/bin/python3 -m venv --system-site-packages .venv
+    .venv/bin/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+    echo "$wanted" >.venv/.wanted
+fi
+.venv/bin/python -c 'import nbd, pyVmomi, requests, jmespath, blake3'
+
+[ ! "$controllers_pid" ] || wait "$controllers_pid"
 
 # Ansible wants a collection at ansible_collections/NAMESPACE/NAME.
 mkdir -p build/tree/ansible_collections/openvadp

@@ -496,7 +496,7 @@ def test_every_task_meets_another_task_and_a_vmotion(own_world: World) -> None:
     own_world.check("one")
 
 
-@pytest.mark.parametrize("when", ["before the removal", "during the removal"])
+@pytest.mark.parametrize("when", [pytest.param("before the removal", marks=pytest.mark.soak), "during the removal"])
 def test_vcenter_restarts_after_the_export(own_world: World, when: str) -> None:
     simulator = own_world.simulator
     if when == "during the removal":
@@ -521,7 +521,7 @@ def test_vcenter_restarts_after_the_export(own_world: World, when: str) -> None:
 # The control node
 
 
-@pytest.mark.parametrize("who", ["ansible-playbook", "all of Ansible"])
+@pytest.mark.parametrize("who", [pytest.param("ansible-playbook", marks=pytest.mark.soak), "all of Ansible"])
 def test_the_control_node_is_gone(world: World, who: str) -> None:
     """The second time nbdkit waits for a host that is silent, and does not end by being told to."""
     running = world.role("one", change_tracking=False, rate_limit=SLOW)

@@ -21,6 +21,13 @@ check "changelog" bash -c "cd '$tree' && antsibull-changelog lint"
 check "documentation" antsibull-docs lint-collection-docs --plugin-docs --validate-collection-refs=self "$tree"
 check "ansible-lint, production profile" bash -c "cd '$tree' && ansible-lint --offline --profile production --strict -q"
 
+# As on a host that has none of the libraries: of the environment it sees Ansible alone.
+mkdir -p build/lint/ansible
+ln -sfn "$(python -c 'import ansible; print(ansible.__path__[0])')" build/lint/ansible/ansible
+while read -r python; do
+    check "imports on ${python##*/}" "$python" -I tests/tools/import_all.py build/lint "$tree"
+done < <(tests/tools/pythons.sh)
+
 check "builds and installs" bash -c '
     set -e
     rm -rf build/lint/archive && mkdir -p build/lint/archive
