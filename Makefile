@@ -63,6 +63,7 @@ soak:
 	    SOAK_FILES=$${SOAK_FILES:-10000} SOAK_FILE_SYSTEMS=$${SOAK_FILE_SYSTEMS:-20} \
 	    SOAK_SEED=$${SOAK_SEED:-$$(date +%s)} $(PYTHON) -m pytest -q --timeout 0 tests/soak tests/unit/module_utils/restore/files
 	$(PYTHON) -m pytest -q -n 2 --dist loadfile -m soak tests/e2e
+	tests/tools/sanity.sh all
 
 bench: setup
 	@tests/benchmarks/run $(BENCH)

@@ -8,7 +8,7 @@ from typing import Any, Callable, Dict, List, Mapping, Sequence
 
 from ansible.errors import AnsibleFilterError
 
-from ..plugin_utils.tables import NONE, Notes, Row, fold, render
+from ..plugin_utils.tables import NONE, Notes, Row, fold, render, require_results
 
 DOCUMENTATION = r"""
 name: backup_lan_table
@@ -18,20 +18,14 @@ author: openvadp maintainers (@openvadp)
 description:
   - Renders the facts C(backup_lan_result) that role P(openvadp.backup.backup_lan#role) leaves for each proxy.
   - Each host is one line. What was not proved, why, and what to do about it, stands below the table.
-  - Print the lines with M(openvadp.backup.show_lines).
 options:
   _input:
     description: Results of role P(openvadp.backup.backup_lan#role), in the order of the table.
     type: list
     elements: dict
     required: true
-  width:
-    description: Columns that the reasons below the table are folded to.
-    type: int
-    default: 140
-seealso:
-  - plugin: openvadp.backup.show_lines
-    plugin_type: module
+extends_documentation_fragment:
+  - openvadp.backup.table
 """
 
 EXAMPLES = r"""
@@ -140,10 +134,7 @@ def backup_lan_table(results: Sequence[Mapping[str, Any]], width: int = 140) -> 
         ``reason``.
     :param width: columns for the text below the table.
     """
-    if isinstance(results, (str, bytes, Mapping)) or not all(isinstance(result, Mapping) for result in results):
-        raise AnsibleFilterError(
-            "backup_lan_table takes a list of the dictionaries that role backup_lan leaves in backup_lan_result."
-        )
+    require_results(results, "backup_lan_table", "role backup_lan leaves in backup_lan_result")
     notes = Notes()
     rows: List[Row] = []
     below: List[str] = []

@@ -8,7 +8,7 @@ from typing import Any, Callable, Dict, List, Mapping, Sequence
 
 from ansible.errors import AnsibleFilterError
 
-from ..plugin_utils.tables import NONE, Notes, Row, disk_name, fold, format_bytes, format_speed, render
+from ..plugin_utils.tables import NONE, Notes, Row, disk_name, fold, format_bytes, format_speed, render, require_results
 
 DOCUMENTATION = r"""
 name: backup_table
@@ -19,20 +19,14 @@ description:
   - Renders the facts C(vm_backup_result) that role P(openvadp.backup.vm_backup#role) leaves for each virtual machine.
   - Each disk is one line. Why a disk was read as it was, by this transport and by none before it, and why a virtual
     machine failed, stands below the table.
-  - Print the lines with M(openvadp.backup.show_lines).
 options:
   _input:
     description: Results of role P(openvadp.backup.vm_backup#role), in the order of the table.
     type: list
     elements: dict
     required: true
-  width:
-    description: Columns that the reasons below the table are folded to.
-    type: int
-    default: 140
-seealso:
-  - plugin: openvadp.backup.show_lines
-    plugin_type: module
+extends_documentation_fragment:
+  - openvadp.backup.table
 """
 
 EXAMPLES = r"""
@@ -106,10 +100,7 @@ def backup_table(results: Sequence[Mapping[str, Any]], width: int = 140) -> List
         ``point``, ``reason``, ``notes``, ``verified``, and ``disks`` as module vadp_disk_export returns them.
     :param width: columns for the text below the table.
     """
-    if isinstance(results, (str, bytes, Mapping)) or not all(isinstance(result, Mapping) for result in results):
-        raise AnsibleFilterError(
-            "backup_table takes a list of the dictionaries that role vm_backup leaves in vm_backup_result."
-        )
+    require_results(results, "backup_table", "role vm_backup leaves in vm_backup_result")
     notes = Notes()
     rows: List[Row] = []
     below: List[str] = []

@@ -6,9 +6,7 @@ from __future__ import annotations
 
 from typing import Any, Callable, Dict, List, Mapping, Sequence
 
-from ansible.errors import AnsibleFilterError
-
-from ..plugin_utils.tables import NONE, fold, format_bytes, render
+from ..plugin_utils.tables import NONE, fold, format_bytes, render, require_results
 
 DOCUMENTATION = r"""
 name: file_table
@@ -20,7 +18,6 @@ description:
     P(openvadp.backup.vm_file_restore#role) leaves in C(vm_file_restore_result).
   - Each file is one line; with option C(versions) each version of one, with the points that hold it.
   - What was skipped stands below the table. What option C(query) made of the list is not rendered.
-  - Print the lines with M(openvadp.backup.show_lines).
 options:
   _input:
     description: Results of M(openvadp.backup.vadp_file_restore), in the order of the table.
@@ -31,13 +28,8 @@ options:
     description: Most files that are shown of each result; the others are counted.
     type: int
     default: 40
-  width:
-    description: Columns that the text below the table is folded to.
-    type: int
-    default: 140
-seealso:
-  - plugin: openvadp.backup.show_lines
-    plugin_type: module
+extends_documentation_fragment:
+  - openvadp.backup.table
 """
 
 EXAMPLES = r"""
@@ -64,8 +56,7 @@ def file_table(results: Sequence[Mapping[str, Any]], most: int = 40, width: int 
     :param most: files shown of each.
     :param width: columns for the text below the table.
     """
-    if isinstance(results, (str, bytes, Mapping)) or not all(isinstance(result, Mapping) for result in results):
-        raise AnsibleFilterError("file_table takes a list of what module vadp_file_restore returned.")
+    require_results(results, "file_table", "module vadp_file_restore returned")
     rows = []
     below: List[str] = []
     for result in results:

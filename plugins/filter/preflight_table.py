@@ -6,9 +6,7 @@ from __future__ import annotations
 
 from typing import Any, Callable, Dict, List, Mapping, Sequence, Tuple
 
-from ansible.errors import AnsibleFilterError
-
-from ..plugin_utils.tables import NONE, Notes, Row, disk_name, fold, format_bytes, render
+from ..plugin_utils.tables import NONE, Notes, Row, disk_name, fold, format_bytes, render, require_results
 
 DOCUMENTATION = r"""
 name: preflight_table
@@ -19,20 +17,14 @@ description:
   - Renders results of M(openvadp.backup.vadp_preflight). One line a disk says how it would be read; why not otherwise
     stands below. Then comes each check that is not as it should be, with its remedy, the errors first.
   - What several machines have in common, such as a host's closed port, is said once.
-  - Print the lines with M(openvadp.backup.show_lines).
 options:
   _input:
     description: Results of M(openvadp.backup.vadp_preflight), in the order of the table.
     type: list
     elements: dict
     required: true
-  width:
-    description: Columns that the text below the tables is folded to.
-    type: int
-    default: 140
-seealso:
-  - plugin: openvadp.backup.show_lines
-    plugin_type: module
+extends_documentation_fragment:
+  - openvadp.backup.table
 """
 
 EXAMPLES = r"""
@@ -91,8 +83,7 @@ def preflight_table(results: Sequence[Mapping[str, Any]], width: int = 140) -> L
     :param results: of module vadp_preflight; one that failed has ``msg`` and, from playbook preflight.yml, ``vm``.
     :param width: columns for the text below the tables.
     """
-    if isinstance(results, (str, bytes, Mapping)) or not all(isinstance(result, Mapping) for result in results):
-        raise AnsibleFilterError("preflight_table takes a list of results of module vadp_preflight.")
+    require_results(results, "preflight_table", "module vadp_preflight returned")
     notes = Notes()
     rows: List[Row] = []
     for result in results:

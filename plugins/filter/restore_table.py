@@ -6,9 +6,7 @@ from __future__ import annotations
 
 from typing import Any, Callable, Dict, List, Mapping, Sequence
 
-from ansible.errors import AnsibleFilterError
-
-from ..plugin_utils.tables import NONE, Notes, disk_name, format_bytes, format_speed, render
+from ..plugin_utils.tables import NONE, Notes, disk_name, format_bytes, format_speed, render, require_results
 
 DOCUMENTATION = r"""
 name: restore_table
@@ -19,20 +17,14 @@ description:
   - Renders what module M(openvadp.backup.vadp_disk_restore) returns, or what role P(openvadp.backup.vm_restore#role)
     leaves in C(vm_restore_result).
   - Each disk is one line. Why it was written, or not, stands below the table.
-  - Print the lines with M(openvadp.backup.show_lines).
 options:
   _input:
     description: Results of M(openvadp.backup.vadp_disk_restore), in the order of the table.
     type: list
     elements: dict
     required: true
-  width:
-    description: Columns that the reasons below the table are folded to.
-    type: int
-    default: 140
-seealso:
-  - plugin: openvadp.backup.show_lines
-    plugin_type: module
+extends_documentation_fragment:
+  - openvadp.backup.table
 """
 
 EXAMPLES = r"""
@@ -59,8 +51,7 @@ def restore_table(results: Sequence[Mapping[str, Any]], width: int = 140) -> Lis
     :param results: what module vadp_disk_restore returned, each with ``point`` and ``restored``.
     :param width: columns for the text below the table.
     """
-    if isinstance(results, (str, bytes, Mapping)) or not all(isinstance(result, Mapping) for result in results):
-        raise AnsibleFilterError("restore_table takes a list of what module vadp_disk_restore returned.")
+    require_results(results, "restore_table", "module vadp_disk_restore returned")
     notes = Notes()
     rows = []
     for result in results:

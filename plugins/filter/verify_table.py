@@ -6,9 +6,7 @@ from __future__ import annotations
 
 from typing import Any, Callable, Dict, List, Mapping, Sequence
 
-from ansible.errors import AnsibleFilterError
-
-from ..plugin_utils.tables import NONE, disk_name, fold, format_bytes, format_speed, render
+from ..plugin_utils.tables import NONE, disk_name, fold, format_bytes, format_speed, render, require_results
 
 DOCUMENTATION = r"""
 name: verify_table
@@ -19,20 +17,14 @@ description:
   - Renders what module M(openvadp.backup.restore_point_verify) returns.
   - Each disk is one line. What is wrong stands below the table, and with level V(boot) how the point booted, with the
     paths of the screenshot and of the log.
-  - Print the lines with M(openvadp.backup.show_lines).
 options:
   _input:
     description: Results of M(openvadp.backup.restore_point_verify), in the order of the table.
     type: list
     elements: dict
     required: true
-  width:
-    description: Columns that the text below the table is folded to.
-    type: int
-    default: 140
-seealso:
-  - plugin: openvadp.backup.show_lines
-    plugin_type: module
+extends_documentation_fragment:
+  - openvadp.backup.table
 """
 
 EXAMPLES = r"""
@@ -59,8 +51,7 @@ def verify_table(results: Sequence[Mapping[str, Any]], width: int = 140) -> List
     :param results: what module restore_point_verify returned.
     :param width: columns for the text below the table.
     """
-    if isinstance(results, (str, bytes, Mapping)) or not all(isinstance(result, Mapping) for result in results):
-        raise AnsibleFilterError("verify_table takes a list of what module restore_point_verify returned.")
+    require_results(results, "verify_table", "module restore_point_verify returned")
     rows = []
     below: List[str] = []
     for result in results:

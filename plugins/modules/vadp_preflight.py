@@ -235,7 +235,7 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ..module_utils.preflight.request import PreflightRequest
 from ..module_utils.preflight.run import preflight
-from ..module_utils.preflight.server import IN_PLACE, NEW_VM
+from ..module_utils.restore.request import IN_PLACE, NEW_VM
 from ..module_utils.runner import Options, connection_options, run_module, transport_options, vm_options
 
 TRANSPORTS = ("san", "hotadd", "nbdssl", "nbd", "https")

@@ -7,9 +7,17 @@ from __future__ import annotations
 import textwrap
 from typing import Any, Collection, List, Mapping, Optional, Sequence
 
+from ansible.errors import AnsibleFilterError
+
 Row = List[str]
 NONE = "-"
 _LEAST_WIDTH = 40
+
+
+def require_results(results: Any, name: str, what: str) -> None:
+    """Refuse input of filter *name* that is no list of dictionaries. :param what: who made them, for the message."""
+    if isinstance(results, (str, bytes, Mapping)) or not all(isinstance(result, Mapping) for result in results):
+        raise AnsibleFilterError(f"{name} takes a list of what {what}.")
 
 
 def format_bytes(count: Optional[int]) -> str:

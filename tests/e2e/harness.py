@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -20,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SIMULATOR = ROOT / "tests" / "simulator"
 sys.path.insert(0, str(SIMULATOR))
 
+import cache  # noqa: E402
 from client import Control  # noqa: E402
 
 MIB = 1 << 20
@@ -157,18 +157,6 @@ class Outcome:
         return f"rc={self.rc}\n{self.stdout[-12000:]}\n{self.stderr[-4000:]}"
 
 
-@functools.lru_cache(maxsize=None)
-def _cache() -> Path:
-    """The folder for what is the same in all runs on this state of the collection; see startup/sitecustomize.py."""
-    digest = hashlib.sha256()
-    pinned = [ROOT / "requirements-dev.txt", ROOT / "tests" / "setup.sh"]
-    for path in [*pinned, *sorted((ROOT / "plugins").rglob("*.py"))]:
-        digest.update(b"%s\0%d\0" % (os.fsencode(path.relative_to(ROOT)), path.stat().st_size) + path.read_bytes())
-    folder = ROOT / "build" / "e2e-cache" / digest.hexdigest()
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 class Ansible:
     """Runs ansible-playbook from the project's environment, in a folder of its own.
 
@@ -252,7 +240,7 @@ class Ansible:
             "ANSIBLE_NOCOLOR": "1",
             "ANSIBLE_DEPRECATION_WARNINGS": "1",
             "E2E_RESULTS": str(results),
-            "E2E_CACHE": str(_cache()),
+            "E2E_CACHE": str(cache.folder()),
             "PYTHONPATH": str(Path(__file__).parent / "startup"),
             **(environment or {}),
         }

@@ -13,6 +13,7 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Set, 
 
 from ..errors import AmbiguousError, NotFoundError, VadpError, VsphereError
 from ..libraries import vim
+from ..restore.request import NEW_VM
 from ..vsphere.inventory import VmRef, find_vm, readable
 from ..vsphere.session import Session, filter_spec
 from . import hosts as host_side
@@ -151,7 +152,7 @@ def _surroundings(session: Session, subjects: Sequence[Subject], request: Prefli
         subject.planned.proxy_moid for subject in subjects if subject.planned and subject.planned.proxy_moid is not None
     }
     entities = server_side.entities_of(
-        machines, session.content.rootFolder, proxies, session.stub, new_vm=server_side.NEW_VM in request.restores
+        machines, session.content.rootFolder, proxies, session.stub, new_vm=NEW_VM in request.restores
     )
     try:
         around.granted = server_side.Granted.read(session, entities)

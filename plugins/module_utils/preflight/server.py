@@ -14,6 +14,7 @@ from ..datapath.processes import run_tool
 from ..errors import DataPathError, RepositoryError, VsphereError
 from ..libraries import first_missing, vim, vmodl
 from ..repository.layout import Repository, is_empty_folder
+from ..restore.request import NEW_VM
 from ..vsphere import privileges as table
 from ..vsphere.session import Session
 from .checks import ERROR, NOT_CHECKED, OK, WARNING, Check
@@ -121,8 +122,6 @@ def vddk_check(planned: Planned, transports: Sequence[str]) -> Optional[Check]:
 
 
 # Privileges
-
-IN_PLACE, NEW_VM = "in_place", "new_vm"
 
 
 class Granted:

@@ -477,7 +477,7 @@ class _Restore:
     def do(self) -> Dict[str, Any]:
         plans = self.planned.transports
         try:
-            restored, found = self._attempt(plans)
+            vm, restored, found = self._attempt(plans)
         except VadpError as error:
             other = self._other_way(plans, error)
             if not self._undo(error, last=other is None) or other is None:
@@ -489,7 +489,7 @@ class _Restore:
                 else f"Transport https was tried first, and {why}"
             ]
             try:
-                restored, found = self._attempt(other_plans)
+                vm, restored, found = self._attempt(other_plans)
             except VadpError as second:
                 self._undo(second, last=True)
                 raise
@@ -497,9 +497,6 @@ class _Restore:
                 entry["transport_reasons"] = [
                     f"https: {why}" if line.startswith("https: ") else line for line in entry["transport_reasons"]
                 ]
-        vm = self.vm
-        if vm is None:
-            raise AssertionError("a machine that was made is known")
         self.run.update(self.intent, complete=True)
         try:
             if self.request.power_on:
@@ -508,21 +505,21 @@ class _Restore:
             self._over()
         return _result(self.point, self.planned, vm, restored, found, self.warnings)
 
-    def _attempt(self, plans: Mapping[int, Plan]) -> Tuple[List[Dict[str, Any]], List[Difference]]:
+    def _attempt(self, plans: Mapping[int, Plan]) -> Tuple[VmRef, List[Dict[str, Any]], List[Difference]]:
         """Make the machine with all that belongs to it; ``self.vm`` is what is there of it."""
         if any(one.method == BY_IMPORT for one in plans.values()):
             brought = Import(self.session, self.point, self.store, self.run, self.intent, self.request, self.progress)
             self._lease(True)
-            with brought.open(self.planned.place, self.planned.machine.spec) as vm:
+            with brought.open(self.planned.place, self.planned.machine.spec) as (vm, lease):
                 self._made(vm)
-                brought.upload(self._pairs(vm, new_machine.config_of(self.session, vm)))
+                brought.upload(lease, self._pairs(vm, new_machine.config_of(self.session, vm)))
             self._lease(False)
             restored = self._fill(vm, brought, plans)
         else:
             vm = new_machine.create(self.session, self.planned.place, self.planned.machine.spec)
             self._made(vm)
             restored = self._fill(vm, None, plans)
-        return restored, self._compare(vm)
+        return vm, restored, self._compare(vm)
 
     def _made(self, vm: VmRef) -> None:
         self.vm = vm

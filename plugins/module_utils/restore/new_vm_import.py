@@ -7,7 +7,7 @@ from __future__ import annotations
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Tuple
 
 from ..datapath import image
 from ..datapath.progress import Progress
@@ -50,34 +50,30 @@ class Import:
         self.intent = intent
         self.request = request
         self.progress = progress
-        self._lease: Optional[Lease] = None
         self._sent: Dict[int, Tuple[int, float]] = {}  # key in the point -> bytes, seconds
 
     @contextmanager
-    def open(self, placement: Placement, spec: Any) -> Iterator[VmRef]:
-        """The machine as long as its lease is held. Left without an error it stays, otherwise vSphere removes it.
+    def open(self, placement: Placement, spec: Any) -> Iterator[Tuple[VmRef, Lease]]:
+        """The machine and the lease that makes it: left without an error it stays, otherwise vSphere removes it.
 
         :raises VadpError: there is no room to pack a disk; the machine was not made.
         """
         for disk in self.point.disks:
             require_room(self.store.path, [disk], self.point)
         with import_machine(self.session, placement, spec, io_timeout=self.request.io_timeout) as lease:
-            self._lease = lease
-            yield find_vm(self.session, moid=lease.entity._moId)
+            yield find_vm(self.session, moid=lease.entity._moId), lease
             lease.complete()
 
-    def upload(self, pairs: _Pairs) -> None:
+    def upload(self, lease: Lease, pairs: _Pairs) -> None:
         """All disks, each whole. :raises TransportError: one could not be sent."""
-        if self._lease is None:
-            raise AssertionError("the lease is held")
-        self._lease.shares = dict.fromkeys((disk.key for _source, disk in pairs), 0.0)
+        lease.shares = dict.fromkeys((disk.key for _source, disk in pairs), 0.0)
         for source, disk in pairs:
             begun = time.monotonic()
             self.run.update(self.intent, half_written=[disk.key])
             stage = self.store.path / f"restore-{source.key}{PART}{self.run.run_id}"
             try:
                 self._pack(source, stage)
-                size = self._send(source, disk, stage, self._lease)
+                size = self._send(source, disk, stage, lease)
             except VadpError as error:
                 name = f"disk '{source.label}'"
                 error.subject = f"{name}: {error.subject}" if error.subject else name

@@ -31,7 +31,7 @@ from urllib.parse import quote
 
 from ..datapath.image import atomic_write, create_overlay, layer_opts, overlay_opts
 from ..datapath.processes import is_listening, require_program, start_detached
-from ..errors import DamagedError, DataPathError, InputError
+from ..errors import DamagedError, DataPathError, InputError, check_range
 from ..repository.layout import Repository, VmStore
 from ..repository.manifest import disk_of
 from ..repository.shapes import format_time, parse_time
@@ -79,8 +79,7 @@ class ServeRequest:
 
     def check(self) -> None:
         """:raises InputError: an option makes no sense; nothing was touched."""
-        if not 1 <= self.timeout <= 30 * 86400:
-            raise InputError("The time limit makes no sense", subject=str(self.timeout), remedy="Give 1 s to 30 days")
+        check_range("timeout", self.timeout, 1, 30 * 86400)
         for name in ("socket_dir", "tls_certificates", "overlay_dir"):
             path = getattr(self, name)
             if path is not None and not os.path.isabs(path):
@@ -95,8 +94,7 @@ class ServeRequest:
                 subject=self.address,
                 remedy="Give an address of this machine that the server listens on",
             ) from None
-        if not 1 <= self.port <= 65535:
-            raise InputError("This is no port", subject=str(self.port))
+        check_range("port", self.port, 1, 65535)
 
     @property
     def host(self) -> str:

@@ -89,17 +89,10 @@ class Watcher:
                 return
 
 
-class Console:
-    """A character device of the guest, from which is only read.
+class _Channel:
+    """A socket of the guest's that is read piece by piece, as far as something has come; for ``select``."""
 
-    :param pattern: what ``watcher`` looks for.
-    :param failures: what ``failures`` looks for.
-    """
-
-    def __init__(self, path: str, pattern: Optional[str], failures: Optional[str]) -> None:
-        self.log = Log()
-        self.watcher = Watcher(pattern)
-        self.failures = Watcher(failures)
+    def __init__(self, path: str) -> None:
         self._socket = connect(path)
         self._socket.setblocking(False)
         self.open = True
@@ -108,16 +101,39 @@ class Console:
         return self._socket.fileno()
 
     def read(self) -> None:
-        """Take in a piece of what has come; who floods the console does not keep us from looking elsewhere."""
+        """Take in a piece of what has come; who floods a channel does not keep us from looking elsewhere."""
         try:
             data = self._socket.recv(_READ_BYTES)
         except BlockingIOError:
             return
         except OSError:
             data = b""
-        if not data:
+        if data:
+            self._take(data)
+        else:
             self.open = False
-            return
+
+    def _take(self, data: bytes) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class Console(_Channel):
+    """A character device of the guest, from which is only read.
+
+    :param pattern: what ``watcher`` looks for.
+    :param failures: what ``failures`` looks for.
+    """
+
+    def __init__(self, path: str, pattern: Optional[str], failures: Optional[str]) -> None:
+        super().__init__(path)
+        self.log = Log()
+        self.watcher = Watcher(pattern)
+        self.failures = Watcher(failures)
+
+    def _take(self, data: bytes) -> None:
         self.log.add(data)
         self.watcher.feed(data)
         self.failures.feed(data)
@@ -129,25 +145,17 @@ class Console:
                 return
             self.read()
 
-    def close(self) -> None:
-        self._socket.close()
 
-
-class Agent:
+class Agent(_Channel):
     """qemu's guest agent: asked until it answers with the number that it was asked with."""
 
     def __init__(self, path: str) -> None:
-        self._socket = connect(path)
-        self._socket.setblocking(False)
+        super().__init__(path)
         self._text = b""
         self._asked = 0.0
         self._number = 0
-        self.open = True
         #: It has answered.
         self.answered = False
-
-    def fileno(self) -> int:
-        return self._socket.fileno()
 
     def ask(self, now: float) -> None:
         """Ask, if the last time is a while ago."""
@@ -160,26 +168,14 @@ class Agent:
         with contextlib.suppress(OSError):
             self._socket.send(json.dumps(request).encode("ascii") + b"\n")
 
-    def read(self) -> None:
-        """Take in what has come."""
-        try:
-            data = self._socket.recv(4096)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if not data:
-            self.open = False
-            return
-        *lines, self._text = (self._text + data)[-_OVERLAP_BYTES:].split(b"\n")
+    def _take(self, data: bytes) -> None:
+        *lines, rest = (self._text + data).split(b"\n")
+        self._text = rest[-_OVERLAP_BYTES:]
         for line in lines:
             answer = parse(line.strip(b"\xff \r"))
             number = answer.get("return")
             if isinstance(number, int) and not isinstance(number, bool) and 0 < number <= self._number:
                 self.answered = True
-
-    def close(self) -> None:
-        self._socket.close()
 
 
 def parse(line: bytes) -> Dict[str, Any]:

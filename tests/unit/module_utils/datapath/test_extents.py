@@ -110,8 +110,8 @@ def test_a_million_areas_fit_in_little_memory_and_time():
     areas = Extents.of(stream())
     seconds = time.process_time() - started
     assert len(areas) == 1_000_000
-    # 0.4 s on an idle machine of 2022
-    assert seconds < 2
+    # 0.4 s on an idle machine of 2022; what is promised of the whole planning is 5 s.
+    assert seconds < 5
 
     tracemalloc.start()
     try:

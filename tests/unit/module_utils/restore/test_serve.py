@@ -256,7 +256,7 @@ def test_what_can_not_be_served_is_refused(served: Serve, world: Any, short: Pat
         "holds no such disk.*2001": {"disks": [2001]},
         "no folder for the sockets": {"socket_dir": str(short / "absent")},
         "too long": {"socket_dir": str(short / ("x" * 100))},
-        "time limit": {"timeout": 0},
+        "timeout is out of range": {"timeout": 0},
         "no IP address": {"address": "localhost"},
         "no absolute path": {"socket_dir": "here"},
         "No overlay can be made": {"writable_overlay": True, "overlay_dir": str(short / "absent")},
