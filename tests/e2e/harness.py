@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SIMULATOR = ROOT / "tests" / "simulator"
 sys.path.insert(0, str(SIMULATOR))
 
-import cache  # noqa: E402
+import startup_cache  # noqa: E402
 from client import Control  # noqa: E402
 
 MIB = 1 << 20
@@ -240,7 +240,7 @@ class Ansible:
             "ANSIBLE_NOCOLOR": "1",
             "ANSIBLE_DEPRECATION_WARNINGS": "1",
             "E2E_RESULTS": str(results),
-            "E2E_CACHE": str(cache.folder()),
+            "E2E_CACHE": str(startup_cache.folder()),
             "PYTHONPATH": str(Path(__file__).parent / "startup"),
             **(environment or {}),
         }

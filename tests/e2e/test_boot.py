@@ -265,4 +265,7 @@ def test_a_machine_with_efi_boots(own_simulator: Simulator, tmp_path: Path) -> N
     assert result["ok"], result
     boot = result["boot"]
     assert (boot["firmware"], boot["booted"], boot["by"]) == ("efi", True, "serial")
+    assert {disk["bus"] for disk in boot["disks"]} == {"SATA (AHCI)"} and any(
+        "no driver" in note for note in boot["notes"]
+    )
     assert boot_image.GREETING in Path(boot["serial_log"]).read_bytes()

@@ -10,6 +10,7 @@ import re
 import select
 import socket
 import time
+from abc import ABC, abstractmethod
 from typing import Any, Dict, List, Optional
 
 from ...errors import DataPathError
@@ -89,7 +90,7 @@ class Watcher:
                 return
 
 
-class _Channel:
+class _Channel(ABC):
     """A socket of the guest's that is read piece by piece, as far as something has come; for ``select``."""
 
     def __init__(self, path: str) -> None:
@@ -113,8 +114,9 @@ class _Channel:
         else:
             self.open = False
 
+    @abstractmethod
     def _take(self, data: bytes) -> None:
-        raise NotImplementedError
+        """What has come."""
 
     def close(self) -> None:
         self._socket.close()
