@@ -115,8 +115,11 @@ if [ "$for_tests" ]; then
         say "unpacking a kernel for libguestfs"
         rm -rf build/appliance
         mkdir -p build/appliance/packages
-        (cd build/appliance/packages && apt-get -q download "$(apt-cache depends linux-image-cloud-amd64 |
-            sed -n 's/.*Depends: \(linux-image-[0-9][^ ]*\)$/\1/p' | head -n 1)")
+        appliance_kernel() { apt-cache depends linux-image-cloud-amd64 | sed -n 's/.*Depends: \(linux-image-[0-9][^ ]*\)$/\1/p' | head -n 1; }
+        if ! (cd build/appliance/packages && apt-get -q download "$(appliance_kernel)"); then
+            as_root apt-get -q update
+            (cd build/appliance/packages && apt-get -q download "$(appliance_kernel)")
+        fi
         dpkg -x build/appliance/packages/linux-image-*.deb build/appliance/packages/root
         # Debian 13 has them in /usr/lib.
         mkdir -p build/appliance/lib
