@@ -153,11 +153,7 @@ def opened(
     :raises DamagedError: on entering or on leaving, if the point is damaged.
     """
     deadline = time.monotonic() + request.timeout if deadline is None else deadline
-    checks = contextlib.ExitStack()
     proofs: List[Callable[[], None]] = []
-
-    def check() -> None:
-        proofs.append(checks.enter_context(checked_beside(_point_of(request, source), progress or Progress(None))))
 
     def proven() -> None:
         for proof in proofs:
@@ -168,9 +164,13 @@ def opened(
     for left in RuntimeDir.leftovers(name):
         remove_sockets(left)
     RuntimeDir.leftovers(name, remove=True)
-    with RuntimeDir(name) as run_dir, checks, make_reader(
-        request, source.disks, run_dir.path, deadline, check
-    ) as reader:
+    with RuntimeDir(name) as run_dir, contextlib.ExitStack() as checks:
+
+        def check() -> None:
+            beside = checked_beside(_point_of(request, source), progress or Progress(None))
+            proofs.append(checks.enter_context(beside))
+
+        reader = checks.enter_context(make_reader(request, source.disks, run_dir.path, deadline, check))
         selection = Selection(reader, proven)
         selection.searched = _chosen(request, reader)
         walk = reader.walk(selection.searched, request.paths, request.recurse, request.limit, selection.skip)
