@@ -46,7 +46,7 @@ lint:
 	tests/tools/lint.sh
 
 unit:
-	$(PYTHON) -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder tests/unit tests/simulator/tests
+	$(PYTHON) -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m "not soak" tests/unit tests/simulator/tests
 
 e2e:
 	$(PYTHON) -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m "not soak" $(E2E)

@@ -105,6 +105,32 @@ END
     rm -r build/boot/packages
 fi
 
+# libguestfs, which reads what dissect can't. Its virtual machine wants a kernel with its modules; where this machine has none,
+# as containers have not, one is unpacked for it.
+if [ "$for_tests" ]; then
+    for package in guestfish squashfs-tools; do
+        dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q '^install ok installed$' || apt_install guestfish squashfs-tools
+    done
+    if ! compgen -G '/boot/vmlinuz-*' >/dev/null && [ ! -e build/appliance/vmlinuz ]; then
+        say "unpacking a kernel for libguestfs"
+        rm -rf build/appliance
+        mkdir -p build/appliance/packages
+        appliance_kernel() { apt-cache depends linux-image-cloud-amd64 | sed -n 's/.*Depends: \(linux-image-[0-9][^ ]*\)$/\1/p' | head -n 1; }
+        if ! (cd build/appliance/packages && apt-get -q download "$(appliance_kernel)"); then
+            as_root apt-get -q update
+            (cd build/appliance/packages && apt-get -q download "$(appliance_kernel)")
+        fi
+        dpkg -x build/appliance/packages/linux-image-*.deb build/appliance/packages/root
+        # Debian 13 has them in /usr/lib.
+        mkdir -p build/appliance/lib
+        mv "$(find build/appliance/packages/root -type d -path '*lib/modules')" build/appliance/lib/
+        depmod=$(PATH=$PATH:/usr/sbin:/sbin command -v depmod)
+        "$depmod" -b build/appliance "$(ls build/appliance/lib/modules)"
+        mv build/appliance/packages/root/boot/vmlinuz-* build/appliance/vmlinuz
+        rm -r build/appliance/packages
+    fi
+fi
+
 # An SSH server for one test, unpacked rather than installed: installing it would start a public server on this machine.
 if [ "$for_tests" ] && [ ! -x build/openssh/usr/sbin/sshd ]; then
     say "unpacking an SSH server for the tests"

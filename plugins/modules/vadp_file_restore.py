@@ -12,9 +12,11 @@ description:
     proxy, or lists them. The backup need not know of files, and nothing is unpacked or mounted.
   - It needs no vCenter, no root and no kernel driver. Exactly one of O(vm_uuid) and O(vm_name) is required.
   - It reads ext2, ext3, ext4, XFS, btrfs on one device, NTFS and FAT, in GPT and MBR partitions, in LVM volumes and on
-    whole disks, by dissect's libraries. Encrypted volumes are told in RV(volumes), and can't be read.
-  - A process of its own reads the disks, and can do nothing but answer. Each block of the disk is compared with the
-    hash that was taken when it was backed up, so no damage of the repository gets into a file unseen.
+    whole disks, by dissect's libraries. What those can't read, such as exFAT, squashfs or F2FS, is read by libguestfs,
+    the library behind guestfish, where that is installed. Encrypted volumes are told in RV(volumes), and can't be read.
+  - A process of its own reads the disks, and can do nothing but answer. By dissect, each block of the disk is compared
+    with the hash that was taken when it was backed up. Where libguestfs reads, all files of the repository that the
+    disks stand on are checked beside. So no damage of the repository gets into a file unseen.
   - All files are written into a hidden folder in O(dest) and get their places when the last one is complete. If
     anything fails before, nothing is there. No name or link of the image leads outside O(dest).
   - Symbolic links are restored as links and never followed here. In O(paths), links of the guest on the way to a file
@@ -93,6 +95,18 @@ options:
     type: list
     elements: str
     default: []
+  reader:
+    description:
+      - What reads the file systems. V(dissect) is there at once and reads only what it needs. V(guestfish) boots a
+        small virtual machine by libguestfs, in which Linux mounts them; it takes seconds with KVM, without it a minute
+        or two.
+      - V(auto) takes dissect, and libguestfs for each volume on which a file system begins that dissect does not read,
+        or fails on. Which volumes those are can be narrowed by O(volumes). Where dissect can't be used, libguestfs
+        reads all of them. RV(volumes[].reader) tells which it was.
+      - With O(versions=true) only dissect reads.
+    type: str
+    choices: [auto, dissect, guestfish]
+    default: auto
   overwrite:
     description:
       - Whether a file in O(dest) whose content differs is replaced. Otherwise nothing is written if there is one.
@@ -122,7 +136,9 @@ options:
     type: int
     default: 100000
   io_timeout:
-    description: Seconds after which a reader that says nothing is killed, for example over a damaged file system.
+    description:
+      - Seconds after which a reader that says nothing is killed, for example over a damaged file system. The virtual
+        machine of libguestfs has at least 600 seconds to start.
     type: int
     default: 180
   timeout:
@@ -133,11 +149,13 @@ requirements:
   - blake3
   - libnbd's Python binding
   - qemu-nbd
-  - Python 3.10 or newer with dissect.volume, dissect.extfs, dissect.xfs, dissect.btrfs, dissect.ntfs and dissect.fat
+  - Python 3.10 or newer with dissect.volume, dissect.extfs, dissect.xfs, dissect.btrfs, dissect.ntfs and dissect.fat;
+    or libguestfs (package guestfish or libguestfs), with a kernel in C(/boot) that the user may read; or both
   - jmespath, for O(query)
 notes:
-  - The file systems are as they were at the snapshot. A journal is not replayed, so of a snapshot that was not
+  - The file systems are as they were at the snapshot. dissect does not replay a journal, so of a snapshot that was not
     quiesced the changes of the last seconds may be missing. For ext3 and ext4 a warning tells when that may be so.
+    libguestfs replays it, on an overlay that is thrown away.
   - The times of FAT are local times of the guest; they are taken for UTC.
 seealso:
   - module: openvadp.backup.vadp_disk_restore
@@ -179,6 +197,15 @@ EXAMPLES = r"""
     paths: [/etc/fstab]
     dest: /restore/app01
 
+- name: A folder of an exFAT volume, by libguestfs
+  openvadp.backup.vadp_file_restore:
+    repository: /backup/vms
+    vm_name: app01
+    volumes: [2001p1]
+    reader: guestfish
+    paths: [/photos]
+    dest: /restore/app01
+
 - name: One file of a Windows machine, from the volume with that label
   openvadp.backup.vadp_file_restore:
     repository: /backup/vms
@@ -205,7 +232,7 @@ vm_uuid:
   type: str
   sample: 500c1a2b-7d5e-0a4b-9a3c-2f1e0d9c8b7a
 reader:
-  description: What read the file systems.
+  description: What read the file systems, V(dissect), V(guestfish) or V(dissect, guestfish).
   returned: success
   type: str
   sample: dissect
@@ -252,6 +279,14 @@ volumes:
       type: list
       elements: str
       sample: []
+    reader:
+      description: What reads it, V(dissect) or V(guestfish); null if it can't be read.
+      type: str
+      sample: guestfish
+    reader_reason:
+      description: Why it is that one.
+      type: str
+      sample: "dissect: dissect's libraries don't read exfat"
 files:
   description: The selected files; with O(query), what the expression makes of them.
   returned: success
@@ -397,7 +432,7 @@ from ansible.module_utils.basic import AnsibleModule, missing_required_lib
 from ..module_utils.datapath.progress import Progress
 from ..module_utils.libraries import first_missing
 from ..module_utils.repository.report import search
-from ..module_utils.restore.files.request import PRESERVE, FilesRequest
+from ..module_utils.restore.files.request import AUTO, PRESERVE, READERS, FilesRequest
 from ..module_utils.restore.files.run import restore_files
 from ..module_utils.restore.files.versions import list_versions
 from ..module_utils.runner import Options, progress_options, repository_options, repository_vm_options, run_module
@@ -413,6 +448,7 @@ OPTIONS = Options(
         recurse=dict(type="bool", default=True),
         disks=dict(type="list", elements="int", default=[]),
         volumes=dict(type="list", elements="str", default=[]),
+        reader=dict(type="str", choices=list(READERS), default=AUTO),
         overwrite=dict(type="bool", default=False),
         preserve=dict(type="list", elements="str", choices=list(PRESERVE), default=["times"]),
         fail_on_skipped=dict(type="bool", default=False),

@@ -62,7 +62,9 @@ class Volume(NamedTuple):
     system: Optional[FileSystem]
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
+    """A part of a disk, with what it is called."""
+
     name: str
     key: int
     stream: BinaryIO
@@ -122,8 +124,8 @@ class Agent:
 
     def open(self, disks: Sequence[Dict[str, Any]], run_dir: str) -> None:
         """Find the volumes of the disks, and what is on them."""
-        parts: List[_Part] = []
-        physical: List[_Part] = []
+        parts: List[Part] = []
+        physical: List[Part] = []
         for entry in disks:
             disk = CheckedDisk(entry["layers"], entry["capacity_bytes"], run_dir)
             self._disks[entry["key"]] = disk
@@ -137,38 +139,38 @@ class Agent:
             self._raise_damage()
         self._say(volumes=[volume.facts for volume in self._volumes])
 
-    def _parts(self, disk: CheckedDisk, key: int) -> List[_Part]:
+    def _parts(self, disk: CheckedDisk, key: int) -> List[Part]:
         """The partitions of a disk, or the whole of it."""
         stream = cast(BinaryIO, disk)
         parts = []
         before = len(self._volumes)
         for entry in read_partitions(stream) or ():
-            part = _Part(f"{key}p{entry.number}", key, stream, entry.length)
+            part = Part(f"{key}p{entry.number}", key, stream, entry.length)
             if entry.kind in _EXTENDED:
                 continue
             if entry.offset >= disk.size:
                 self._unreadable(part, "unknown", "it lies outside the disk")
                 continue
             length = min(entry.length, disk.size - entry.offset)
-            parts.append(_Part(part.name, key, cast(BinaryIO, Slice(stream, entry.offset, length)), length))
+            parts.append(Part(part.name, key, cast(BinaryIO, Slice(stream, entry.offset, length)), length))
         if parts or len(self._volumes) > before:
             return parts
-        return [_Part(str(key), key, stream, disk.size)]
+        return [Part(str(key), key, stream, disk.size)]
 
     @staticmethod
-    def _is_physical_volume(part: _Part) -> bool:
+    def _is_physical_volume(part: Part) -> bool:
         try:
             part.stream.seek(0)
             return b"LABELONE" in part.stream.read(4096)
         except broken():
             return False
 
-    def _logical(self, physical: Sequence[_Part]) -> List[_Part]:
+    def _logical(self, physical: Sequence[Part]) -> List[Part]:
         """The logical volumes of all physical ones; a group with a part missing tells so."""
         groups: Dict[str, List[Any]] = {}
         keys: Dict[str, int] = {}
         lvm: Any = parsers.lvm() if physical else None
-        parts: List[_Part] = []
+        parts: List[Part] = []
         for part in physical:
             try:
                 device = lvm.LVM2Device(part.stream)
@@ -186,7 +188,7 @@ class Agent:
             try:
                 volumes = list(lvm.LVM2(groups[name]).volume_group.logical_volumes.items())
             except broken() as error:
-                self._unreadable(_Part(name, keys[name], io.BytesIO(), 0), "lvm", problem_of(error))
+                self._unreadable(Part(name, keys[name], io.BytesIO(), 0), "lvm", problem_of(error))
                 continue
             for volume_name, volume in volumes:
                 full = f"{name}/{volume_name}"
@@ -194,16 +196,16 @@ class Agent:
                     if not volume.is_visible:
                         continue
                     stream = volume.open()
-                    parts.append(_Part(full, keys[name], stream, int(stream.size)))
+                    parts.append(Part(full, keys[name], stream, int(stream.size)))
                 except broken() as error:
-                    self._unreadable(_Part(full, keys[name], io.BytesIO(), 0), "lvm", problem_of(error))
+                    self._unreadable(Part(full, keys[name], io.BytesIO(), 0), "lvm", problem_of(error))
         return parts
 
-    def _unreadable(self, part: _Part, kind: str, why: str) -> None:
+    def _unreadable(self, part: Part, kind: str, why: str) -> None:
         self._volumes.append(Volume(self._facts(part, kind, problem=why), None))
 
     @staticmethod
-    def _facts(part: _Part, kind: str, **more: Any) -> Dict[str, Any]:
+    def _facts(part: Part, kind: str, **more: Any) -> Dict[str, Any]:
         facts = {
             "name": part.name,
             "disk": part.key,
@@ -218,7 +220,7 @@ class Agent:
         facts.update(more)
         return facts
 
-    def _volume(self, part: _Part) -> Volume:
+    def _volume(self, part: Part) -> Volume:
         kind = "unknown"
         try:
             system = open_file_system(part.stream, part.size)

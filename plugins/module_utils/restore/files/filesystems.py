@@ -188,7 +188,7 @@ def _merged(blocks: Iterator[Optional[int]]) -> List[Run]:
     return runs
 
 
-def _kind(mode: int) -> Tuple[str, str]:
+def kind_of(mode: int) -> Tuple[str, str]:
     form = stat.S_IFMT(mode)
     return _KINDS.get(form, OTHER), _OTHERS.get(form, "of no known type")
 
@@ -265,7 +265,7 @@ class Ext(FileSystem):
         inode = node.inode
         if not inode.i_links_count or not inode.i_mode:
             raise ValueError("its inode is not in use")
-        kind, what = _kind(inode.i_mode)
+        kind, what = kind_of(inode.i_mode)
         # With an old, small inode the fields behind it belong to the next one.
         extra = 0
         if self.fs.sb.s_inode_size > 128 and inode.i_extra_isize >= self._FIRST_EXTRA_FIELDS + 4:
@@ -366,7 +366,7 @@ class Xfs(FileSystem):
         inode = node.inode
         if not inode.di_nlink or not inode.di_mode:
             raise ValueError("its inode is not in use")
-        kind, what = _kind(inode.di_mode)
+        kind, what = kind_of(inode.di_mode)
         return Info(
             kind, node.size, node.mtime_ns, stat.S_IMODE(inode.di_mode), inode.di_uid, inode.di_gid, node.inum, what
         )
@@ -422,7 +422,7 @@ class Btrfs(FileSystem):
                 yield name, child
 
     def info(self, node: Any) -> Info:
-        kind, what = _kind(node.mode)
+        kind, what = kind_of(node.mode)
         return Info(
             kind=kind,
             size=node.size,
@@ -664,6 +664,23 @@ def open_file_system(volume: BinaryIO, size: int) -> Optional[FileSystem]:
     return None
 
 
+# (offset, bytes there, what it is)
+_FOREIGN: Tuple[Tuple[int, bytes, str], ...] = (
+    (0, b"hsqs", "squashfs"),
+    (3, b"EXFAT   ", "exfat"),
+    (1024, b"\x10\x20\xf5\xf2", "f2fs"),
+    (1024, b"\xe2\xe1\xf5\xe0", "erofs"),
+    (1024, b"H+\0\4", "hfsplus"),
+    (1024, b"HX\0\5", "hfsplus"),
+    (32768, b"JFS1", "jfs"),
+    (32769, b"CD001", "iso9660"),
+    (32769, b"BEA01", "udf"),
+    (65588, b"ReIsEr", "reiserfs"),
+    (3, b"ReFS\0\0\0\0", "refs"),
+    (32, b"NXSB", "apfs"),
+)
+
+
 def guess(volume: BinaryIO) -> Dict[str, str]:
     """What a volume without a file system that can be read holds: {"type", "why"}."""
     head = _from(volume, 0, 4096)
@@ -675,6 +692,9 @@ def guess(volume: BinaryIO) -> Dict[str, str]:
             return {"type": kind, "why": why}
     if head[4086:4096] == b"SWAPSPACE2":
         return {"type": "swap", "why": "it is swap space"}
+    for offset, magic, kind in _FOREIGN:
+        if _from(volume, offset, len(magic)) == magic:
+            return {"type": kind, "why": f"dissect's libraries don't read {kind}"}
     if _from(volume, 0, 1 << 20).count(0) == 1 << 20:
         return {"type": "empty", "why": "it begins with zeros"}
     return {"type": "unknown", "why": "no known file system begins there"}

@@ -1,24 +1,26 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""The small interface through which files come out of an image, and the reader by dissect.
+"""The small interface through which files come out of an image, and the readers by dissect and by libguestfs.
 
-The disks come from a guest that nobody vouches for. So a process of its own reads them (:mod:`.agent`), and what it
-says is checked here before anything is made of it.
+The disks come from a guest that nobody vouches for. So a process of its own reads them (:mod:`.agent`,
+:mod:`.appliance`), and what it says is checked here before anything is made of it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Generator, Iterator, List, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, Generator, Iterator, List, Mapping, Optional, Sequence, Set, Tuple
 
 from ... import errors
 from ...datapath.processes import Child
 from ...errors import DataPathError, VadpError
-from . import agent, parsers
+from ..boot.accelerator import AUTO, TCG, Probe
+from . import agent, appliance, parsers
 from .filesystems import DIRECTORY, FILE, LINK, Piece
 from .frames import DATA, HOLE, JSON, Ended, FrameReader, Silent, widen
 from .names import bad_name, encoded
@@ -32,8 +34,10 @@ OnSkipped = Callable[[int, str, str], None]
 # sys.path is that of the module, which runs out of an archive.
 _PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]);"
-    f" from {agent.__name__} import main; main(int(sys.argv[2]), int(sys.argv[3]))"
+    " from {} import main; main(int(sys.argv[2]), int(sys.argv[3]))"
 )
+# An appliance that has to be built first, and boots without KVM, takes minutes.
+_START_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -81,12 +85,23 @@ class TooMany(DataPathError):
 class FileReader:
     """What reads files. A context manager: entering finds the volumes.
 
-    ``volumes`` are dictionaries: {name, disk, size, type, label, uuid, readable, problem, warnings}.
+    ``volumes`` are dictionaries: {name, disk, size, type, label, uuid, readable, problem, warnings, reader,
+    reader_reason}.
+
+    :param reason: why this reader was chosen, for ``reader_reason``.
     """
 
     name = ""
 
-    def __init__(self, disks: Sequence[DiskSource], run_dir: str, io_timeout: float, deadline: Optional[float]) -> None:
+    def __init__(
+        self,
+        disks: Sequence[DiskSource],
+        run_dir: str,
+        io_timeout: float,
+        deadline: Optional[float],
+        reason: Optional[str] = None,
+    ) -> None:
+        self.reason = reason
         self.disks = list(disks)
         self.run_dir = run_dir
         self.io_timeout = io_timeout
@@ -126,19 +141,27 @@ class FileReader:
         raise NotImplementedError
 
 
-class DissectReader(FileReader):
-    """By dissect's parsers, in pure Python; without a mount, root or a virtual machine."""
+class _AgentReader(FileReader):
+    """By a process of its own, which serves as :mod:`.agent` says."""
 
-    name = "dissect"
+    _module = ""
+    # It holds nothing that has to be put in order; its servers die with it.
+    _end_seconds = 0.0
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._child: Optional[Child] = None
         self._descriptors: List[int] = []
+        self._silence = self.io_timeout
 
-    @staticmethod
-    def missing() -> List[str]:
-        return parsers.missing()
+    def _environment(self) -> Mapping[str, str]:
+        """Variables for the process."""
+        return {}
+
+    def _open(self, **request: Any) -> None:
+        """Find the volumes."""
+        self._ask(op="open", disks=[vars(disk) for disk in self.disks], run_dir=self.run_dir, **request)
+        self.volumes = [self._checked_volume(volume) for volume in self._answer("volumes")["volumes"]]
 
     def __enter__(self) -> FileReader:
         request_end, self._requests = os.pipe()
@@ -146,11 +169,13 @@ class DissectReader(FileReader):
         self._descriptors = [self._requests, self._frames]
         try:
             widen(self._frames)
+            program = _PROGRAM.format(self._module)
             self._child = Child.start(
-                [sys.executable, "-I", "-c", _PROGRAM, json.dumps(sys.path), str(request_end), str(frame_end)],
-                log_path=os.path.join(self.run_dir, "reader.log"),
+                [sys.executable, "-I", "-c", program, json.dumps(sys.path), str(request_end), str(frame_end)],
+                log_path=os.path.join(self.run_dir, f"{self.name}.log"),
                 name="the reader of file systems",
                 pass_fds=(request_end, frame_end),
+                env=self._environment(),
             )
         except BaseException:
             self._close()
@@ -159,8 +184,7 @@ class DissectReader(FileReader):
             os.close(request_end)
             os.close(frame_end)
         try:
-            self._ask(op="open", disks=[vars(disk) for disk in self.disks], run_dir=self.run_dir)
-            self.volumes = [_checked_volume(volume) for volume in self._answer("volumes")["volumes"]]
+            self._open()
         except BaseException:
             self._close()
             raise
@@ -174,7 +198,7 @@ class DissectReader(FileReader):
             os.close(descriptor)
         self._descriptors = []
         if self._child is not None:
-            # It holds nothing that has to be put in order; its servers die with it.
+            self._child.wait(self._end_seconds)
             self._child.stop(timeout=0)
 
     def walk(
@@ -248,7 +272,7 @@ class DissectReader(FileReader):
 
     def _frame(self) -> Tuple[bytes, Any]:
         try:
-            kind, content = FrameReader(self._frames, self.io_timeout, self.deadline).next()
+            kind, content = FrameReader(self._frames, self._silence, self.deadline).next()
         except Silent:
             if self.deadline is not None and time.monotonic() >= self.deadline:
                 raise DataPathError(
@@ -257,7 +281,7 @@ class DissectReader(FileReader):
                     remedy="Name fewer paths, or raise 'timeout'",
                 ) from None
             raise self._failure(
-                f"it said nothing for {self.io_timeout:g} s", "The file system may be damaged; see 'io_timeout'"
+                f"it said nothing for {self._silence:g} s", "The file system may be damaged; see 'io_timeout'"
             ) from None
         except Ended as error:
             raise self._failure(str(error)) from None
@@ -285,6 +309,23 @@ class DissectReader(FileReader):
         if not isinstance(number, int) or not 0 <= number < len(self.volumes):
             raise self._nonsense()
         return number
+
+    def _checked_volume(self, document: Dict[str, Any]) -> Dict[str, Any]:
+        """A volume as results tell it; a label may be anything."""
+        readable = document.get("readable") is True
+        return {
+            "name": str(document["name"]),
+            "disk": int(document["disk"]),
+            "size": int(document["size"]),
+            "type": str(document["type"]),
+            "label": _text(document.get("label")),
+            "uuid": _text(document.get("uuid")),
+            "readable": readable,
+            "problem": _text(document.get("problem")),
+            "warnings": [str(_text(warning)) for warning in document.get("warnings", [])],
+            "reader": self.name if readable else None,
+            "reader_reason": self.reason if readable else None,
+        }
 
     def _checked_entry(self, document: Dict[str, Any]) -> Entry:
         path, kind = document.get("path"), document.get("kind")
@@ -315,23 +356,71 @@ class DissectReader(FileReader):
         )
 
 
+class DissectReader(_AgentReader):
+    """By dissect's parsers, in pure Python; without a mount, root or a virtual machine."""
+
+    name = "dissect"
+    _module = agent.__name__
+
+    @staticmethod
+    def missing() -> List[str]:
+        return parsers.missing()
+
+
+class GuestfishReader(_AgentReader):
+    """By libguestfs, which is what guestfish stands on: a small virtual machine mounts the disks, without root.
+
+    Nothing compares what it reads with the hashes of the backup.
+
+    :param names: the volumes that are wanted; None: all.
+    :param on_unchecked: called before anything is read.
+    """
+
+    name = "guestfish"
+    _module = appliance.__name__
+    _end_seconds = 10.0
+
+    def __init__(
+        self, *args: Any, on_unchecked: Callable[[], None], names: Optional[Sequence[str]] = None, **options: Any
+    ) -> None:
+        super().__init__(*args, **options)
+        self._on_unchecked = on_unchecked
+        self._names = names
+
+    @staticmethod
+    def missing() -> List[str]:
+        return appliance.missing()
+
+    def __enter__(self) -> FileReader:
+        self._on_unchecked()
+        return super().__enter__()
+
+    def _close(self) -> None:
+        super()._close()
+        appliance.remove_sockets(self.run_dir)
+
+    def _environment(self) -> Mapping[str, str]:
+        # The direct backend: the virtual machine is the process' own, and dies with it.
+        variables = {"LIBGUESTFS_BACKEND": "direct", "LIBGUESTFS_TMPDIR": self.run_dir, "XDG_RUNTIME_DIR": self.run_dir}
+        program = shutil.which("qemu-system-x86_64")
+        if program is not None:
+            probe = Probe(AUTO, program, self.run_dir)
+            try:
+                probe.start()
+                if probe.result()[0] == TCG:
+                    variables["LIBGUESTFS_BACKEND_SETTINGS"] = "force_tcg"
+            finally:
+                probe.stop()
+        return variables
+
+    def _open(self, **request: Any) -> None:
+        self._silence = max(self.io_timeout, _START_SECONDS)
+        super()._open(names=self._names, **request)
+        self._silence = self.io_timeout
+
+
 def _count(value: Any, most: int) -> Optional[int]:
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most else None
-
-
-def _checked_volume(document: Dict[str, Any]) -> Dict[str, Any]:
-    """A volume as results tell it; a label may be anything."""
-    return {
-        "name": str(document["name"]),
-        "disk": int(document["disk"]),
-        "size": int(document["size"]),
-        "type": str(document["type"]),
-        "label": _text(document.get("label")),
-        "uuid": _text(document.get("uuid")),
-        "readable": document.get("readable") is True,
-        "problem": _text(document.get("problem")),
-        "warnings": [str(_text(warning)) for warning in document.get("warnings", [])],
-    }
 
 
 def _text(value: Any) -> Optional[str]:

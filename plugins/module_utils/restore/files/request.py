@@ -13,6 +13,8 @@ from .patterns import parts_of
 
 TIMES, MODE, OWNER, SPECIAL = "times", "mode", "owner", "special_bits"
 PRESERVE = (TIMES, MODE, OWNER, SPECIAL)
+AUTO, DISSECT, GUESTFISH = "auto", "dissect", "guestfish"
+READERS = (AUTO, DISSECT, GUESTFISH)
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class FilesRequest:
     :param volumes: names, labels or UUIDs of the volumes that are searched; empty means all.
     :param list_only: tell the files and write nothing.
     :param versions: look into all points.
+    :param reader: one of READERS.
     """
 
     repository: str
@@ -39,6 +42,7 @@ class FilesRequest:
     overwrite: bool = False
     fail_on_skipped: bool = False
     preserve: Tuple[str, ...] = (TIMES,)
+    reader: str = AUTO
     limit: int = 100000
     io_timeout: int = 180
     timeout: int = 86400
@@ -62,6 +66,12 @@ class FilesRequest:
             parts_of(path)
         if self.versions and not self.list_only:
             raise InputError("Versions of files can only be listed", remedy="Set 'list: true', or 'versions: false'")
+        if self.versions and self.reader == GUESTFISH:
+            raise InputError(
+                "Versions of files are not searched by guestfish",
+                reason="it would have to start a virtual machine for each point",
+                remedy="Leave 'reader' out, or list one 'point' at a time",
+            )
         if not self.list_only:
             if self.dest is None:
                 raise InputError("There is no folder for the files", remedy="Give 'dest', or 'list: true'")

@@ -15,7 +15,7 @@ import stat
 import time
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Type
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from ...datapath.processes import RuntimeDir
 from ...datapath.progress import DiskProgress, Progress
@@ -24,15 +24,17 @@ from ...repository.chain import chain_of
 from ...repository.layout import Repository, VmStore
 from ...repository.manifest import disk_of
 from ...repository.verify import missing_problems
+from ..point import Point, PointDisk, checked_beside
+from ..request import DiskChoice
+from .appliance import remove_sockets
+from .choice import make_reader
 from .disk import layers_of
 from .filesystems import DIRECTORY, FILE, LINK
 from .names import encoded, path_fields, shown
-from .reader import DiskSource, DissectReader, Entry, FileReader, Unread
+from .reader import DiskSource, Entry, FileReader, Unread
 from .request import FilesRequest
 from .writer import FREE, OTHER_KIND, Blocked, Destination, Stage
 
-#: The first one that can be used is used.
-READERS: Tuple[Type[FileReader], ...] = (DissectReader,)
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _SHOWN = 5
 _ZEROS = bytes(1 << 20)
@@ -53,8 +55,10 @@ class Source:
 class Selection:
     """What a walk found, and what it had to leave out."""
 
-    def __init__(self, reader: FileReader) -> None:
+    def __init__(self, reader: FileReader, proven: Callable[[], None]) -> None:
         self.reader = reader
+        #: Returns when what was read is known to be what was backed up, or raises DamagedError.
+        self.proven = proven
         #: The numbers of the volumes that are searched.
         self.searched: List[int] = []
         self.entries: List[Entry] = []
@@ -82,12 +86,13 @@ def restore_files(request: FilesRequest, check_mode: bool, progress: Optional[Pr
         destination = None
         if not request.list_only:
             destination = stack.enter_context(Destination(str(request.dest)))
-        selection = stack.enter_context(opened(request, source))
+        progress = progress or Progress(None)
+        selection = stack.enter_context(opened(request, source, progress=progress))
         if destination is None:
             files = [_listed(entry, selection, request) for entry in selection.entries]
             return result_of(source, selection, [file for file in files if file], changed=False)
         _require_found(request, source, selection)
-        return _Restore(request, source, selection, destination, progress or Progress(None)).run(check_mode)
+        return _Restore(request, source, selection, destination, progress).run(check_mode)
 
 
 def open_source(request: FilesRequest, point: str) -> Source:
@@ -139,37 +144,49 @@ def source_of(
 
 
 @contextlib.contextmanager
-def opened(request: FilesRequest, source: Source, deadline: Optional[float] = None) -> Iterator[Selection]:
+def opened(
+    request: FilesRequest, source: Source, deadline: Optional[float] = None, progress: Optional[Progress] = None
+) -> Iterator[Selection]:
     """The files that the request selects, by a reader that stays open meanwhile.
 
     :param deadline: when reading ends; without it the request's ``timeout`` begins now.
+    :raises DamagedError: on entering or on leaving, if the point is damaged.
     """
     deadline = time.monotonic() + request.timeout if deadline is None else deadline
-    kind = usable_reader()
-    timeout = float(request.io_timeout)
+    proofs: List[Callable[[], None]] = []
+
+    def proven() -> None:
+        for proof in proofs:
+            proof()
+
     # The folder's name is the same for each restore of a VM's files, so the next one clears up after a crash.
     name = f"files-{source.store.uuid}"
+    for left in RuntimeDir.leftovers(name):
+        remove_sockets(left)
     RuntimeDir.leftovers(name, remove=True)
-    with RuntimeDir(name) as run_dir, kind(source.disks, run_dir.path, timeout, deadline) as reader:
-        selection = Selection(reader)
+    with RuntimeDir(name) as run_dir, contextlib.ExitStack() as checks:
+
+        def check() -> None:
+            beside = checked_beside(_point_of(request, source), progress or Progress(None))
+            proofs.append(checks.enter_context(beside))
+
+        reader = checks.enter_context(make_reader(request, source.disks, run_dir.path, deadline, check))
+        selection = Selection(reader, proven)
         selection.searched = _chosen(request, reader)
         walk = reader.walk(selection.searched, request.paths, request.recurse, request.limit, selection.skip)
         selection.entries = list(walk)
         yield selection
 
 
-def usable_reader() -> Type[FileReader]:
-    """The first reader that can be used. :raises InputError: there is none."""
-    for kind in READERS:
-        if not kind.missing():
-            return kind
-    missing = {kind.name: kind.missing() for kind in READERS}
-    raise InputError(
-        "Files can't be read out of images here",
-        reason="; ".join(f"{name} needs {', '.join(packages)}" for name, packages in missing.items()),
-        remedy="Install them on the backup proxy; role backup_proxy does, where its Python is new enough",
-        details={"missing": missing},
-    )
+def _point_of(request: FilesRequest, source: Source) -> Point:
+    """The disks that are read, for the check of all of their files."""
+    keys = {disk.key for disk in source.disks}
+    disks = [
+        PointDisk(DiskChoice(disk["key"]), disk, str(source.store.layer_path(disk["key"], source.manifest["point"])))
+        for disk in source.manifest["disks"]
+        if disk["key"] in keys
+    ]
+    return Point(Repository.open(request.repository), source.store, source.manifest, disks)
 
 
 def _chosen(request: FilesRequest, reader: FileReader) -> List[int]:
@@ -200,7 +217,9 @@ def _volume_list(reader: FileReader) -> str:
     texts = []
     for volume in reader.volumes:
         label = f" '{volume['label']}'" if volume["label"] else ""
-        texts.append(f"{volume['name']} ({volume['type']}{label}{'' if volume['readable'] else ', not readable'})")
+        texts.append(
+            f"{volume['name']} ({volume['type']}{label}{'' if volume['readable'] else ', ' + str(volume['problem'])})"
+        )
     return ", ".join(texts) or "none"
 
 
@@ -396,6 +415,7 @@ class _Restore:
                         reason="; ".join(f"{one['path']}: {one['reason']}" for one in self._selection.skipped[:_SHOWN]),
                         remedy="Set fail_on_skipped: false to have the others",
                     )
+                self._selection.proven()
                 stage.publish(ready, self._request.preserve)
             state = "done"
         finally:

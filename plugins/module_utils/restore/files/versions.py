@@ -11,9 +11,10 @@ from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 from ...errors import DamagedError, VadpError
 from ...repository.layout import Repository
 from ...repository.manifest import disk_of
+from .choice import require_reader
 from .reader import Entry, TooMany, Unread
 from .request import FilesRequest
-from .run import Source, checksum_of, describe, opened, result_of, source_of, usable_reader
+from .run import Source, checksum_of, describe, opened, result_of, source_of
 
 #: Volume and path.
 _Place = Tuple[str, str]
@@ -48,7 +49,7 @@ def list_versions(request: FilesRequest) -> Dict[str, Any]:
     :raises VadpError: no point can be searched, or one has more files than ``limit``.
     """
     request.check()
-    usable_reader()
+    require_reader(request)
     store = Repository.open(request.repository).find_vm(vm_uuid=request.vm_uuid, vm_name=request.vm_name)
     manifests, damaged = store.read_points()
     if not manifests:

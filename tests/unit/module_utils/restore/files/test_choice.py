@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""Which reader reads which volume. The readers here are made up; the real ones are tried in test_guestfish.py."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List
+
+import pytest
+from ansible_collections.openvadp.backup.plugins.module_utils.errors import DataPathError, InputError
+from ansible_collections.openvadp.backup.plugins.module_utils.restore.files import choice
+from ansible_collections.openvadp.backup.plugins.module_utils.restore.files.reader import Entry, FileReader
+from ansible_collections.openvadp.backup.plugins.module_utils.restore.files.request import FilesRequest
+
+
+def volume(name: str, kind: str, problem: Any = None, label: Any = None) -> Dict[str, Any]:
+    readable = problem is None
+    return {
+        "name": name,
+        "disk": 2000,
+        "type": kind,
+        "label": label,
+        "uuid": None,
+        "readable": readable,
+        "problem": problem,
+    }
+
+
+class Reader(FileReader):
+    """Has a file in each volume that it can read, and another one that is skipped."""
+
+    absent: List[str] = []
+    has: List[Dict[str, Any]] = []
+
+    @classmethod
+    def missing(cls) -> List[str]:  # type: ignore[override]
+        return cls.absent
+
+    def __init__(
+        self, *args: Any, names: Any = None, on_unchecked: Callable[[], None] = lambda: None, **more: Any
+    ) -> None:
+        super().__init__(*args, **more)
+        self._names = names
+        self._on_unchecked = on_unchecked
+
+    def __enter__(self) -> FileReader:
+        self._on_unchecked()
+        self.volumes = [
+            dict(one, reader=self.name if one["readable"] else None, reader_reason=self.reason)
+            for one in self.has
+            if self._names is None or one["name"] in self._names
+        ]
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        pass
+
+    def walk(self, volumes: Any, patterns: Any, recurse: Any, limit: Any, on_skipped: Any) -> Iterator[Entry]:
+        self.matched = {0} if self.name == "dissect" else {1}
+        for number in volumes:
+            assert self.volumes[number]["readable"]
+            on_skipped(number, "/skipped", "why")
+            yield Entry(number, f"/of-{self.volumes[number]['name']}", "file", 1, 0)
+
+    def read(self, entry: Entry) -> Any:
+        return iter([f"{self.name} {self.volumes[entry.volume]['name']}".encode()])
+
+
+@pytest.fixture
+def readers(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The two, in the place of the real ones."""
+
+    class Dissect(Reader):
+        name = "dissect"
+        has = [
+            volume("2000p1", "fat", label="EFI"),
+            volume("2000p2", "exfat", "not by dissect"),
+            volume("2000p3", "swap", "it is swap space"),
+            volume("2000p4", "ext4"),
+            volume("2000p5", "unknown", "nothing begins there"),
+            volume("vg/a", "btrfs", "it can't be read: no"),
+        ]
+
+    class Guestfish(Reader):
+        name = "guestfish"
+        started: List[Any] = []
+        has = [
+            volume("2000p5", "exotic", label="Odd"),
+            volume("vg/a", "btrfs", "nor by Linux"),
+            volume("2000p2", "exfat"),
+        ]
+
+        def __enter__(self) -> FileReader:
+            self.started.append(self._names)
+            return super().__enter__()
+
+    monkeypatch.setattr(choice, "DissectReader", Dissect)
+    monkeypatch.setattr(choice, "GuestfishReader", Guestfish)
+    return Dissect, Guestfish
+
+
+def made(**options: Any) -> Any:
+    request = FilesRequest(repository="/r", paths=("/x", "/y"), list_only=True, **options)
+    checks: List[int] = []
+    reader = choice.make_reader(request, [], "/run", None, lambda: checks.append(1))
+    return reader, checks
+
+
+def test_what_dissect_leaves_is_read_by_guestfish_under_the_same_numbers(readers: Any) -> None:
+    reader, checks = made()
+    assert not checks
+    with reader:
+        # Swap space and what nobody knows are no reason to start it.
+        assert readers[1].started == [["2000p2", "vg/a"]] and checks == [1]
+        told = {one["name"]: (one["reader"], one["reader_reason"]) for one in reader.volumes if one["readable"]}
+        assert told == {
+            "2000p1": ("dissect", "dissect reads it"),
+            "2000p2": ("guestfish", "dissect: not by dissect"),
+            "2000p4": ("dissect", "dissect reads it"),
+        }
+        assert reader.name == "dissect, guestfish"
+        assert reader.volumes[5]["problem"] == "it can't be read: no; guestfish: nor by Linux"
+        skipped: List[int] = []
+        entries = list(reader.walk([0, 1, 3], ["/x", "/y"], True, 9, lambda number, path, why: skipped.append(number)))
+        assert [(entry.volume, entry.path) for entry in entries] == [
+            (0, "/of-2000p1"),
+            (3, "/of-2000p4"),
+            (1, "/of-2000p2"),
+        ]
+        assert skipped == [0, 3, 1] and reader.matched == {0, 1}
+        assert [list(reader.read(entry)) for entry in entries] == [
+            [b"dissect 2000p1"],
+            [b"dissect 2000p4"],
+            [b"guestfish 2000p2"],
+        ]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "started"),
+    [
+        (["2000p1", "2000p4"], []),
+        (["EFI"], []),
+        (["2000p5"], [["2000p5"]]),
+        (["2000p1", "2000p2"], [["2000p2"]]),
+        # Perhaps the label of one that dissect does not read.
+        (["Odd"], [["2000p2", "2000p5", "vg/a"]]),
+        (["2000p3"], []),
+    ],
+)
+def test_only_volumes_that_are_wanted_are_a_reason(readers: Any, wanted: List[str], started: List[Any]) -> None:
+    reader, checks = made(volumes=wanted)
+    with reader:
+        assert readers[1].started == started and len(checks) == len(started)
+
+
+def test_one_of_them_alone(readers: Any) -> None:
+    with made(reader="dissect")[0] as reader:
+        assert reader.name == "dissect" and reader.volumes[0]["reader_reason"] == "reader is dissect"
+        assert readers[1].started == []
+    reader, checks = made(reader="guestfish")
+    with reader:
+        assert reader.name == "guestfish" and checks == [1]
+    readers[0].absent = ["dissect.extfs"]
+    with made()[0] as reader:
+        assert reader.volumes[0]["reader_reason"] == "dissect needs dissect.extfs"
+    with pytest.raises(InputError, match="dissect needs dissect.extfs"):
+        made(reader="dissect")
+    with pytest.raises(InputError, match="dissect needs dissect.extfs$|dissect needs dissect.extfs. "):
+        made(versions=True)
+
+
+def test_without_guestfish_the_volume_says_what_would_read_it(readers: Any) -> None:
+    readers[1].absent = ["libguestfs"]
+    with made()[0] as reader:
+        assert reader.name == "dissect"
+        assert reader.volumes[1]["problem"] == "not by dissect; guestfish may read it, but needs libguestfs"
+        assert reader.volumes[2]["problem"] == "it is swap space"
+    readers[0].absent = ["dissect.fat"]
+    with pytest.raises(InputError, match="dissect needs dissect.fat; guestfish needs libguestfs"):
+        made()
+
+
+def test_a_guestfish_that_does_not_start_leaves_what_dissect_reads(
+    readers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Any) -> None:
+        raise DataPathError("libguestfs does not start", reason="no kernel")
+
+    monkeypatch.setattr(readers[1], "__enter__", fail)
+    with made()[0] as reader:
+        assert [one["readable"] for one in reader.volumes] == [True, False, False, True, False, False]
+        assert "guestfish can't read it: libguestfs does not start: no kernel" in reader.volumes[1]["problem"]
+    with pytest.raises(DataPathError, match="no kernel"), made(reader="guestfish")[0]:
+        pass
+
+
+def test_versions_are_not_searched_by_guestfish(readers: Any) -> None:
+    with made(versions=True)[0] as reader:
+        assert readers[1].started == []
+        assert reader.volumes[1]["problem"] == "not by dissect; guestfish may read it, when one point is listed"
+    with pytest.raises(InputError, match="not searched by guestfish"):
+        FilesRequest(repository="/r", paths=("/x",), list_only=True, versions=True, reader="guestfish").check()
+
+
+@pytest.mark.parametrize(
+    ("offset", "magic", "kind"),
+    [
+        (3, b"EXFAT   ", "exfat"),
+        (1024, struct.pack("<I", 0xF2F52010), "f2fs"),
+        (32769, b"CD001", "iso9660"),
+        (32768, b"JFS1", "jfs"),
+    ],
+)
+def test_a_file_system_that_dissect_does_not_read_is_told_by_its_name(
+    c: Any, disks: Any, offset: int, magic: bytes, kind: str
+) -> None:
+    image: Path = disks.image(4 * c.MIB)
+    with image.open("r+b") as file:
+        file.seek(offset)
+        file.write(magic)
+    disks.chain(image, 1)
+    result = disks.restore("/", list_only=True, reader="dissect")
+    assert [(one["type"], one["problem"]) for one in result["volumes"]] == [
+        (kind, f"dissect's libraries don't read {kind}")
+    ]

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""Files read by libguestfs, in its real virtual machine. Each test boots one, so most of them are for `make soak`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, List
+
+import pytest
+from ansible_collections.openvadp.backup.plugins.module_utils.datapath.processes import RuntimeDir
+from ansible_collections.openvadp.backup.plugins.module_utils.errors import DamagedError, DataPathError
+
+#: A restore that waits with everything open.
+KILLED = """
+import sys
+from ansible_collections.openvadp.backup.plugins.module_utils.restore.files import request, run
+wanted = request.FilesRequest(sys.argv[1], ("/etc",), vm_uuid=sys.argv[2], list_only=True, reader="guestfish")
+with run.opened(wanted, run.open_source(wanted, "latest")):
+    print("open", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture(autouse=True)
+def _kernel(c: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel of tests/setup.sh, where this machine has none."""
+    appliance = c.ROOT / "build" / "appliance"
+    if (appliance / "vmlinuz").exists():
+        (modules,) = (appliance / "lib" / "modules").iterdir()
+        (appliance / "cache").mkdir(exist_ok=True)
+        monkeypatch.setenv("SUPERMIN_KERNEL", str(appliance / "vmlinuz"))
+        monkeypatch.setenv("SUPERMIN_MODULES", str(modules))
+        monkeypatch.setenv("LIBGUESTFS_CACHEDIR", str(appliance / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays(c: Any) -> Any:
+    before = left_behind()
+    yield
+    assert left_behind() == before
+
+
+def left_behind() -> List[str]:
+    """libguestfs' folders, and the virtual machines that run from one of ours."""
+    found = [name for name in os.listdir("/tmp") if name.startswith(("libguestfs", "openvadp-files"))]
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            words = Path("/proc", pid, "cmdline").read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if b"openvadp-files" in words and b"guestfs" in words:
+            found.append(pid)
+    return sorted(found)
+
+
+def squashfs(c: Any, folder: Path, tree: Path, *more: str) -> bytes:
+    c.tool("mksquashfs", tree, folder / "squashfs", "-quiet", "-no-progress", "-noappend", *more)
+    data = (folder / "squashfs").read_bytes()
+    (folder / "squashfs").unlink()
+    return data
+
+
+def test_what_dissect_can_not_read(c: Any, disks: Any, tree: Path, tmp_path: Path) -> None:
+    """A disk with an ext4, which dissect reads, and a squashfs with all that is hard, through seven layers."""
+    c.put_odd_names(tree)
+    os.symlink("/etc/passwd", tree / "etc" / "out")
+    os.symlink("../../../../tmp", tree / "etc" / "up")
+    os.symlink("circle", tree / "etc" / "circle")
+    (tree / "etc" / "hosts").chmod(0o640)
+    os.utime(tree / "etc" / "hosts", (1, 1_600_000_000))
+    second = squashfs(
+        c, tmp_path, tree, "-p", "dev d 755 0 0", "-p", "dev/console c 600 0 0 5 1", "-p", "dev/disk b 600 0 0 8 0"
+    )
+    other = tmp_path / "tree2"
+    (other / "ext").mkdir(parents=True)
+    (other / "ext" / "file").write_text("by dissect")
+    image = disks.image(8 * c.MIB)
+    c.tool("mkfs.ext4", "-q", "-F", "-d", other, image)
+    first = image.read_bytes()
+    sectors = [2048, 2048 + len(first) // 512]
+    image.write_bytes(bytes(c.MIB) + first + second + bytes(c.MIB - len(second) % c.MIB))
+    c.tool(
+        "sfdisk",
+        "-q",
+        image,
+        input=f"label: dos\nstart={sectors[0]}, size={len(first) // 512}\nstart={sectors[1]}\n".encode(),
+    )
+    disks.chain(image, 7)
+    result = disks.restore("/etc", "/big", "/sparse", "/dev", "/ext", preserve=("times", "mode"))
+    volumes = [(one["name"], one["type"], one["reader"], one["reader_reason"]) for one in result["volumes"]]
+    assert volumes == [
+        ("2000p1", "ext4", "dissect", "dissect reads it"),
+        ("2000p2", "squashfs", "guestfish", "dissect: dissect's libraries don't read squashfs"),
+    ]
+    assert result["reader"] == "dissect, guestfish"
+    wanted = dict(c.sums(tree))
+    wanted.update(c.sums(other))
+    assert c.sums(disks.dest) == wanted
+    assert os.readlink(disks.dest / "etc" / "out") == "/etc/passwd"
+    assert os.readlink(disks.dest / "etc" / "up") == "../../../../tmp"
+    assert {(one["path"], one["reason"]) for one in result["skipped"]} == {
+        ("/dev/console", "it is a character device"),
+        ("/dev/disk", "it is a block device"),
+    }
+    hosts = (disks.dest / "etc" / "hosts").stat()
+    assert (hosts.st_mode & 0o777, hosts.st_mtime) == (0o640, 1_600_000_000)
+    assert (disks.dest / "sparse").stat().st_blocks * 512 < 2 * c.MIB
+
+
+@pytest.mark.soak
+def test_ext4_by_guestfish_alone(c: Any, disks: Any, tree: Path) -> None:
+    c.put_odd_names(tree)
+    os.symlink("/", tree / "etc" / "out")
+    image = disks.image(24 * c.MIB)
+    c.tool("mkfs.ext4", "-q", "-F", "-L", "data", "-d", tree, image)
+    disks.chain(image, 7)
+    options = {"reader": "guestfish", "volumes": ["data"]}
+    listed = disks.restore("/**", list_only=True, checksums=True, **options)
+    assert listed["reader"] == "guestfish" and not listed["changed"]
+    by_dissect = disks.restore("/**", list_only=True, checksums=True, reader="dissect")
+    assert sorted(map(str, listed["files"])) == sorted(map(str, by_dissect["files"]))
+    assert disks.restore("/etc", "/big", "/sparse", check_mode=True, **options)["changed"]
+    assert os.listdir(disks.dest) == []
+    assert disks.restore("/etc", "/big", "/sparse", **options)["changed"]
+    assert c.sums(disks.dest) == c.sums(tree)
+    assert not disks.restore("/etc", "/big", "/sparse", **options)["changed"]
+
+
+@pytest.mark.soak
+def test_nothing_of_a_damaged_point_is_restored(c: Any, disks: Any, tree: Path) -> None:
+    image = disks.image(16 * c.MIB)
+    data = squashfs(c, disks.folder, tree)
+    image.write_bytes(data + bytes(16 * c.MIB - len(data)))
+    disks.chain(image, 2)
+    layer = Path(disks.world.store.layer_path(2000, "p1"))
+    content = bytearray(layer.read_bytes())
+    content[-1] ^= 1
+    layer.chmod(0o600)
+    layer.write_bytes(bytes(content))
+    with pytest.raises(DamagedError):
+        disks.restore("/etc")
+    assert os.listdir(disks.dest) == []
+
+
+@pytest.mark.soak
+def test_a_broken_file_system_is_told(c: Any, disks: Any, tree: Path) -> None:
+    image = disks.image(16 * c.MIB)
+    data = bytearray(squashfs(c, disks.folder, tree))
+    data[100 : len(data) - 100] = bytes(len(data) - 200)
+    image.write_bytes(bytes(data) + bytes(16 * c.MIB - len(data)))
+    disks.chain(image, 1)
+    (volume,) = disks.restore("/etc", list_only=True)["volumes"]
+    assert not volume["readable"] and "guestfish: it can't be mounted" in volume["problem"]
+
+
+@pytest.mark.soak
+def test_time_limits_and_a_kill_leave_nothing(c: Any, disks: Any, tree: Path, tmp_path: Path) -> None:
+    image = disks.image(24 * c.MIB)
+    c.tool("mkfs.ext4", "-q", "-F", "-d", tree, image)
+    disks.chain(image, 1)
+    with pytest.raises(DataPathError, match="not read in time"):
+        disks.restore("/etc", reader="guestfish", timeout=8)
+    before = left_behind()
+    command = [sys.executable, "-c", KILLED, str(disks.world.repository.path), disks.world.store.uuid]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"open\n"
+        running = [name for name in left_behind() if name.isdigit()]
+        assert running
+        process.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while [name for name in left_behind() if name.isdigit()]:
+        assert time.monotonic() < deadline
+    # Its folders go with the next restore.
+    name = f"files-{disks.world.store.uuid}"
+    assert RuntimeDir.leftovers(name)
+    with pytest.raises(DataPathError):
+        disks.restore("/etc", reader="guestfish", timeout=1)
+    assert left_behind() == before
