@@ -57,7 +57,7 @@ soak-short:
 
 # Many more of them, other ones each time; the seed that is printed repeats them. tests/soak/*.py say what each variable means.
 soak:
-	@tests/setup.sh tests
+	@tests/setup.sh soak
 	SOAK_DEBIAN13=1 SOAK_MINUTES=$${SOAK_MINUTES:-15} SOAK_KILLS=$${SOAK_KILLS:-300} SOAK_CHILD_KILLS=$${SOAK_CHILD_KILLS:-60} \
 	    SOAK_PLAYBOOK_KILLS=$${SOAK_PLAYBOOK_KILLS:-10} SOAK_FLIPS=$${SOAK_FLIPS:-500} \
 	    SOAK_FILES=$${SOAK_FILES:-10000} SOAK_FILE_SYSTEMS=$${SOAK_FILE_SYSTEMS:-20} \

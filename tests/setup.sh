@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that `make demo` and `make test` need, on a fresh Debian 12 or 13 with git and make, as root or with sudo.
 # Idempotent: what is there already is left alone, so a second run takes about a second.
-# usage: setup.sh [tests]    with "tests", also what only the tests need
+# usage: setup.sh [tests|soak]    with "tests", also what only the tests need; with "soak", what only the long ones need as well
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p build
@@ -22,6 +22,11 @@ as_root() {
 PACKAGES=(python3 python3-venv python3-dev python3-libnbd libnbd-bin nbdkit qemu-utils qemu-system-x86 gcc libc6-dev make git openssl curl
     e2fsprogs ntfs-3g xfsprogs btrfs-progs dosfstools mtools fdisk util-linux procps openssh-client shellcheck
     iproute2 iputils-ping)
+
+# A firmware for EFI, and what makes a program for it out of a kernel.
+if [ "$for_tests" = soak ]; then
+    PACKAGES+=(ovmf systemd-boot-efi binutils)
+fi
 
 apt_install() {
     # Lists on a fresh image are absent or old: one update, then the install.

@@ -24,6 +24,7 @@ from vcenter import boot_image, images  # noqa: E402
 
 DISK_BYTES = 192 << 20
 SECOND = boot_image.GREETING.replace(b"1", b"2")
+_STUB = Path("/usr/lib/systemd/boot/efi/linuxx64.efi.stub")
 HELLO = b"a boot sector that says this, and nothing more"
 # A loop of BIOS' teletype (int 10h) and the first serial port's data register, then hlt for ever.
 SECTOR = bytes.fromhex("31c08ed8be1c7c ac84c0740d b40e bb0700 cd10 baf803 ee ebee f4ebfd") + HELLO + b"\0"
@@ -201,3 +202,67 @@ def test_the_playbook(world: World, ansible: Ansible) -> None:
         assert words in outcome.stdout
     outcome = ansible.run("openvadp.backup.verify", variables=dict(variables, point="latest")).failed()
     assert "broken DID NOT BOOT" in outcome.stdout and "No bootable device" in str(outcome)
+
+
+# EFI
+
+
+def _efi_program(folder: Path) -> Path:
+    """Kernel, command line and initial file system as one program for EFI."""
+    parts = {
+        ".cmdline": (folder / "cmdline", 0x30000),
+        ".linux": (boot_image.PARTS / "vmlinuz", 0x2000000),
+        ".initrd": (folder / "initrd", 0x3000000),
+    }
+    parts[".cmdline"][0].write_text("console=ttyS0 quiet nokaslr mitigations=off nosmp")
+    parts[".initrd"][0].write_bytes(boot_image.initial_files(boot_image.GREETING))
+    program = folder / "program.efi"
+    command = ["objcopy"]
+    for name, (path, address) in parts.items():
+        command += ["--add-section", f"{name}={path}", "--change-section-vma", f"{name}={address:#x}"]
+    subprocess.run([*command, str(_STUB), str(program)], check=True)
+    return program
+
+
+def _efi_disk(folder: Path, capacity_bytes: int) -> Path:
+    """A disk whose one partition, FAT, holds the program that EFI starts where it knows of nothing else."""
+    disk, start, sectors = folder / "efi.raw", 2048, capacity_bytes // 512 - 2048
+    with disk.open("wb") as file:
+        file.truncate(capacity_bytes)
+        file.seek(446)
+        file.write(struct.pack("<B3sB3sII", 0, b"\xfe\xff\xff", 0xEF, b"\xfe\xff\xff", start, sectors))
+        file.seek(510)
+        file.write(b"\x55\xaa")
+    at = f"{disk}@@{start * 512}"
+    subprocess.run(["mformat", "-i", at, "-T", str(sectors), "-h", "64", "-s", "32", "::"], check=True)
+    subprocess.run(["mmd", "-i", at, "::EFI", "::EFI/BOOT"], check=True)
+    subprocess.run(["mcopy", "-i", at, str(_efi_program(folder)), "::EFI/BOOT/BOOTX64.EFI"], check=True)
+    return disk
+
+
+@pytest.mark.soak
+def test_a_machine_with_efi_boots(own_simulator: Simulator, tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    modules = Modules(own_simulator, repository)
+    disk = _efi_disk(tmp_path, own_simulator.vm("app01")["disks"][0]["capacity_bytes"])
+    with disk.open("rb") as file:
+        for offset in range(0, disk.stat().st_size, 1 << 20):
+            piece = file.read(1 << 20)
+            if any(piece):
+                text = base64.b64encode(piece).decode()
+                own_simulator.control.call("guest_write", vm="app01", disk=2000, offset=offset, data=text)
+    modules.track_changes()
+    modules.point("one")
+    result = modules.run(
+        "restore_point_verify",
+        repository=str(repository),
+        vm_name="app01",
+        level="boot",
+        boot_pattern=r"generation \d",
+        boot_timeout=300,
+    )
+    assert result["ok"], result
+    boot = result["boot"]
+    assert (boot["firmware"], boot["booted"], boot["by"]) == ("efi", True, "serial")
+    assert boot_image.GREETING in Path(boot["serial_log"]).read_bytes()

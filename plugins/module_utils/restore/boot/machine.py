@@ -35,6 +35,8 @@ _SHOWN = {
     "mptsas1068": "LSI Logic SAS",
     "lsi53c895a": "LSI Logic 53C895A",
 }
+#: OVMF, as distributions build it, finds no disk on these. Guests made for EFI have SATA's driver, for their CD drive.
+_NOT_BY_EFI = ("pvscsi", "mptsas1068", "lsi53c895a")
 _LEAST_MEMORY_MB = 128
 
 
@@ -117,6 +119,7 @@ def design(
     devices = {device["key"]: device for device in hardware.get("device") or [] if "key" in device}
     memory = max(_LEAST_MEMORY_MB, min(int(hardware.get("memoryMB") or memory_mb), memory_mb))
     count = max(1, min(int(hardware.get("numCPU") or 1), cpus))
+    kind_of_firmware = firmware_of(saved)
     notes = []
     if int(hardware.get("memoryMB") or memory) > memory:
         notes.append(f"it has {memory} MiB of memory, not {hardware['memoryMB']}")
@@ -127,7 +130,10 @@ def design(
         place = devices.get(disk.key) or {}
         controller = devices.get(place.get("controllerKey")) or {}
         kind, most = _KINDS.get(_class(controller), _SATA)
-        if _class(controller) not in _KINDS:
+        if kind_of_firmware == EFI and kind in _NOT_BY_EFI:
+            notes.append(f"disk {disk.key} is on {_SHOWN['sata']}: the firmware has no driver for {_SHOWN[kind]}")
+            kind, most = _SATA
+        elif _class(controller) not in _KINDS:
             why = f"qemu has no {_class(controller)}" if controller else "its controller is not known"
             notes.append(f"disk {disk.key} is on {_SHOWN[kind]}: {why}")
         elif kind == "lsi53c895a":
@@ -139,7 +145,6 @@ def design(
         device = buses.place(kind, most, controller.get("key", "other"), disk)
         arguments += ["-device", f"{device},bootindex={index}"]
         attached[disk.key] = _SHOWN[kind]
-    kind_of_firmware = firmware_of(saved)
     machine = ["-machine", "pc,usb=off,vmport=off"]
     if kind_of_firmware == EFI:
         if firmware is None:

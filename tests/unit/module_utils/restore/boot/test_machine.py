@@ -100,6 +100,12 @@ def test_firmware_and_what_is_unknown() -> None:
     assert "if=pflash,unit=0,format=raw,readonly=on,file=/f/code,,1.fd" in machine.arguments
     assert "if=pflash,unit=1,format=raw,readonly=off,file=/f/vars.fd" in machine.arguments
     assert "Secure Boot is off" in machine.notes and machine.buses == {2000: "SATA (AHCI)"}
+    # Its driver for SATA is the only one that guests on SCSI have too.
+    efi = saved(*ALL[4:7], firmware="efi")
+    machine = design(efi, disks(2000, 2016, 2032), memory_mb=512, cpus=1, firmware=("/f/code.fd", "/f/vars.fd"))
+    assert machine.buses == dict.fromkeys((2000, 2016, 2032), "SATA (AHCI)")
+    assert "disk 2016 is on SATA (AHCI): the firmware has no driver for LSI Logic SAS" in machine.notes
+    assert not any(kind in " ".join(machine.arguments) for kind in ("pvscsi", "mptsas", "lsi53"))
     # A configuration that says nothing at all.
     machine = design({}, disks(2000), memory_mb=512, cpus=4)
     assert (machine.memory_mb, machine.cpus, machine.firmware) == (512, 1, "bios")
