@@ -4,9 +4,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, List, Mapping, Sequence
+import shlex
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
-from ..plugin_utils.tables import NONE, Notes, disk_name, format_bytes, format_speed, render, require_results
+from ..plugin_utils.tables import NONE, Notes, disk_name, fold, format_bytes, format_speed, render, require_results
 
 DOCUMENTATION = r"""
 name: restore_table
@@ -16,7 +17,8 @@ author: openvadp maintainers (@openvadp)
 description:
   - Renders what module M(openvadp.backup.vadp_disk_restore) returns, or what role P(openvadp.backup.vm_restore#role)
     leaves in C(vm_restore_result).
-  - Each disk is one line. Why it was written, or not, stands below the table.
+  - Each disk is one line. Why it was written, or not, stands below the table, and after a restore with a safety point
+    the command that brings back what the disks held before.
 options:
   _input:
     description: Results of M(openvadp.backup.vadp_disk_restore), in the order of the table.
@@ -48,7 +50,8 @@ _VERIFIED = {True: "yes", False: "no", None: NONE}
 def restore_table(results: Sequence[Mapping[str, Any]], width: int = 140) -> List[str]:
     """The lines of the table.
 
-    :param results: what module vadp_disk_restore returned, each with ``point`` and ``restored``.
+    :param results: what module vadp_disk_restore returned, each with ``point`` and ``restored``; role
+        vm_restore adds ``safety_point``.
     :param width: columns for the text below the table.
     """
     require_results(results, "restore_table", "module vadp_disk_restore returned")
@@ -71,7 +74,29 @@ def restore_table(results: Sequence[Mapping[str, Any]], width: int = 140) -> Lis
                     _VERIFIED[disk.get("verified")],
                 ]
             )
-    return render(_HEADINGS, _RIGHT, rows) + notes.lines(width)
+    below = [line for result in results for line in _way_back(result.get("safety_point"), width)]
+    return render(_HEADINGS, _RIGHT, rows) + notes.lines(width) + below
+
+
+def _way_back(point: Optional[Mapping[str, Any]], width: int) -> List[str]:
+    """What a safety point is, and the command that restores it, in one line to copy."""
+    if not point:
+        return []
+    if point.get("state") == "planned":
+        return fold(f"Restore point {point['point']} of {point['vm']} would be made first, as the way back.", width)
+    # Without the name of a machine to write to it is the one that the point was made of.
+    variables = {
+        "repository": point["repository"],
+        "vm_uuid": point["vm_uuid"],
+        "point": point["point"],
+        "target": "in_place",
+        "vm_restore_overwrite": "true",
+    }
+    if point.get("proxy") not in (None, "localhost"):
+        variables["vm_restore_proxy"] = point["proxy"]
+    words = [f"-e {shlex.quote(f'{name}={value}')}" for name, value in variables.items()]
+    said = f"Restore point {point['point']} holds what {point['vm']} held before. To go back, power it off and run:"
+    return [*fold(said, width), f"  ansible-playbook openvadp.backup.restore {' '.join(words)}"]
 
 
 class FilterModule:

@@ -396,6 +396,11 @@ restored:
       description: Path of the image file, or machine and label of the disk that was written.
       type: str
       sample: /restore/app01-hard-disk-1-2000.qcow2
+    target_key:
+      description: Device key of the disk that was written.
+      returned: with O(target=in_place)
+      type: int
+      sample: 2000
     format:
       description: Format of the image file; null for a disk of a machine.
       type: str
@@ -451,12 +456,12 @@ restored:
       type: str
       sample: it was not there
 vm:
-  description: The new virtual machine.
-  returned: with O(target=new_vm)
+  description: The virtual machine that was written to, or the new one.
+  returned: with O(target=in_place) and O(target=new_vm)
   type: dict
   contains:
     moid:
-      description: Its managed object id; null in check mode.
+      description: Its managed object id; null in check mode with O(target=new_vm).
       type: str
       sample: vm-117
     name:
@@ -468,13 +473,43 @@ vm:
       type: str
       sample: /DC0/vm/restored/app01-restored
     instance_uuid:
-      description: Its instance UUID, by which the repository will know it; null in check mode.
+      description: Its instance UUID, by which the repository knows it; null in check mode with O(target=new_vm).
       type: str
       sample: 502f6c1e-7a1a-4b6e-9d3c-0d5a0d1b2c3d
     host:
       description: Host that it was made on.
+      returned: with O(target=new_vm)
       type: str
       sample: esx01.example.com
+half_written:
+  description:
+    - Disks of that machine that hold neither what they held nor a restore point, since a restore of them did not come
+      to its end. After a restore, those that it did not write.
+    - Only what this repository's restores have left is known.
+  returned: with O(target=in_place)
+  type: list
+  elements: dict
+  contains:
+    key:
+      description: Device key of the disk.
+      type: int
+      sample: 2000
+    point:
+      description: Name of the restore point that was being written.
+      type: str
+      sample: 20261122T084203Z
+    point_vm:
+      description: Instance UUID of the machine that this point is of.
+      type: str
+      sample: 500c1a2b-7d5e-0a4b-9a3c-2f1e0d9c8b7a
+    run_id:
+      description: The run of that restore.
+      type: str
+      sample: 20261122T084203.417123Z-3f9a2b1c
+    started:
+      description: When it began (UTC).
+      type: str
+      sample: '2026-11-22T08:42:03Z'
 differences:
   description: Every field in which its configuration differs from the one that was saved.
   returned: with O(target=new_vm), empty in check mode

@@ -283,11 +283,14 @@ def test_a_kill_in_the_middle_is_finished_from_the_journal(modules: Modules) -> 
     # A backup of the half-restored machine believes nothing, and the machine even runs for a while.
     machine.power(True)
     assert modules.point("between")[2000]["mode"] == "full"
+    (warning,) = modules.backups.manifest("app01", "between")["warnings"]
+    assert "disk 2000 holds neither what it held nor a restore point: a restore of point one" in warning
     machine.write(2000, 20 * MIB + 7 * SECTOR, seed=5)
     machine.power(False)
     at = modules.simulator.last_call()
     planned = modules.run("vadp_disk_restore", **machine.options("one", _ansible_check_mode=True))
     assert "finished from its journal" in planned["restored"][0]["reason"]
+    assert [(disk["key"], disk["point"]) for disk in planned["half_written"]] == [(2000, "one")]
     before = machine.wire()
     process = modules.start("vadp_disk_restore", machine.options("one", rate_limit="200K", disks=[{"key": 2000}]))
     machine.until(process, lambda: machine.wire() > before)

@@ -21,6 +21,7 @@ from ..datapath.processes import RuntimeDir, run_tool
 from ..datapath.progress import Progress
 from ..errors import InputError, NotFoundError, RepositoryError, VsphereError
 from ..repository import trust
+from ..repository.half_written import describe, half_written
 from ..repository.layout import Repository, VmStore, file_entry, is_empty_folder, new_point_name
 from ..repository.runs import Run, new_run_id
 from ..repository.shapes import format_time
@@ -104,6 +105,8 @@ def export_point(request: ExportRequest, check_mode: bool) -> Dict[str, Any]:
             if manifest is not None:
                 return _unchanged(session, vm, store, manifest, request)
         source = _look(session, vm, request, check_mode)
+        if repository is not None:
+            source.warnings.extend(_half_written(repository, source))
         facts = _facts(session, source, request)
         if check_mode:
             return _planned(session, source, store, request, facts)
@@ -186,6 +189,16 @@ def _look_at_template(session: Session, vm: VmRef, request: ExportRequest) -> So
         foreign=[],
         template=template,
     )
+
+
+def _half_written(repository: Repository, source: Source) -> List[str]:
+    """What is wrong with disks that a restore left half written: they are read as they are, and the point says so."""
+    keys = {disk.key for disk in source.selection.disks}
+    return [
+        f"{describe(entry)}. The restore point holds that mixture."
+        for entry in half_written(repository, source.vm.instance_uuid)
+        if entry["key"] in keys
+    ]
 
 
 def _select(vm: VmRef, disks: List[Disk], request: ExportRequest) -> Selection:

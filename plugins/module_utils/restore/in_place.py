@@ -21,9 +21,9 @@ from ..datapath.copier import CopyResult, copy
 from ..datapath.extents import Extents
 from ..datapath.processes import RuntimeDir
 from ..datapath.progress import Progress
-from ..errors import DataPathError, InputError, TransportError, VadpError, VsphereError
+from ..errors import DataPathError, InputError, LockedError, TransportError, VadpError, VsphereError
 from ..libraries import vim
-from ..repository import journal, trust
+from ..repository import half_written, journal, trust
 from ..repository.layout import PART, VmStore
 from ..repository.runs import Run, new_run_id
 from ..transport.endpoints import Endpoint
@@ -96,7 +96,7 @@ def restore_point(request: RestoreRequest, check_mode: bool) -> Dict[str, Any]:
     """Write the disks of a point into a virtual machine that is off.
 
     :param check_mode: all checks, but nothing is written and no lock is taken.
-    :returns: {changed, point, restored, diff}.
+    :returns: {changed, point, vm, half_written, restored, diff}.
     :raises VadpError: before the first write nothing was touched; after it the run's record says what was.
     """
     request.check()
@@ -348,7 +348,7 @@ def write_new_disks(
     job = _fresh_job(point, store, context, intent, request, progress)
     restored = [_restore_disk(target, job) for target in targets]
     for entry in restored:
-        del entry[_CHANGED]
+        del entry[_CHANGED], entry["target_key"]
     return restored
 
 
@@ -407,6 +407,19 @@ def is_transport_failure(error: VadpError) -> bool:
 
 def _forget_earlier(store: VmStore, vm: VmRef, run: Run, keys: List[int]) -> None:
     """What crashed restores left whose disks are all whole again. Their processes are dead: we hold the lock."""
+    _forget_healed(store, vm, run, keys)
+    for part in store.part_files():
+        with contextlib.suppress(FileNotFoundError):
+            part.unlink()
+    # As long as the repository knew nothing of this machine, what was left stands with the machine of the point.
+    for other in half_written.stores_of(store.repository, vm.instance_uuid):
+        if other.uuid != store.uuid:
+            # Who holds that lock may be the restore itself.
+            with contextlib.suppress(LockedError), other.lock(run.run_id, "vadp_disk_restore"):
+                _forget_healed(other, vm, run, keys)
+
+
+def _forget_healed(store: VmStore, vm: VmRef, run: Run, keys: List[int]) -> None:
     for other in store.runs():
         if other.run_id == run.run_id or other.data["point"] is not None:
             continue
@@ -418,9 +431,6 @@ def _forget_earlier(store: VmStore, vm: VmRef, run: Run, keys: List[int]) -> Non
         if ours and healed:
             RuntimeDir.leftovers(other.run_id, remove=True)
             other.remove()
-    for part in store.part_files():
-        with contextlib.suppress(FileNotFoundError):
-            part.unlink()
 
 
 def _half_written(run: Run) -> List[int]:
@@ -683,6 +693,7 @@ def _entry(
         "key": target.source.key,
         "label": target.source.label,
         "target": f"{vm.name}/{target.disk.label}",
+        "target_key": target.disk.key,
         "format": None,
         "transport": written.transport,
         "method": written.method,
@@ -720,6 +731,8 @@ def _result(point: Point, vm: VmRef, restored: List[Dict[str, Any]]) -> Dict[str
     return {
         "changed": bool(written),
         "point": point.name,
+        "vm": {"moid": vm.moid, "name": vm.name, "path": vm.path, "instance_uuid": vm.instance_uuid},
+        "half_written": half_written.half_written(point.repository, vm.instance_uuid),
         "restored": restored,
         "diff": {
             "before": {entry["target"]: "its present content" for entry in written},
