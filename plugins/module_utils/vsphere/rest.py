@@ -100,8 +100,7 @@ class RestSession:
                 raise self.error(VsphereError, f"the REST API took more than {TOTAL_SECONDS} s")
             try:
                 if self._connection.sock is None:
-                    self._connection.connect()
-                    self._connection.sock.settimeout(ANSWER_TIMEOUT)
+                    self._connect()
                 self._connection.request(method, path, body=body, headers={"Accept": "application/json", **headers})
                 response = self._connection.getresponse()
                 data = response.read(_MAX_BYTES + 1)
@@ -121,6 +120,10 @@ class RestSession:
                     raise self.error(VsphereError, f"the REST API: {reason}") from error
                 # The server may close a connection that is kept at any time.
                 repeated = True
+
+    def _connect(self) -> None:
+        self._connection.connect()
+        self._connection.sock.settimeout(ANSWER_TIMEOUT)
 
     def _content(self, answer: _Answer) -> Any:
         status, body = answer
