@@ -111,6 +111,8 @@ notes:
     C(Global.DisableMethods) and C(Global.EnableMethods) on the vCenter server.
   - For V(hotadd) also C(VirtualMachine.Config.AddExistingDisk) and C(VirtualMachine.Config.RemoveDisk) on the proxy,
     for V(https) of running virtual machines C(VApp.Export).
+  - The names of the virtual machine's tags are kept with the point. They are read by the REST API of vCenter 7.0 U2 or
+    newer. If that fails the point is made without them, and a warning says why.
   - For V(nbdssl) and V(nbd) the NFC port (902) must be open from the proxy to every ESXi host that sees the datastores.
 seealso:
   - module: openvadp.backup.vm_snapshot

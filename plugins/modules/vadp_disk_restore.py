@@ -265,6 +265,13 @@ options:
     type: str
     choices: [refuse, drop]
     default: refuse
+  tags:
+    description:
+      - Whether the new machine gets the tags that the old one had, with O(target=new_vm), before it is started.
+      - They are looked for by the names of category and tag. What vCenter does not have, or refuses, is not made, and a
+        warning tells of it.
+    type: bool
+    default: true
   power_on:
     description: Whether the new machine is started when it is whole, with O(target=new_vm).
     type: bool
@@ -295,7 +302,9 @@ notes:
     C(VirtualMachine.Config.AdvancedConfig), C(VirtualMachine.Config.EditDevice) and
     C(VirtualMachine.Config.Settings) there, C(Resource.AssignVMToPool) on the resource pool, C(Network.Assign) on
     networks, C(Datastore.AllocateSpace), C(Datastore.Browse) and C(Datastore.FileManagement) on datastores, and
-    C(VirtualMachine.Interact.PowerOn) to start it.
+    C(VirtualMachine.Interact.PowerOn) to start it. For tags C(InventoryService.Tagging.AttachTag) on them and
+    C(InventoryService.Tagging.ObjectAttachable) on the folder; without them the machine comes back without tags.
+  - Tags take vCenter 7.0 U2 or newer, whose REST API they come by.
   - A new machine is made as the saved configuration says; a hardware version that the host does not know, or a device
     that it refuses, is told in vCenter's words, and nothing stays.
 seealso:
@@ -510,8 +519,22 @@ half_written:
       description: When it began (UTC).
       type: str
       sample: '2026-11-22T08:42:03Z'
+tags:
+  description: The tags that were attached to the new machine; in check mode those that would be, as far as it is known.
+  returned: with O(target=new_vm)
+  type: list
+  elements: dict
+  contains:
+    category:
+      description: Name of the category.
+      type: str
+      sample: Backup
+    name:
+      description: Name of the tag.
+      type: str
+      sample: daily
 differences:
-  description: Every field in which its configuration differs from the one that was saved.
+  description: Every field in which its configuration differs from the one that was saved, and the tags it has no more.
   returned: with O(target=new_vm), empty in check mode
   type: list
   elements: dict
@@ -586,6 +609,7 @@ def options() -> Options:
         mac_addresses=dict(type="str", choices=["keep", "new"], default="keep"),
         bios_uuid=dict(type="str", choices=["keep", "new"], default="keep"),
         vtpm=dict(type="str", choices=["refuse", "drop"], default="refuse"),
+        tags=dict(type="bool", default=True),
         power_on=dict(type="bool", default=False),
         allow_duplicate_name=dict(type="bool", default=False),
         on_failure=dict(type="str", choices=["remove", "keep"], default="remove"),

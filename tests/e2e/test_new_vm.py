@@ -21,6 +21,7 @@ KEYS = (2000, 2001)
 ISO = "[nfs01] iso/setup.iso"
 # One disk of 16 MiB, where it does not matter which.
 SMALL: Dict[str, Any] = {"disks": [{"key": 2001}]}
+TAGS = [["Backup", "daily"], ["Owner", "web"]]
 
 
 class NewMachines:
@@ -38,6 +39,9 @@ class NewMachines:
         self.administrator.furnish(ISO)
         self.administrator.describe(owner="team web", room="B 12")
         self.control = self.simulator.control
+        for category, name in TAGS:
+            self.control.call("make_tag", category=category, name=name)
+            self.control.call("attach_tag", vm="app01", category=category, name=name)
         self.modules.track_changes()
         self.third = next(key for key in self.keys("app01") if key not in KEYS)
         self.simulator.write("app01", self.third, 0, 1 << 20, seed=3)
@@ -131,6 +135,7 @@ def test_a_new_machine_is_the_old_one_but_for_what_must_differ(machines: NewMach
     paths = {difference.path for difference in found}
     assert {"instanceUuid", "name", "hardware.device[2000].backing.uuid", "changeTrackingEnabled"} <= paths
     assert machines.administrator.attributes(result["vm"]["moid"]) == {"owner": "team web", "room": "B 12"}
+    assert machines.control.call("tags", vm="copy-differential") == TAGS
     assert copy.uuid == machines.app01.uuid and copy.annotation == machines.app01.annotation
     assert [card.macAddress for card in copy.hardware.device if hasattr(card, "macAddress")][1] == "00:50:56:11:22:33"
     assert [entry.deviceKey for entry in copy.bootOptions.bootOrder if hasattr(entry, "deviceKey")] == [2000]
@@ -336,11 +341,16 @@ def test_an_original_that_is_gone_comes_back_under_its_own_name(machines: NewMac
     machines.control.call("power", vm="app01", state="poweredOff")
     machines.destroy("app01")
     machines.administrator.forget_attribute("room")
+    machines.control.call("remove_tag", category="Owner")
     result = machines.make(None, point="incremental", power_on=True)
     assert machines.administrator.attributes(result["vm"]["moid"]) == {"owner": "team web"}
     assert "Custom attribute 'room' with the value 'B 12' was not restored: vCenter has no such" in str(
         result["warnings"]
     )
+    assert machines.control.call("tags", vm="app01") == TAGS[:1]
+    assert "Tag 'web' of category 'Owner' was not restored: vCenter shows no such category" in str(result["warnings"])
+    lost = {one["path"]: one["reason"] for one in result["differences"] if one["path"].startswith("tags")}
+    assert lost == {"tags[Owner/web]": "a warning tells of it"}
     assert result["vm"]["path"] == "/DC0/vm/production/app01"
     assert machines.simulator.vm("app01")["power_state"] == "poweredOn"
     copy = machines.administrator.config(result["vm"]["moid"])

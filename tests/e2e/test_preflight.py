@@ -176,6 +176,10 @@ def test_privileges_of_restores(own: World) -> None:
     assert own.of("app01", transports=["nbdssl"], restores=["in_place"]) == []
     evidence = found(own.of("app01", **both), "privileges", "error")["evidence"]
     assert "missing for a restore to new_vm: VApp.Import on its resource pool, Network.Assign on network" in evidence
+    own.simulator.control.call("set_privileges", username=user, add=["VApp.Import", "Network.Assign"])
+    own.simulator.control.call("set_privileges", username=user, remove=["InventoryService.Tagging.ObjectAttachable"])
+    evidence = found(own.of("app01", **both), "privileges", "warning")["evidence"]
+    assert evidence == "missing to give a new machine its tags: InventoryService.Tagging.ObjectAttachable on its folder"
 
 
 def test_a_server_that_does_not_know_a_privilege(own: World) -> None:

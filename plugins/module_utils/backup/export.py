@@ -29,7 +29,7 @@ from ..transport.facts import disk_facts, proxy_facts
 from ..transport.opener import OpenContext
 from ..transport.planner import DiskFacts, ProxyFacts
 from ..transport.vddk import Vddk
-from ..vsphere import configuration
+from ..vsphere import configuration, tags
 from ..vsphere.disks import Disk, disks_of, vm_obstacles
 from ..vsphere.inventory import VmRef, find_vm
 from ..vsphere.session import Session
@@ -309,7 +309,9 @@ def _export(work: Work) -> Dict[str, Any]:
     before = store.point_names()
     plans = _plans(session, source, store, request, work.facts)
     config = configuration.save(session, source.vm, source.snapshot)
-    nvram = configuration.nvram(session, source.vm)
+    nvram = configuration.nvram(session, source.vm, config["files"])
+    config["tags"], untold = tags.save(session, source.vm)
+    source.warnings.extend(untold)
     tools = _tools(work.facts.proxy.vddk)
     run, shared = _run_for(work, point)
     _mark_untrusted(store, source)

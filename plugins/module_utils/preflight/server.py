@@ -204,6 +204,13 @@ def privilege_checks(
             lacking_restores.append(target)
             listed = ", ".join(f"{name} on {where}" for name, where in absent)
             yield Check("privileges", ERROR, subject, f"missing for a restore to {target}: {listed}", remedy)
+    if NEW_VM in restores:
+        # Of tags themselves the server tells nothing here.
+        absent = _lacking_beside(machine, table.TAGS, granted)
+        if absent:
+            lacking_restores.append(table.TAGS)
+            listed = ", ".join(f"{name} on {where}" for name, where in absent)
+            yield Check("privileges", WARNING, subject, f"missing to give a new machine its tags: {listed}", remedy)
     if not lacking_must and not lacking_may and not lacking_restores:
         yield Check("privileges", OK, subject, "the user has all that were looked for")
 
@@ -214,14 +221,19 @@ def _lacking_for(
     """For a restore into this machine, or as a new one beside it: in its folder, pool and networks."""
     found = _lacking(machine, {table.RESTORE}, granted, root_moid, proxy_moid)
     if target == NEW_VM:
-        places = _new_places(machine)
-        found += [
-            (privilege.name, where)
-            for privilege in table.needed({table.NEW_VM})
-            for moid, where in places.get(privilege.on, ())
-            if granted.lacks(moid, privilege.name)
-        ]
+        found += _lacking_beside(machine, table.NEW_VM, granted)
     return found
+
+
+def _lacking_beside(machine: Machine, task: str, granted: Granted) -> List[Tuple[str, str]]:
+    """For a task of a new machine beside this one."""
+    places = _new_places(machine)
+    return [
+        (privilege.name, where)
+        for privilege in table.needed({task})
+        for moid, where in places.get(privilege.on, ())
+        if granted.lacks(moid, privilege.name)
+    ]
 
 
 def _new_places(machine: Machine) -> Dict[str, List[Tuple[str, str]]]:

@@ -3,9 +3,9 @@
 """A restore point as a new virtual machine.
 
 Look (nothing is touched) -> lock -> record the run, which names the machine by an instance UUID of our choice -> make
-the machine -> NVRAM -> write each disk, read it back -> boot order -> compare the configurations -> start it, if that
-is wanted -> the run is over. What fails on the way is removed again, or kept, as ``on_failure`` says; what a crash
-leaves the next run for this name, or ``vadp_recover`` for that machine, takes away.
+the machine -> NVRAM -> write each disk, read it back -> boot order, custom attributes, tags -> compare the
+configurations -> start it, if that is wanted -> the run is over. What fails on the way is removed again, or kept, as
+``on_failure`` says; what a crash leaves the next run for this name, or ``vadp_recover`` for that machine, takes away.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from ..transport.planner import (
     plan,
     plan_new_machine,
 )
-from ..vsphere import new_machine, placement
+from ..vsphere import new_machine, placement, tags
 from ..vsphere.configuration import restore_config
 from ..vsphere.datastore_files import http_size
 from ..vsphere.disks import Disk, disks_of, split_datastore_path
@@ -62,8 +62,10 @@ from .new_vm_diff import (
     NAME,
     NETWORKS,
     PROVISIONING,
+    TAGS,
     Difference,
     differences,
+    tag_differences,
 )
 from .new_vm_spec import (
     NEW,
@@ -129,7 +131,9 @@ def restore_point(request: RestoreRequest, check_mode: bool) -> Dict[str, Any]:
         with Progress(None if check_mode else request.progress_file) as progress:
             require_intact(point, progress)
             if check_mode:
-                return _result(point, planned, None, [_planned_entry(disk, planned) for disk in point.disks], [])
+                tagged = _tag(session, saved, request, None, name)
+                entries = [_planned_entry(disk, planned) for disk in point.disks]
+                return _result(point, planned, None, entries, [], tagged)
             store = point.repository.vm(planned.wishes.instance_uuid)
             run_id = new_run_id()
             try:
@@ -250,7 +254,19 @@ def _asked(session: Session, saved: _Saved, names: Mapping[str, str], request: R
         asked.add(PROVISIONING)
     if request.disks:
         asked.add(DISKS)
+    if not request.tags:
+        asked.add(TAGS)
     return asked
+
+
+def _tag(session: Session, saved: _Saved, request: RestoreRequest, vm: Optional[VmRef], name: str) -> tags.Restored:
+    """The tags that the machine had, as far as this vCenter has them. :param vm: None if it is not there yet."""
+    if not request.tags:
+        return tags.Restored([], [])
+    held = tags.saved_tags(saved.facts)
+    if held is None and session.is_vcenter:
+        return tags.Restored([], ["The restore point does not tell the machine's tags, so the new one has none"])
+    return tags.restore(session, held or [], vm, name)
 
 
 def _home(facts: Mapping[str, Any]) -> str:
@@ -473,6 +489,7 @@ class _Restore:
         )
         self.vm: Optional[VmRef] = None
         self.leased = False
+        self.tagged = tags.Restored([], [])
 
     def do(self) -> Dict[str, Any]:
         plans = self.planned.transports
@@ -503,7 +520,7 @@ class _Restore:
                 new_machine.power_on(self.session, vm)
         finally:
             self._over()
-        return _result(self.point, self.planned, vm, restored, found, self.warnings)
+        return _result(self.point, self.planned, vm, restored, found, self.tagged, self.warnings)
 
     def _attempt(self, plans: Mapping[int, Plan]) -> Tuple[VmRef, List[Dict[str, Any]], List[Difference]]:
         """Make the machine with all that belongs to it; ``self.vm`` is what is there of it."""
@@ -567,6 +584,7 @@ class _Restore:
             new_machine.reconfigure(self.session, vm, spec)
         attributes = self.saved.facts.get("custom_attributes") or {}
         self.warnings += new_machine.set_custom_attributes(self.session, vm, attributes)
+        self.tagged = _tag(self.session, self.saved, self.request, vm, vm.name)
         return restored
 
     def _context(self, vm: VmRef, proxy: ProxyFacts, run_dir: RuntimeDir) -> OpenContext:
@@ -613,7 +631,8 @@ class _Restore:
         for difference in found:
             if difference.reason is None:
                 self.warnings.append(f"The new machine's configuration differs: {difference}")
-        return found
+        held = tags.saved_tags(self.saved.facts) or []
+        return found + tag_differences(held, self.tagged.attached, self.planned.asked)
 
     def _undo(self, error: VadpError, last: bool) -> bool:
         """Remove the machine, or keep it; the error tells which.
@@ -706,9 +725,13 @@ def _result(
     vm: Optional[VmRef],
     restored: List[Dict[str, Any]],
     found: List[Difference],
+    tagged: tags.Restored,
     warnings: Optional[List[str]] = None,
 ) -> Dict[str, Any]:
     path = f"{planned.place.folder_path}/{planned.name}" if vm is None else vm.path
+    made = f"a virtual machine of {point}"
+    if tagged.attached:
+        made += f" with the tags {', '.join(tag.path for tag in tagged.attached)}"
     return {
         "changed": True,
         "point": point.name,
@@ -721,6 +744,7 @@ def _result(
             "host": planned.place.host_name,
         },
         "differences": [difference.to_dict() for difference in found],
-        "warnings": planned.warnings + (warnings or []),
-        "diff": {"before": {path: "is not there"}, "after": {path: f"a virtual machine of {point}"}},
+        "tags": [{"category": tag.category, "name": tag.name} for tag in tagged.attached],
+        "warnings": planned.warnings + (warnings or []) + tagged.warnings,
+        "diff": {"before": {path: "is not there"}, "after": {path: made}},
     }

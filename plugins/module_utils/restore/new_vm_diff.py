@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, Collection, Dict, List, Optional, Tuple
+from typing import Any, Collection, Dict, List, Optional, Sequence, Tuple
 
 from ..vsphere.configuration import to_json
+from ..vsphere.tags import Tag
 from .new_vm_spec import LEFT_SETTINGS, new_keys
 
 # What may have been asked for.
@@ -19,6 +20,9 @@ BIOS_UUID = "bios_uuid"
 PROVISIONING = "provisioning"
 DISKS = "disks"
 NAME = "name"
+TAGS = "tags"
+
+_TOLD = "a warning tells of it"
 
 _DEVICE = r"hardware\.device\[\d+\]\."
 
@@ -75,6 +79,7 @@ MUST_DIFFER: Tuple[Rule, ...] = (
     ),
     Rule(_DEVICE + r"(macAddress|addressType)", "new addresses were asked for", MAC_ADDRESSES),
     Rule(_DEVICE + r"macAddress", "another machine has it, so the server chose a new one", MAC_TAKEN),
+    Rule(r"tags\[.*\]", "no tags were asked for", TAGS),
 )
 
 
@@ -110,6 +115,13 @@ def differences(saved: Any, made: Any, asked: Collection[str], told: Collection[
     return found
 
 
+def tag_differences(saved: Sequence[Tag], attached: Sequence[Tag], asked: Collection[str]) -> List[Difference]:
+    """The tags that the new machine does not have; unless that was asked for, a warning tells of each."""
+    names = {tag[:2] for tag in attached}
+    paths = [f"tags[{tag.path}]" for tag in saved if tag[:2] not in names]
+    return [Difference(path, "attached", None, _reason(path, asked, ()) or _TOLD) for path in paths]
+
+
 def _reason(path: str, asked: Collection[str], told: Collection[int]) -> Optional[str]:
     for rule in MUST_DIFFER:
         if (rule.only is None or rule.only in asked) and re.fullmatch(rule.pattern, path):
@@ -121,7 +133,7 @@ def _reason(path: str, asked: Collection[str], told: Collection[int]) -> Optiona
                 return why
     device = re.match(r"hardware\.device\[(\d+)\]", path)
     if device is not None and int(device.group(1)) in told:
-        return "a warning tells of it"
+        return _TOLD
     return None
 
 

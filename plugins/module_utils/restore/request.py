@@ -92,6 +92,7 @@ class RestoreRequest:
     mac_addresses: str = "keep"
     bios_uuid: str = "keep"
     vtpm: str = "refuse"
+    tags: bool = True
     power_on: bool = False
     allow_duplicate_name: bool = False
     on_failure: str = REMOVE
@@ -152,6 +153,7 @@ class RestoreRequest:
             "mac_addresses",
             "bios_uuid",
             "vtpm",
+            "tags",
             "power_on",
             "allow_duplicate_name",
             "on_failure",

@@ -277,10 +277,12 @@ def _switches(session: Session, known: Dict[str, Dict[str, Any]]) -> Dict[str, D
     }
 
 
-def nvram(session: Session, vm: VmRef) -> Optional[bytes]:
-    """The contents of the NVRAM file; ``None`` for a virtual machine that was never started (VADP facts 18)."""
-    files = session.read(vm.obj, "layoutEx.file")["layoutEx.file"] or []
+def nvram(session: Session, vm: VmRef, files: Sequence[Dict[str, Any]]) -> Optional[bytes]:
+    """The contents of the NVRAM file; ``None`` for a virtual machine that was never started (VADP facts 18).
+
+    :param files: the machine's, as :func:`save` lists them.
+    """
     for item in files:
-        if item.type == "nvram":
-            return http_get(session, item.name, vm.datacenter_path)
+        if item["type"] == "nvram":
+            return http_get(session, item["name"], vm.datacenter_path)
     return None

@@ -20,6 +20,7 @@ ENCRYPTED = "encrypted"
 ENCRYPTED_HOTADD = "encrypted_hotadd"
 RESTORE = "restore"
 NEW_VM = "new_vm"
+TAGS = "tags"
 LAN = "backup_lan"
 
 TASKS: Dict[str, str] = {
@@ -32,6 +33,7 @@ TASKS: Dict[str, str] = {
     ENCRYPTED_HOTADD: "encrypted virtual machines by hotadd",
     RESTORE: "writing into the disks of a virtual machine",
     NEW_VM: "restoring as a new virtual machine",
+    TAGS: "giving a new virtual machine the tags that the old one had; it is restored without this too",
     LAN: "setting up the backup LAN",
 }
 
@@ -44,6 +46,7 @@ FOLDER = "folder"
 POOL = "resource pool"
 NETWORK = "network"
 HOST = "host"
+TAG = "tag"
 
 # The transports of the planner, and the tasks of each beside the backup itself.
 OF_TRANSPORT: Dict[str, Tuple[str, ...]] = {
@@ -111,6 +114,8 @@ PRIVILEGES: Tuple[Privilege, ...] = (
     Privilege("VirtualMachine.Interact.PowerOn", FOLDER, (NEW_VM,), "start it, with power_on"),
     Privilege("Global.SetCustomField", FOLDER, (NEW_VM,), "give it the custom attributes that it had"),
     Privilege("Resource.AssignVMToPool", POOL, (NEW_VM,), "put it into a resource pool"),
+    Privilege("InventoryService.Tagging.AttachTag", TAG, (TAGS,), "attach tags to it"),
+    Privilege("InventoryService.Tagging.ObjectAttachable", FOLDER, (TAGS,), "have tags attached to it"),
     Privilege("Network.Assign", NETWORK, (NEW_VM,), "connect its network cards"),
     Privilege("Host.Config.Network", HOST, (LAN,), "VMkernel NICs, switches and port groups of a host"),
     Privilege("DVSwitch.Modify", NETWORK, (LAN,), "Network I/O Control of a distributed switch"),
@@ -121,7 +126,7 @@ PRIVILEGES: Tuple[Privilege, ...] = (
 # The roles that the docs offer: for backups alone, and for restores too.
 ROLES: Dict[str, Tuple[str, ...]] = {
     "openvadp-backup": (BACKUP, VDDK, ACCESS, HOTADD, HTTPS, ENCRYPTED, ENCRYPTED_HOTADD),
-    "openvadp-restore": (BACKUP, VDDK, ACCESS, HOTADD, HTTPS, ENCRYPTED, ENCRYPTED_HOTADD, RESTORE, NEW_VM),
+    "openvadp-restore": (BACKUP, VDDK, ACCESS, HOTADD, HTTPS, ENCRYPTED, ENCRYPTED_HOTADD, RESTORE, NEW_VM, TAGS),
 }
 
 

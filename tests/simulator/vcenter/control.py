@@ -69,6 +69,10 @@ class ControlServer:
             "proxy": simulator.proxy.set_identity,
             "fill_units": self._fill_units,
             "attachments": simulator.proxy.attachments,
+            "make_tag": simulator.tags.make,
+            "remove_tag": simulator.tags.remove,
+            "attach_tag": simulator.tags.attach_by_name,
+            "tags": simulator.tags.of_vm,
             "crash_proxy": simulator.proxy.crash,
         }
 

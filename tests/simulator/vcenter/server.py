@@ -14,7 +14,7 @@ from http.cookies import CookieError, SimpleCookie
 from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any
 
-from . import folder, methods, nfc, soap
+from . import folder, methods, nfc, rest, soap
 from .methods import leases
 from .services import DropConnection, Session, as_fault
 
@@ -165,6 +165,8 @@ class Handler(BaseHTTPRequestHandler):
             folder.serve(self)
         elif path.startswith("/nfc/"):
             leases.serve(self)
+        elif path.startswith("/api/"):
+            rest.serve(self, b"")
         elif path == "/":
             self.text(200, "A simulated vCenter of openvadp.backup.\n")
         else:
@@ -181,6 +183,13 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.text(404, "404 Not Found\n")
 
+    def do_DELETE(self) -> None:
+        if self.path.startswith("/api/"):
+            rest.serve(self, b"".join(self.chunks()))
+        else:
+            self.close_connection = True
+            self.text(404, "404 Not Found\n")
+
     def do_POST(self) -> None:
         if self.path.startswith("/nfc/"):
             leases.receive(self)
@@ -192,6 +201,9 @@ class Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
                 self.text(413, "413 Request Entity Too Large\n")
                 return
+        if self.path.startswith("/api/"):
+            rest.serve(self, body)
+            return
         if not self.path.split("?")[0].rstrip("/").startswith("/sdk"):
             self.text(404, "404 Not Found\n")
             return

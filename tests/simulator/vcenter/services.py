@@ -55,6 +55,8 @@ BACKUP_PRIVILEGES = frozenset(
         "VApp.Export",
         "VApp.Import",
         "Resource.AssignVMToPool",
+        "InventoryService.Tagging.AttachTag",
+        "InventoryService.Tagging.ObjectAttachable",
         "Network.Assign",
         "Host.Config.Network",
         "DVSwitch.Modify",
@@ -117,6 +119,7 @@ class Settings:
     lease_cuts: int = 0
     folder_ranges: bool = True
     folder_cuts: int = 0
+    rest_api: bool = True  # False: a vCenter before 7.0 U2
 
     def set(self, values: dict[str, Any]) -> dict[str, Any]:
         known = {one.name for one in fields(self)}
@@ -256,7 +259,8 @@ class Injector:
 
 
 class Session:
-    def __init__(self, key: str, user: User, address: str, agent: str) -> None:
+    def __init__(self, key: str, user: User, address: str, agent: str, rest: bool = False) -> None:
+        self.rest = rest  # of the REST API: its cookie is the token, and no good for anything else
         self.key = key
         self.user = user
         self.address = address
@@ -291,10 +295,10 @@ class Sessions:
         self._lock = threading.Lock()
         self._by_cookie: dict[str, Session] = {}
 
-    def login(self, username: str, password: str, address: str, agent: str) -> Session:
+    def login(self, username: str, password: str, address: str, agent: str, rest: bool = False) -> Session:
         """:raises AuthenticationFailed: unknown user or wrong password."""
         user = self.authenticate(username, password)
-        session = Session(f"52{secrets.token_hex(15)}", user, address, agent)
+        session = Session(f"52{secrets.token_hex(15)}", user, address, agent, rest)
         with self._lock:
             self._by_cookie[session.cookie] = session
         return session
@@ -309,11 +313,11 @@ class Sessions:
             raise AuthenticationFailed(f"wrong user name or password for {username}")
         return user
 
-    def of_cookie(self, cookie: str | None) -> Session | None:
+    def of_cookie(self, cookie: str | None, rest: bool = False) -> Session | None:
         """The living session of a cookie, which is active by being asked for."""
         with self._lock:
             session = self._by_cookie.get((cookie or "").strip('"'))
-            if session is None:
+            if session is None or session.rest != rest:
                 return None
             if time.monotonic() - session.last_active > self.simulator.settings.session_idle:
                 self._end(session)

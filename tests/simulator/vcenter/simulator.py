@@ -37,6 +37,7 @@ from .services import (
     User,
 )
 from .storage import Storage
+from .tags import Tags
 
 __all__ = ["AuthenticationFailed", "Disk", "PrivilegeMissing", "Simulator", "SimulatorError"]
 
@@ -89,6 +90,7 @@ class Simulator:
         self.events = Events(self)
         self.leases: dict[str, Any] = {}  # leases that are held, by their ticket
         self.custom_fields: list[Any] = []  # until it is stopped
+        self.tags = Tags(self)
         self.services: dict[str, Managed] = {}  # the objects of fixed moids, once somebody has asked
         self.proxy = ProxyMachine(self)
         self.device_dir, self.sysfs_dir = self.proxy.device_dir, self.proxy.sysfs_dir

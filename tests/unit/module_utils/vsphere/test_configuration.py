@@ -195,5 +195,4 @@ def test_save_names_what_surrounds_the_machine(session, stub, vm, make):
 
 
 def test_a_never_started_machine_has_no_nvram(session, stub, vm):
-    stub.add(vm.obj, layoutEx__file=[vim.vm.FileLayoutEx.FileInfo(key=0, name="[a] a.vmx", type="config", size=1)])
-    assert configuration.nvram(session, vm) is None
+    assert configuration.nvram(session, vm, [{"name": "[a] a.vmx", "type": "config", "size_bytes": 1}]) is None
