@@ -227,8 +227,10 @@ def serve_point(request: ServeRequest, check_mode: bool) -> Dict[str, Any]:
 
 def _end(place: _Place, check_mode: bool) -> Dict[str, Any]:
     record = place.record()
-    served = place.served()
-    if not check_mode and (served or place.folder.exists()):
+    # A server's last act is to remove its folder: it has ended by itself, even if its process is still seen.
+    there = place.folder.exists()
+    served = there and place.served()
+    if not check_mode and there:
         place.end()
     return {
         "changed": served,
