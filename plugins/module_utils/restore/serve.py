@@ -227,13 +227,12 @@ def serve_point(request: ServeRequest, check_mode: bool) -> Dict[str, Any]:
 
 def _end(place: _Place, check_mode: bool) -> Dict[str, Any]:
     record = place.record()
-    # A server's last act is to remove its folder: it has ended by itself, even if its process is still seen.
-    there = place.folder.exists()
-    served = there and place.served()
-    if not check_mode and there:
+    there, served = place.folder.exists(), place.served()
+    if not check_mode and (served or there):
         place.end()
     return {
-        "changed": served,
+        # A server removes its folder last: without one it has ended by itself, though its process may still be seen.
+        "changed": served and there,
         "state": ABSENT,
         "point": None if record is None else record.get("point"),
         "disks": [],
