@@ -231,7 +231,7 @@ def _end(place: _Place, check_mode: bool) -> Dict[str, Any]:
     if not check_mode and (served or there):
         place.end()
     return {
-        # A server's last act is to remove its folder: without one it has ended by itself, though its process is still seen.
+        # A server removes its folder last: without one it has ended by itself, though its process may still be seen.
         "changed": served and there,
         "state": ABSENT,
         "point": None if record is None else record.get("point"),
