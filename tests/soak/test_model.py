@@ -427,7 +427,6 @@ def work(number: int, seconds: float, report: Path) -> None:
         # Of ten and more, the first ones are small.
         max_examples=9,
         stateful_step_count=STEPS,
-        deadline=None,
         database=None,
         phases=phases,
         print_blob=False,

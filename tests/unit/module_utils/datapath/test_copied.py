@@ -80,7 +80,7 @@ def _check_hashes(path: str, content: bytes, covered: Extents) -> None:
     assert Extents.of((offset, length) for offset, length, _digest in pieces) == covered
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     segments=segments,
     fractions=st.none() | fractions,

@@ -84,7 +84,7 @@ segments = st.lists(st.tuples(st.sampled_from(["data", "zeros", "hole"]), st.int
 fractions = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 600)), max_size=6)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     segments=segments,
     fractions=st.none() | fractions,

@@ -90,7 +90,6 @@ OTHERS: List[Any] = [None, True, -1, 0, 1, 2, 511, 1.5, "", "x", "full", "increm
 @given(data=st.data())
 @settings(
     max_examples=150,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 def test_schema_and_check_agree_on_broken_files(documents: Dict[str, Any], name: str, data: st.DataObject) -> None:

@@ -26,7 +26,7 @@ def query(session, vm, capacity=10 * BLOCK):
     return list(query_changed_areas(session, vm, snapshot, 2000, capacity, "52 de/7"))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changed=st.sets(st.integers(0, 40)), tail=st.integers(1, BLOCK), page_areas=st.integers(1, 5))
 def test_every_area_of_every_page_arrives(session, stub, vm, changed, tail, page_areas):
     """A server with small pages, empty ones among them, and a disk that ends within a block."""

@@ -115,7 +115,7 @@ configs = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(configs)
 def test_a_configuration_survives_json(config):
     complete(config)
@@ -124,7 +124,7 @@ def test_a_configuration_survives_json(config):
     assert configuration.to_json(back) == configuration.to_json(config)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(options)
 def test_what_anything_holds_keeps_its_type(option):
     back = round_trip(option).value
