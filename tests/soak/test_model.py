@@ -431,6 +431,8 @@ def work(number: int, seconds: float, report: Path) -> None:
         phases=phases,
         print_blob=False,
         report_multiple_bugs=False,
+        # This process knows nothing of conftest.py.
+        deadline=None,
         suppress_health_check=list(HealthCheck),
     )
     try:
