@@ -107,7 +107,7 @@ fi
 
 # libguestfs, which reads what dissect can't. Its virtual machine wants a kernel with its modules; where this machine has none,
 # as containers have not, one is unpacked for it.
-if [ "$for_tests" ]; then
+if [ "$for_tests" = soak ]; then
     for package in guestfish squashfs-tools; do
         dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q '^install ok installed$' || apt_install guestfish squashfs-tools
     done

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""Files read by libguestfs, in its real virtual machine. Each test boots one, so most of them are for `make soak`."""
+"""Files read by libguestfs, in its real virtual machine. Each test boots one, so they are for `make soak`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from typing import Any, List
 import pytest
 from ansible_collections.openvadp.backup.plugins.module_utils.datapath.processes import RuntimeDir
 from ansible_collections.openvadp.backup.plugins.module_utils.errors import DamagedError, DataPathError
+
+pytestmark = pytest.mark.soak
 
 #: A restore that waits with everything open.
 KILLED = """
@@ -117,7 +119,6 @@ def test_what_dissect_can_not_read(c: Any, disks: Any, tree: Path, tmp_path: Pat
     assert (disks.dest / "sparse").stat().st_blocks * 512 < 2 * c.MIB
 
 
-@pytest.mark.soak
 def test_ext4_by_guestfish_alone(c: Any, disks: Any, tree: Path) -> None:
     c.put_odd_names(tree)
     os.symlink("/", tree / "etc" / "out")
@@ -136,7 +137,6 @@ def test_ext4_by_guestfish_alone(c: Any, disks: Any, tree: Path) -> None:
     assert not disks.restore("/etc", "/big", "/sparse", **options)["changed"]
 
 
-@pytest.mark.soak
 def test_nothing_of_a_damaged_point_is_restored(c: Any, disks: Any, tree: Path) -> None:
     image = disks.image(16 * c.MIB)
     data = squashfs(c, disks.folder, tree)
@@ -152,7 +152,6 @@ def test_nothing_of_a_damaged_point_is_restored(c: Any, disks: Any, tree: Path) 
     assert os.listdir(disks.dest) == []
 
 
-@pytest.mark.soak
 def test_a_broken_file_system_is_told(c: Any, disks: Any, tree: Path) -> None:
     image = disks.image(16 * c.MIB)
     data = bytearray(squashfs(c, disks.folder, tree))
@@ -163,7 +162,6 @@ def test_a_broken_file_system_is_told(c: Any, disks: Any, tree: Path) -> None:
     assert not volume["readable"] and "guestfish: it can't be mounted" in volume["problem"]
 
 
-@pytest.mark.soak
 def test_time_limits_and_a_kill_leave_nothing(c: Any, disks: Any, tree: Path, tmp_path: Path) -> None:
     image = disks.image(24 * c.MIB)
     c.tool("mkfs.ext4", "-q", "-F", "-d", tree, image)
