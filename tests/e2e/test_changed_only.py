@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
 
+import pytest
 from administrator import Administrator
 from harness import MIB
 from modules import Modules, Process
@@ -261,6 +262,7 @@ def test_a_kill_while_the_snapshot_is_there(modules: Modules) -> None:
     assert not machine.records()
 
 
+@pytest.mark.soak
 def test_a_kill_in_the_middle_is_finished_from_the_journal(modules: Modules) -> None:
     machine = Machine(modules)
     modules.point("zero")

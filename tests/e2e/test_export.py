@@ -165,6 +165,7 @@ def test_input_that_can_not_work_touches_nothing(db01: Modules, simulator: Simul
     assert [name.rpartition("/")[2] for name in db01.files()] == ["repository.json", "lock"]
 
 
+@pytest.mark.soak
 def test_faults_on_the_way_are_healed_or_told(app01: Modules, simulator: Simulator, backups: Backups) -> None:
     nfc = simulator.control.call
     moid = app01.snapshot("nightly")
@@ -228,6 +229,7 @@ def test_a_second_try_reads_what_is_missing_and_never_mixes_snapshots(
     assert not list(app01.repository.glob("vms/*/runs/*"))
 
 
+@pytest.mark.soak
 def test_a_killed_export_leaves_nothing_that_recovery_does_not_find(
     app01: Modules, simulator: Simulator, backups: Backups
 ) -> None:
@@ -269,6 +271,7 @@ def test_a_killed_export_leaves_nothing_that_recovery_does_not_find(
         assert backups.disk("app01", key, "one") == simulator.disk("app01", key)
 
 
+@pytest.mark.soak
 def test_snapshots_of_others_stay_and_make_the_next_point_full(
     app01: Modules, simulator: Simulator, backups: Backups
 ) -> None:

@@ -216,6 +216,7 @@ def _runs(machines: Machines) -> List[Dict[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in found]
 
 
+@pytest.mark.soak
 def test_https_takes_over_where_the_others_fail_and_they_where_it_does(machines: Machines) -> None:
     control = machines.control
     with_vddk = {"vddk_libdir": machines.simulator.facts["vddk_libdir"], "io_timeout": 5}

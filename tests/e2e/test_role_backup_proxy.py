@@ -106,6 +106,7 @@ def result(outcome: Outcome) -> Dict[str, Any]:
     return dict(facts["backup_proxy_result"])
 
 
+@pytest.mark.soak
 def test_from_nothing_to_a_proxy(proxy: Proxy, tmp_path: Path) -> None:
     """Announced in check mode, done, found done."""
     path, checksum = pack(tmp_path / "VMware-vix-disklib-8.0.3.x86_64.tar.gz", "8.0.3")
@@ -243,6 +244,7 @@ def test_a_lun_that_is_mounted_or_formatted(proxy: Proxy, mounted_lun: Tuple[str
     subprocess.run(["mount", "-o", "ro", device, str(place)], check=True)
 
 
+@pytest.mark.soak
 def test_the_plugin_out_of_a_newer_release(ansible: Ansible, tmp_path: Path) -> None:
     """From the mirror that this machine uses, where the package can't be installed; nothing else is left."""
     plugins = tmp_path / "plugins"
