@@ -198,6 +198,19 @@ def test_unplugging_each_in_turn_falls_to_the_next(app01: Proxy, snapshot: str) 
     assert app01.attached() == []
 
 
+@pytest.mark.parametrize(("options", "method"), [({}, "vddk"), ({"vddk_libdir": NOWHERE}, "proxy_hotadd")])
+def test_units_that_only_newer_controllers_have_are_room(
+    app01: Proxy, snapshot: str, options: Dict[str, Any], method: str
+) -> None:
+    """Units 0 to 15 of all four controllers are taken; a PVSCSI controller has more (VADP facts 28)."""
+    assert app01.control("fill_units", vm="proxy01", leave=2) == {"free": 2, "controllers": 4}
+    result = app01.export(snapshot, "one", transports=["hotadd"], **options)
+    assert not result["failed"], result["msg"]
+    assert _used(result) == [("hotadd", method)] * 2
+    for key in KEYS:
+        assert app01.backups.disk("app01", key, "one") == app01.simulator.disk("app01", key, snapshot)
+
+
 def test_the_report_of_a_backup_says_so(simulator: Simulator, ansible: Ansible, repository: Path) -> None:
     """Through playbook backup.yml: the table names the transport, and below it stands why not the others."""
     backups = Backups(simulator, ansible, repository)

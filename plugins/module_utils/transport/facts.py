@@ -16,6 +16,7 @@ from ..vsphere.inventory import VmRef, readable
 from ..vsphere.session import Session, filter_spec
 from ..vsphere.snapshots import Snapshot, snapshots_of
 from .guard import problems as device_problems
+from .hotadd_plan import pvscsi_units
 from .planner import (
     BY_IMPORT,
     BY_LEASE,
@@ -39,7 +40,15 @@ _PROBE_TIMEOUT = 60
 _VM_PATHS = ("runtime.powerState", "runtime.host", "config.template", "config.keyId", "snapshot")
 _DATASTORE_PATHS = ("name", "summary.type", "summary.multipleHostAccess", "info", "host")
 _HOST_PATHS = ("name", "runtime.connectionState", "runtime.inMaintenanceMode")
-_PROXY_PATHS = ("runtime.host", "config.keyId", "config.flags", "config.extraConfig", "config.hardware.device")
+_PROXY_PATHS = (
+    "runtime.host",
+    "config.keyId",
+    "config.flags",
+    "config.extraConfig",
+    "config.hardware.device",
+    "config.version",
+    "environmentBrowser",
+)
 
 # VADP facts 48, as far as they are asked for on the virtual machine itself or on the proxy. Of what is granted on
 # datastores and at vCenter's level the operation itself tells.
@@ -243,7 +252,7 @@ def _has_plugin(name: str) -> bool:
 
 
 def _proxy_vm(session: Session, vm: VmRef) -> ProxyVm:
-    """This machine's virtual hardware and what its host sees: one call."""
+    """This machine's virtual hardware and what its host sees: one call, and one more if all units seem to be taken."""
     step = vmodl.query.PropertyCollector.TraversalSpec(type=vim.VirtualMachine, path="runtime.host", skip=False)
     spec = filter_spec([vm.obj], {vim.VirtualMachine: _PROXY_PATHS, vim.HostSystem: ["datastore"]}, [step])
     found = {content.obj._moId: _values(content) for content in session.retrieve([spec])}
@@ -251,6 +260,10 @@ def _proxy_vm(session: Session, vm: VmRef) -> ProxyVm:
     host_moid = _moid(own.get("runtime.host"))
     seen = found.get(host_moid or "", {}).get("datastore") or ()
     devices = list(own.get("config.hardware.device") or ())
+    free, extensible = free_units(devices), can_add_controller(devices)
+    browser = own.get("environmentBrowser")
+    if not free and not extensible and browser is not None:
+        free = free_units(devices, pvscsi_units(session, vm, browser, own.get("config.version")))
     return ProxyVm(
         moid=vm.moid,
         name=vm.name,
@@ -259,8 +272,8 @@ def _proxy_vm(session: Session, vm: VmRef) -> ProxyVm:
         datastores=frozenset(datastore._moId for datastore in seen),
         encrypted=own.get("config.keyId") is not None,
         enable_uuid=_shows_uuids(own),
-        free_units=free_units(devices),
-        can_add_controller=can_add_controller(devices),
+        free_units=free,
+        can_add_controller=extensible,
         ref=vm,
     )
 

@@ -324,18 +324,23 @@ def _place(session: Session, situation: Situation, count: int) -> Optional[scsi_
     existing = scsi_units.free_units(situation.devices)
     units = scsi_units.SAFE_UNITS
     if existing < count and situation.browser is not None:
-        units = _pvscsi_units(session, situation)
+        units = pvscsi_units(session, situation.proxy, situation.browser, situation.version)
     return scsi_units.place(situation.devices, count, units)
 
 
-def _pvscsi_units(session: Session, situation: Situation) -> int:
+def pvscsi_units(session: Session, proxy: VmRef, browser: Any, version: Optional[str]) -> int:
+    """Unit numbers of a PVSCSI controller of a VM: one call.
+
+    :param browser: its ``environmentBrowser``.
+    :param version: of its hardware, "vmx-19".
+    """
     try:
         option = session.call(
-            situation.browser.QueryConfigOption,
-            situation.version,
+            browser.QueryConfigOption,
+            version,
             None,
             what="The limits of the proxy's virtual hardware were not read",
-            subject=str(situation.proxy),
+            subject=str(proxy),
             idempotent=True,
         )
     except VsphereError as error:

@@ -74,11 +74,14 @@ def can_add_controller(devices: Iterable[Any]) -> bool:
 
 
 def pvscsi_units(config_option: Any) -> int:
-    """Unit numbers of a PVSCSI controller, out of a ``vim.vm.ConfigOption``; never less than every controller has."""
+    """Unit numbers of a PVSCSI controller, out of a ``vim.vm.ConfigOption``; never less than every controller has.
+
+    What is told there is how many disks it takes: the controller's own unit is one more.
+    """
     hardware = getattr(config_option, "hardwareOptions", None)
     for option in getattr(hardware, "virtualDeviceOption", None) or []:
         if isinstance(option, vim.vm.device.ParaVirtualSCSIControllerOption):
-            return max(SAFE_UNITS, int(getattr(option.numSCSIDisks, "max", None) or 0))
+            return max(SAFE_UNITS, 1 + int(getattr(option.numSCSIDisks, "max", None) or 0))
     return SAFE_UNITS
 
 

@@ -86,7 +86,7 @@ FILLER = "A unit that a test has taken"
 
 
 def fill_units(vm: VirtualMachine, leave: int | None, controllers: int = 4) -> dict[str, int]:
-    """Take SCSI units of a VM until only *leave* of them are free; None gives all back.
+    """Take SCSI units of a VM, those with low numbers first, until only *leave* are free; None gives all back.
 
     :param controllers: so many SCSI controllers the VM has then, at least: with four there is no room for another.
     """
@@ -108,7 +108,8 @@ def fill_units(vm: VirtualMachine, leave: int | None, controllers: int = 4) -> d
                 kept.append(new)
                 buses.add(bus)
         free = [(one, unit) for one in kept if _is_scsi(one) for unit in free_units(vm, one, kept)]
-        for one, unit in [] if leave is None else free[leave:]:
+        free.sort(key=lambda place: place[1])
+        for one, unit in [] if leave is None else free[: max(0, len(free) - leave)]:
             key = next(key for key in range(9000, 10000) if key not in {other.key for other in kept})
             device = vim.vm.device.VirtualSCSIPassthrough(key=key, controllerKey=one.key, unitNumber=unit)
             device.deviceInfo = vmspec.info(f"SCSI device {key}", FILLER)

@@ -100,7 +100,7 @@ def test_limits_are_read_from_the_configuration_options() -> None:
     def options(*found: Any) -> Any:
         return vim.vm.ConfigOption(hardwareOptions=vim.vm.VirtualHardwareOption(virtualDeviceOption=list(found)))
 
-    wide = option(device.ParaVirtualSCSIControllerOption, 64)
+    wide = option(device.ParaVirtualSCSIControllerOption, 63)
     lsi = option(device.VirtualLsiLogicControllerOption, 32)
     assert pvscsi_units(options(lsi, wide)) == 64
     assert pvscsi_units(options(lsi)) == pvscsi_units(None) == SAFE_UNITS
