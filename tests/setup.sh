@@ -181,7 +181,7 @@ controller() {
         say "making a controller with $requirement"
         rm -rf "build/controllers/$name"
         "$python" -m venv "build/controllers/$name"
-        "build/controllers/$name/bin/python" -m pip install -q --disable-pip-version-check "$requirement" jmespath
+        "build/controllers/$name/bin/python" -m pip install -q --no-compile --disable-pip-version-check "$requirement" jmespath
         echo "$requirement" >"build/controllers/$name/.wanted"
     fi
 }
@@ -196,7 +196,7 @@ controllers() {
         say "no Python 3.12 or newer: the newest ansible-core is not tried"
     fi
 }
-# pip keeps one core busy, so they are made beside .venv.
+# pip keeps one core busy, so they are made beside .venv. What is imported is compiled then, and the rest never.
 controllers_pid=
 if [ "$for_tests" ]; then
     controllers &
@@ -208,7 +208,7 @@ wanted=$(cat requirements.txt requirements-dev.txt tests/setup.sh | sha256sum | 
 if [ "$(cat .venv/.wanted 2>/dev/null)" != "$wanted" ]; then
     say "making .venv"
     [ -x .venv/bin/python ] || /usr/bin/python3 -m venv --system-site-packages .venv
-    .venv/bin/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+    .venv/bin/python -m pip install -q --no-compile --disable-pip-version-check -r requirements-dev.txt
     echo "$wanted" >.venv/.wanted
 fi
 .venv/bin/python -c 'import nbd, pyVmomi, requests, jmespath, blake3'

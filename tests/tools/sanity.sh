@@ -13,7 +13,7 @@ fi
 export HOME=$root/build/ansible-test/home
 mkdir -p "$HOME/.ansible/test/cache"
 for version in 24_2 25_2; do
-    cp tests/tools/get_pip.py "$HOME/.ansible/test/cache/get_pip_$version.py"
+    ln -sf "$root/tests/tools/get_pip.py" "$HOME/.ansible/test/cache/get_pip_$version.py"
 done
 mapfile -t folders < <("$root/tests/tools/pythons.sh" | sed 's|/[^/]*$||')
 pythons=$(IFS=: && echo "${folders[*]}")
