@@ -49,7 +49,7 @@ unit:
 	$(PYTHON) -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m "not soak" tests/unit tests/simulator/tests
 
 e2e:
-	$(PYTHON) -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m "not soak" $(E2E)
+	$(PYTHON) -m pytest -q -n 4 --dist loadfile --no-loadscope-reorder -m "not soak" $(E2E)
 
 # Random sequences against a model, kills spread over the calls of a run, flipped bits: the same ones each time.
 soak-short:

@@ -125,6 +125,7 @@ def test_storage_vmotion_is_held_off_during_a_backup_and_not_after(own_simulator
     assert not list(backups.repository.glob("vms/*/runs/*.json"))
 
 
+@pytest.mark.soak
 def test_a_backup_that_fails_ends_it(own_simulator: Simulator, backups: Backups) -> None:
     own_simulator.control.call("nfc", open_faults={"count": -1, "vix": 13})
     role(backups, "one", transports=["nbdssl"]).wait().failed()

@@ -521,7 +521,7 @@ def test_a_missing_privilege_is_named(lan: Simulator, run: Any, host: str) -> No
 # --- many hosts -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("many", [50, pytest.param(200, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("many", [30, pytest.param(200, marks=pytest.mark.soak)])
 def test_many_hosts(own_simulator: Simulator, ansible: Ansible, many: int) -> None:
     """One run, with as many calls for each host whatever their number."""
     counts = {}

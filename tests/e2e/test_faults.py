@@ -351,6 +351,7 @@ def test_reads_that_fail_once_are_read_again(world: World) -> None:
     world.check("one")
 
 
+@pytest.mark.soak
 def test_reads_that_fail_for_ever_end_it_in_time_with_the_reason(world: World) -> None:
     world.nfc(read_faults={"count": -1, "after": 3, "vix": 14014})
     world.fails_within(6, "14014", "maintenance")
@@ -372,7 +373,7 @@ def test_the_connection_is_cut_for_five_seconds(world: World) -> None:
     world.check("one")
 
 
-@pytest.mark.parametrize("when", ["copy", "open"])
+@pytest.mark.parametrize("when", ["copy", pytest.param("open", marks=pytest.mark.soak)])
 def test_a_host_falls_silent(world: World, when: str) -> None:
     if when == "open":
         world.control("cut_network", mode="blackhole")
@@ -500,7 +501,8 @@ def test_every_task_meets_another_task_and_a_vmotion(own_world: World) -> None:
     own_world.check("one")
 
 
-@pytest.mark.parametrize("when", [pytest.param("before the removal", marks=pytest.mark.soak), "during the removal"])
+@pytest.mark.soak
+@pytest.mark.parametrize("when", ["before the removal", "during the removal"])
 def test_vcenter_restarts_after_the_export(own_world: World, when: str) -> None:
     simulator = own_world.simulator
     if when == "during the removal":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from typing import Any, Dict, Sequence
 
+import pytest
 from administrator import Administrator
 from harness import MIB
 from modules import Modules, modes
@@ -188,6 +189,7 @@ def test_snapshots_of_others_and_going_back_to_them(modules: Modules, administra
     modules.clean()
 
 
+@pytest.mark.soak
 def test_going_back_to_a_snapshot_that_a_run_of_ours_left(modules: Modules, administrator: Administrator) -> None:
     """To change tracking it is as good or bad as any other."""
     modules.track_changes()
@@ -210,6 +212,7 @@ def test_going_back_to_a_snapshot_that_a_run_of_ours_left(modules: Modules, admi
     modules.clean()
 
 
+@pytest.mark.soak
 def test_tracking_found_on_over_a_snapshot(modules: Modules, administrator: Administrator) -> None:
     """Such tracking loses changes without an error, also long after the snapshot is gone (VADP facts 7)."""
     theirs = modules.snapshot("theirs")

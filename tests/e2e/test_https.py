@@ -343,6 +343,7 @@ def test_a_download_is_not_tried_for_ever(proxy: Proxy) -> None:
         assert len(proxy.calls(since, "HttpNfcLeaseAbort")) == 1
 
 
+@pytest.mark.soak
 def test_a_long_download_keeps_its_lease_alive(proxy: Proxy) -> None:
     vm = proxy.vm("app01")
     proxy.control.call("set_settings", lease_timeout=2.0, lease_bytes_per_second=512 * 1024)

@@ -152,6 +152,7 @@ def test_a_disk_that_nothing_can_read_back(machines: Machines) -> None:
     assert machines.simulator.disk("on-vsan", 2001) == machines.modules.held["full"][2001]
 
 
+@pytest.mark.soak
 def test_what_fails_leaves_nothing(machines: Machines) -> None:
     control = machines.control
     control.call("set_settings", lease_thumbprint="wrong")

@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 from typing import Dict, Tuple
 
+import pytest
 from harness import MIB, Backups, Simulator
 
 APP01 = (2000, 2001)
@@ -150,6 +151,7 @@ def test_a_vm_that_fails_does_not_stop_the_others(simulator: Simulator, backups:
     assert [simulator.snapshots(vm) for vm in ("win01", "db01", "copy01")] == [[], [], []]
 
 
+@pytest.mark.soak
 def test_a_snapshot_that_can_not_be_removed_is_said_beside_the_first_reason(
     own_simulator: Simulator, backups: Backups
 ) -> None:

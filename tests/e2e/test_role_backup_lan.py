@@ -150,6 +150,7 @@ def test_a_source_that_is_not_there_is_told(lan: Lan) -> None:
     assert "Destination=127.20.30.0/24" in written and "Gateway=10.20.30.1" in written
 
 
+@pytest.mark.soak
 def test_several_proxies_each_prove_it_and_one_configures(lan: Lan, own_simulator: Simulator) -> None:
     python = {"ansible_connection": "local", "ansible_python_interpreter": str(ROOT / ".venv/bin/python")}
     proxies: Dict[str, Any] = {}
@@ -181,6 +182,7 @@ def test_several_proxies_each_prove_it_and_one_configures(lan: Lan, own_simulato
     assert outcome.stdout.count("There is no such host") >= 2
 
 
+@pytest.mark.soak
 def test_the_interface_is_reloaded_by_its_manager_and_only_when_changed(lan: Lan, tmp_path: Path) -> None:
     """The managers are not there: what they were told is kept."""
     told = tmp_path / "told"
@@ -252,6 +254,7 @@ def test_the_field_report_is_refused_with_both_nics_named(lan: Lan, own_simulato
     assert lan.backup_nics()["127.0.1.1"] == ["127.0.1.11"]
 
 
+@pytest.mark.soak
 def test_network_io_control_of_a_distributed_switch(lan: Lan, own_simulator: Simulator) -> None:
     options = {"vswitch": None, "uplinks": None, "dvswitch": "DSwitch0", "nioc": {"shares": "low", "limit": 4000}}
     options.update(hosts=HOSTS[:2], mtu=1500)

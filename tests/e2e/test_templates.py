@@ -183,6 +183,7 @@ def test_changed_while_it_is_read(template: Template, change: str) -> None:
     assert not list(template.repository.glob("vms/*/runs/*"))
 
 
+@pytest.mark.soak
 def test_the_role(template: Template, backups: Backups) -> None:
     simulator = template.simulator
     seen = simulator.last_call()

@@ -5,7 +5,7 @@
 After each kill: no half point is visible, no process of the run lives 10 s later, and a rerun makes a point that
 verifies and holds the right bytes, and leaves nothing: no snapshot, delta, process, socket, lock or temporary file.
 
-SOAK_KILLS: how often a module is killed (30). SOAK_CHILD_KILLS: how often one of its children (6).
+SOAK_KILLS: how often a module is killed (20). SOAK_CHILD_KILLS: how often one of its children (4).
 SOAK_PLAYBOOK_KILLS: how often a module that a playbook started (1). SOAK_SEED: where exactly (1).
 """
 
@@ -28,8 +28,8 @@ from harness import Ansible, Backups, Outcome
 from runner import CrashPoint, Result, Run, Server, build_library
 from world import Machine, World, same_bytes
 
-KILLS = int(os.environ.get("SOAK_KILLS", "30"))
-CHILD_KILLS = int(os.environ.get("SOAK_CHILD_KILLS", "6"))
+KILLS = int(os.environ.get("SOAK_KILLS", "20"))
+CHILD_KILLS = int(os.environ.get("SOAK_CHILD_KILLS", "4"))
 PLAYBOOK_KILLS = int(os.environ.get("SOAK_PLAYBOOK_KILLS", "1"))
 SEED = int(os.environ.get("SOAK_SEED", "1"))
 

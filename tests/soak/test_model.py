@@ -5,7 +5,7 @@
 Every complete point must restore to what its snapshot froze. After each step there is no half point and no process, and
 once a crash is recovered from, nothing of it is left.
 
-SOAK_MINUTES: how long (0.8). SOAK_SEED: which sequences (1; the same seed, the same sequences). SOAK_SHRINK=1: a
+SOAK_MINUTES: how long (0.4). SOAK_SEED: which sequences (1; the same seed, the same sequences). SOAK_SHRINK=1: a
 sequence that fails is made as short as possible, which takes long.
 """
 
@@ -37,7 +37,7 @@ from hypothesis.stateful import (
 from runner import Server, descendants
 from world import SECTOR, SIZES, Frozen, World, same_bytes
 
-MINUTES = float(os.environ.get("SOAK_MINUTES", "0.8"))
+MINUTES = float(os.environ.get("SOAK_MINUTES", "0.4"))
 SEED = int(os.environ.get("SOAK_SEED", "1"))
 # They wait for others most of the time.
 WORKERS = (os.cpu_count() or 1) + 1
