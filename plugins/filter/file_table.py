@@ -66,7 +66,7 @@ def file_table(results: Sequence[Mapping[str, Any]], most: int = 40, width: int 
                 [
                     _points(result, file),
                     str(file.get("volume") or NONE),
-                    str(file.get("dest") or file["path"]) + ("/" if file.get("type") == "directory" else ""),
+                    _path(file),
                     format_bytes(file.get("size")) if file.get("type") == "file" else NONE,
                     str(file.get("mtime") or NONE),
                     str(file.get("sha256") or NONE)[:_SHOWN_DIGITS],
@@ -82,6 +82,11 @@ def file_table(results: Sequence[Mapping[str, Any]], most: int = 40, width: int 
             if one.get("problem"):
                 below += fold(f"not searched: {one.get('point')}: {one['problem']}", width)
     return render(_HEADINGS, {"size"}, rows) + below
+
+
+def _path(file: Mapping[str, Any]) -> str:
+    path = str(file.get("dest") or file["path"])
+    return path.rstrip("/") + "/" if file.get("type") == "directory" else path
 
 
 def _points(result: Mapping[str, Any], file: Mapping[str, Any]) -> str:

@@ -33,6 +33,9 @@ def test_files_and_what_was_skipped() -> None:
     lines = file_table([searched])
     assert lines[2].startswith("p1 .. p3 (3)  2000p1") and lines[3].startswith("p2 ")
     assert lines[4:] == ["skipped: /c on 2000p1 at p2: it is a socket", "not searched: p0: damaged"]
+    # The root of a volume, restored into /d.
+    (line,) = file_table([{"files": [dict(folder, path="/", dest="/d/")]}])[2:]
+    assert line.split()[2] == "/d/"
     # What a query made of the list has no shape.
     assert len(file_table([{"files": ["/a", 7]}])) == 2
     with pytest.raises(AnsibleFilterError):
