@@ -51,6 +51,44 @@ options:
         begun all the same.
     type: bool
     default: false
+  export:
+    description:
+      - Options with which M(openvadp.backup.vadp_disk_export) is to be called in the run that is begun, with
+        O(begin=true). They are checked before anything is touched, rather than when there is a snapshot already.
+      - They mean what they mean there.
+    type: dict
+    suboptions:
+      transports:
+        description: The transports that may be used.
+        type: list
+        elements: str
+      proxy_name:
+        description: Name of the proxy's virtual machine.
+        type: str
+      proxy_uuid:
+        description: Its BIOS or instance UUID.
+        type: str
+      proxy_moid:
+        description: Its managed object id.
+        type: str
+      proxy_physical:
+        description: Whether the proxy is no virtual machine of this vCenter.
+        type: bool
+      nfc_port:
+        description: Port of the ESXi hosts.
+        type: int
+      nfc_host_limit:
+        description: How many connections one ESXi host gets at most.
+        type: int
+      io_timeout:
+        description: Seconds without an answer.
+        type: int
+      rate_limit:
+        description: Bytes a second.
+        type: str
+      parallel_disks:
+        description: How many disks are read at a time.
+        type: int
   vddk_libdir:
     description:
       - Folder of VDDK, the one that holds C(lib64/libvixDiskLib.so.*). It is needed to end what was prepared with it,
@@ -177,11 +215,24 @@ from ansible.module_utils.basic import AnsibleModule
 from ..module_utils.backup.recover import RecoverRequest, recover_vm
 from ..module_utils.runner import Options, connection_options, repository_options, run_module, vm_options
 
+EXPORT = dict(
+    transports=dict(type="list", elements="str"),
+    proxy_name=dict(type="str"),
+    proxy_uuid=dict(type="str"),
+    proxy_moid=dict(type="str"),
+    proxy_physical=dict(type="bool"),
+    nfc_port=dict(type="int"),
+    nfc_host_limit=dict(type="int"),
+    io_timeout=dict(type="int"),
+    rate_limit=dict(type="str"),
+    parallel_disks=dict(type="int"),
+)
 OPTIONS = Options(
     dict(
         begin=dict(type="bool", default=False),
         point=dict(type="str"),
         access=dict(type="bool", default=False),
+        export=dict(type="dict", options=EXPORT),
         vddk_libdir=dict(type="path"),
         device_dir=dict(type="path", default="/dev/disk/by-id"),
         sysfs_dir=dict(type="path", default="/sys"),

@@ -115,6 +115,21 @@ def test_check_mode_touches_nothing_and_shows_the_plan(simulator: Simulator, bac
     assert "independent" in outcome.stdout and "raw device" in outcome.stdout
 
 
+def test_what_makes_no_sense_is_refused_before_anything_is_touched(simulator: Simulator, backups: Backups) -> None:
+    seen = simulator.last_call()
+    for options, words in (
+        ({"transports": []}, "'transports' is empty"),
+        ({"device_dir": "/nonexistent"}, "device_dir"),
+        ({"nfc_port": 0}, "nfc_port"),
+        ({"nfc_host_limit": 51}, "nfc_host_limit"),
+        ({"rate_limit": "fast"}, "fast"),
+        ({"parallel_disks": 17}, "parallel_disks"),
+    ):
+        outcome = backups.run("app01", **options)
+        assert outcome.rc != 0 and words in outcome.stdout, options
+    assert simulator.changing_calls(seen) == [] and list(backups.repository.iterdir()) == []
+
+
 def test_a_vm_that_fails_does_not_stop_the_others(simulator: Simulator, backups: Backups) -> None:
     """Its snapshot is removed, no point of it appears, and the table and the exit code say so."""
     simulator.control.call("inject", target="task", name="RemoveSnapshot_Task", fault="GenericVmConfigFault", count=1)

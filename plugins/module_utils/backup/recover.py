@@ -37,6 +37,7 @@ from ..vsphere.snapshots import (
     remove_snapshot,
 )
 from . import access
+from .request import ExportRequest, parse_rate
 
 _TERMINATE_SECONDS = 10
 _KILL_SECONDS = 10
@@ -76,7 +77,7 @@ class RecoverRequest:
                     "A point is named, but no run is begun", remedy="Set begin to true, or leave point out"
                 )
             check_point_name(params["point"])
-        return cls(
+        request = cls(
             connection=Connection.from_params(params),
             vm=vm_selection(params),
             repository=params["repository"],
@@ -87,6 +88,22 @@ class RecoverRequest:
             device_dir=params["device_dir"],
             sysfs_dir=params["sysfs_dir"],
         )
+        if params["export"] is not None:
+            request.check_export(params["export"])
+        return request
+
+    def check_export(self, options: Mapping[str, Any]) -> None:
+        """:raises InputError: the export of the run would refuse these options; those that are None are not given."""
+        if not self.begin:
+            raise InputError(
+                "An export is described, but no run is begun", remedy="Set begin to true, or leave export out"
+            )
+        given = {name: value for name, value in options.items() if value is not None}
+        if "rate_limit" in given:
+            given["rate_limit"] = parse_rate(given["rate_limit"])
+        ExportRequest(
+            self.connection, self.vm, self.repository, device_dir=self.device_dir, sysfs_dir=self.sysfs_dir, **given
+        ).check()
 
 
 def recover_vm(request: RecoverRequest, check_mode: bool) -> Dict[str, Any]:
