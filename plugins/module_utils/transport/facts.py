@@ -16,7 +16,7 @@ from ..vsphere.inventory import VmRef, readable
 from ..vsphere.session import Session, filter_spec
 from ..vsphere.snapshots import Snapshot, snapshots_of
 from .guard import problems as device_problems
-from .hotadd_plan import pvscsi_units
+from .hotadd_plan import read_pvscsi_units
 from .planner import (
     BY_IMPORT,
     BY_LEASE,
@@ -263,7 +263,7 @@ def _proxy_vm(session: Session, vm: VmRef) -> ProxyVm:
     free, extensible = free_units(devices), can_add_controller(devices)
     browser = own.get("environmentBrowser")
     if not free and not extensible and browser is not None:
-        free = free_units(devices, pvscsi_units(session, vm, browser, own.get("config.version")))
+        free = free_units(devices, read_pvscsi_units(session, vm, browser, own.get("config.version")))
     return ProxyVm(
         moid=vm.moid,
         name=vm.name,

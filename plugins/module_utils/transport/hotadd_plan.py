@@ -324,11 +324,11 @@ def _place(session: Session, situation: Situation, count: int) -> Optional[scsi_
     existing = scsi_units.free_units(situation.devices)
     units = scsi_units.SAFE_UNITS
     if existing < count and situation.browser is not None:
-        units = pvscsi_units(session, situation.proxy, situation.browser, situation.version)
+        units = read_pvscsi_units(session, situation.proxy, situation.browser, situation.version)
     return scsi_units.place(situation.devices, count, units)
 
 
-def pvscsi_units(session: Session, proxy: VmRef, browser: Any, version: Optional[str]) -> int:
+def read_pvscsi_units(session: Session, proxy: VmRef, browser: Any, version: Optional[str]) -> int:
     """Unit numbers of a PVSCSI controller of a VM: one call.
 
     :param browser: its ``environmentBrowser``.

@@ -12,10 +12,12 @@ from types import SimpleNamespace
 from typing import Any, Dict, Iterator, List
 
 import pytest
-from ansible_collections.openvadp.backup.plugins.module_utils.backup.recover import recover
+from ansible_collections.openvadp.backup.plugins.module_utils.backup.recover import RecoverRequest, recover
 from ansible_collections.openvadp.backup.plugins.module_utils.datapath.processes import RuntimeDir
+from ansible_collections.openvadp.backup.plugins.module_utils.errors import InputError
 from ansible_collections.openvadp.backup.plugins.module_utils.repository.layout import Repository, VmStore
 from ansible_collections.openvadp.backup.plugins.module_utils.repository.runs import Run, new_run_id
+from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.session import Connection
 
 UUID = "500c1a2b-7d5e-0a4b-9a3c-2f1e0d9c8b7a"
 SESSION: Any = SimpleNamespace()
@@ -120,3 +122,24 @@ def test_a_restore_that_did_not_end_keeps_its_record(store: VmStore) -> None:
     run.record("restore", point="one")
     assert recover(SESSION, store, None) == []
     assert store.run(run.run_id) is not None
+
+
+@pytest.mark.parametrize(
+    ("begin", "options", "word"),
+    [
+        (False, {"transports": ["nbd"]}, "no run is begun"),
+        (True, {"transports": []}, "transports"),
+        (True, {"nfc_port": 65536}, "nfc_port"),
+        (True, {"rate_limit": "fast"}, "fast"),
+        (True, {"proxy_physical": True, "proxy_name": "proxy01"}, "proxy"),
+    ],
+)
+def test_an_export_that_would_be_refused(begin: bool, options: Dict[str, Any], word: str) -> None:
+    request = RecoverRequest(Connection("vc", "user", "secret"), {"name": "app01"}, "/backup", begin)
+    with pytest.raises(InputError, match=word):
+        request.check_export({"io_timeout": None, **options})
+
+
+def test_an_export_that_would_be_taken() -> None:
+    request = RecoverRequest(Connection("vc", "user", "secret"), {"name": "app01"}, "/backup", True)
+    request.check_export({"transports": ["nbd"], "nfc_port": 902, "nfc_host_limit": None, "rate_limit": "50M"})
