@@ -323,7 +323,7 @@ class FileTimes(NamedTuple):
 BUDGET_VMS = ("restore01", "copy01", "copy02")
 BUDGET_DISKS_EACH, BUDGET_AT_ONCE = 10, 4
 BUDGET_BYTES = 32 * MIB
-BUDGET_ROUNDS = 5
+BUDGET_ROUNDS = 9
 
 
 class _NoSlot:

@@ -16,6 +16,7 @@ import os
 import re
 import struct
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, Dict, Iterable, Iterator, List, Optional, Tuple
 
 from ..errors import DamagedError, DataPathError
@@ -244,15 +245,16 @@ def hash_file(path: str) -> str:
     :raises DataPathError: it can't be read.
     """
     hasher = blake3.blake3()
-    buffer = bytearray(_FILE_CHUNK)
-    view = memoryview(buffer)
+    spare, filled = (memoryview(bytearray(_FILE_CHUNK)) for _number in range(2))
     try:
-        with open(path, "rb", buffering=0) as stream:
-            while True:
-                count = stream.readinto(buffer)
-                if not count:
-                    return hasher.hexdigest()
-                hasher.update(view[:count])
+        # The next piece is read while this one is hashed: neither holds the interpreter.
+        with open(path, "rb", buffering=0) as stream, ThreadPoolExecutor(1, "read ahead") as reader:
+            reading = reader.submit(stream.readinto, spare)
+            while count := reading.result():
+                spare, filled = filled, spare
+                reading = reader.submit(stream.readinto, spare)
+                hasher.update(filled[:count])
+        return hasher.hexdigest()
     except FileNotFoundError:
         raise DamagedError("A file is missing", subject=path) from None
     except OSError as error:

@@ -517,7 +517,7 @@ class Session:
         :raises TaskError: it failed (with ``fault``), or did not end within *timeout* seconds.
         """
         deadline = self.clock() + timeout
-        pause = 0.2
+        pause = 0.1
         while True:
             # Nothing is done at once: the first look comes after a moment. A short task is seen to end soon, a long
             # one costs few calls.
