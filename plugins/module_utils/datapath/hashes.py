@@ -17,7 +17,7 @@ import re
 import struct
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, BinaryIO, Dict, Iterable, Iterator, List, Optional, Tuple
+from typing import Any, BinaryIO, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
 from ..errors import DamagedError, DataPathError
 from ..libraries import blake3
@@ -238,9 +238,10 @@ def _damaged(path: str, number: int, reason: str) -> DamagedError:
     return DamagedError("A file of hashes is damaged", subject=path, reason=f"line {number}: {reason}")
 
 
-def hash_file(path: str) -> str:
+def hash_file(path: str, on_bytes: Optional[Callable[[int], None]] = None) -> str:
     """BLAKE3 of a whole file, as hex.
 
+    :param on_bytes: called with the size of each piece that was hashed; what it raises ends the reading.
     :raises DamagedError: the file is missing.
     :raises DataPathError: it can't be read.
     """
@@ -254,6 +255,8 @@ def hash_file(path: str) -> str:
                 spare, filled = filled, spare
                 reading = reader.submit(stream.readinto, spare)
                 hasher.update(filled[:count])
+                if on_bytes is not None:
+                    on_bytes(count)
         return hasher.hexdigest()
     except FileNotFoundError:
         raise DamagedError("A file is missing", subject=path) from None

@@ -52,7 +52,7 @@ def verify_point(
     Damage is reported, not raised, and does not stop the other checks.
 
     :param level: structure or data.
-    :param on_progress: gets device key, bytes done and bytes in all.
+    :param on_progress: gets device key, bytes done and bytes in all; what it raises ends the checks.
     :returns: for each disk {key, label, ok, problems [text], layers, bytes_verified, seconds}; ``bytes_verified``
         counts the bytes of files and, at level data, of disks that were compared with a hash.
     """
@@ -90,12 +90,14 @@ def point_problems(store: VmStore, manifest: Dict[str, Any]) -> List[str]:
     return problems
 
 
-def _file_problem(path: Path, stored: Dict[str, Any]) -> Optional[str]:
+def _file_problem(
+    path: Path, stored: Dict[str, Any], on_bytes: Optional[Callable[[int], None]] = None
+) -> Optional[str]:
     problem = stored_problem(path, stored)
     if problem is not None:
         return problem
     try:
-        found = hash_file(str(path))
+        found = hash_file(str(path), on_bytes)
     except (DamagedError, DataPathError) as error:
         return error.reason or error.what
     if found != stored["blake3"]:
@@ -212,11 +214,11 @@ class _DiskCheck:
 
     def _structure(self, link: _Link, parent: Optional[_Link]) -> None:
         for path, stored in ((link.layer, link.entry["layer"]), (link.hashes, link.entry["hashes"])):
-            problem = _file_problem(path, stored)
+            before = self.verified
+            problem = _file_problem(path, stored, self._advance)
             if problem is not None:
+                self._advance(before - self.verified)
                 self._add(link, f"{path.name}: {problem}")
-            else:
-                self._advance(stored["size_bytes"])
         if not link.layer.is_file():
             return
         capacity = self.disk["capacity_bytes"]

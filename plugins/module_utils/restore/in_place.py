@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 from ..datapath import image
@@ -103,29 +104,26 @@ def restore_point(request: RestoreRequest, check_mode: bool) -> Dict[str, Any]:
     if request.connection is None:
         raise InputError("A restore in place needs vCenter", remedy="Give hostname, username and password")
     point = open_point(request)
-    with Session.connect(request.connection) as session:
+    with ExitStack() as stack:
+        progress = stack.enter_context(Progress(None if check_mode else request.progress_file))
+        # Once is enough.
+        proven: Callable[[], None] = lru_cache(maxsize=None)(partial(require_intact, point, progress))
+        if request.changed_only:
+            # What changed is found out while the point is checked.
+            proven = stack.enter_context(checked_beside(point, progress))
+        session = stack.enter_context(Session.connect(request.connection))
         vm = _find_target(session, point, request)
         if not check_mode:
             own = point.repository.vm(vm.instance_uuid)
             if own.path.is_dir():
                 clear_leftovers(session, vm, own)
         targets, proxy = _look(session, vm, point, request)
-        with Progress(None if check_mode else request.progress_file) as progress:
-            if check_mode:
-                require_intact(point, progress)
-                return _result(point, vm, _predicted(point, vm, targets, request))
-            # What changed is found out while the point is checked.
-            check = checked_beside if request.changed_only else _checked_before
-            with check(point, progress) as proven:
-                restored = _restore_locked(session, vm, point, targets, request, progress, proven)
+        if check_mode or not request.changed_only:
+            proven()
+        if check_mode:
+            return _result(point, vm, _predicted(point, vm, targets, request))
+        restored = _restore_locked(session, vm, point, targets, request, progress, proven)
     return _result(point, vm, restored)
-
-
-@contextmanager
-def _checked_before(point: Point, progress: Progress) -> Iterator[Callable[[], None]]:
-    """As :func:`.point.checked_beside`, but nothing is begun before the check has ended well."""
-    require_intact(point, progress)
-    yield lambda: None
 
 
 def _restore_locked(

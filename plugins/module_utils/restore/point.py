@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Callable, Dict, Iterator, List, Optional
 
 from ..datapath.progress import DiskProgress, Progress
-from ..errors import DamagedError, InputError, VadpError
+from ..errors import DamagedError, DataPathError, InputError, LockedError, RepositoryError
 from ..repository.layout import Repository, VmStore
 from ..repository.manifest import disk_of
 from ..repository.verify import STRUCTURE, missing_problems, verify_point
@@ -20,6 +20,8 @@ from .request import DiskChoice, RestoreRequest
 
 # Only a check that lasts is worth a line of progress.
 _QUIET_SECONDS = 2.0
+# How reading a damaged point fails.
+_MAY_BE_DAMAGE = (DataPathError, RepositoryError)
 
 
 @dataclass(frozen=True)
@@ -96,15 +98,15 @@ def checked_beside(point: Point, progress: Progress) -> Iterator[Callable[[], No
     """:func:`require_intact` in a thread, beside work whose result nobody sees before the check has ended well.
 
     Files that are missing or cut show before it begins. Most of such work waits for the disk. What is yielded waits
-    for the check and raises what it raises; call it before the result becomes visible. A failure of the work comes
-    after the check: damage is the better reason.
+    for the check and raises what it raises; call it before the result becomes visible. A failure of the work that may
+    come of damage is told after the check: damage is the better reason. Any other one ends the check at once.
 
     :raises DamagedError: on entering or on leaving, if the point is damaged.
     """
     _refuse(point, missing_problems(point.store, _wanted(point)))
-    waiting = threading.Event()
+    waiting, stop = threading.Event(), threading.Event()
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="check") as pool:
-        check = pool.submit(require_intact, point, progress, waiting)
+        check = pool.submit(require_intact, point, progress, waiting, stop)
 
         def proven() -> None:
             waiting.set()
@@ -112,23 +114,37 @@ def checked_beside(point: Point, progress: Progress) -> Iterator[Callable[[], No
 
         try:
             yield proven
-        except VadpError:
-            proven()
+        except BaseException as error:
+            if isinstance(error, _MAY_BE_DAMAGE) and not isinstance(error, LockedError):
+                proven()
+            stop.set()
             raise
         else:
             proven()
 
 
-def require_intact(point: Point, progress: Progress, shown: Optional[threading.Event] = None) -> None:
+class _Stopped(Exception):
+    """Nobody wants to know any more."""
+
+
+def require_intact(
+    point: Point,
+    progress: Progress,
+    shown: Optional[threading.Event] = None,
+    stop: Optional[threading.Event] = None,
+) -> None:
     """Check every file that the wanted disks stand on: present, of the size and with the hash that were recorded.
 
     :param shown: progress is told once this is set; None: from the beginning.
+    :param stop: when set, the check ends without a result.
     :raises DamagedError: with all that is wrong; a damaged point is not restored.
     """
     reports: Dict[int, DiskProgress] = {}
     begun = time.monotonic()
 
     def report(key: int, done: int, total: int) -> None:
+        if stop is not None and stop.is_set():
+            raise _Stopped
         if key not in reports:
             if time.monotonic() - begun < _QUIET_SECONDS or not (shown is None or shown.is_set()):
                 return
