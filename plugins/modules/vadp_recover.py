@@ -206,6 +206,30 @@ run:
           description: Why it is not; null if it is.
           type: str
           sample: the server is an ESXi host, and only a vCenter moves disks
+    not_trusted:
+      description:
+        - Disks whose change tracking can't be believed, because a restore has written them or because it was turned on
+          over a snapshot. They are read in full until M(openvadp.backup.vm_change_tracking) with C(state=reset) has
+          started it anew, and a full point was made then.
+      type: list
+      elements: dict
+      contains:
+        key:
+          description: Device key.
+          type: int
+          sample: 2000
+        label:
+          description: Label.
+          type: str
+          sample: Hard disk 1
+        since:
+          description: Since when, in UTC.
+          type: str
+          sample: '2026-11-22T08:42:03Z'
+        reason:
+          description: Why.
+          type: str
+          sample: the disk was restored from point 20261122T084203Z
 """
 
 from typing import Any, Dict

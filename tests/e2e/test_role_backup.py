@@ -8,7 +8,7 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Dict, Tuple
+from typing import Any, Dict, List, Tuple
 
 import pytest
 from harness import MIB, Backups, Simulator
@@ -128,6 +128,57 @@ def test_what_makes_no_sense_is_refused_before_anything_is_touched(simulator: Si
         outcome = backups.run("app01", **options)
         assert outcome.rc != 0 and words in outcome.stdout, options
     assert simulator.changing_calls(seen) == [] and list(backups.repository.iterdir()) == []
+
+
+def _restore_in_place(backups: Backups, point: str) -> None:
+    """Write app01's first disk back, as playbook restore does it."""
+    simulator = backups.simulator
+    simulator.write("app01", 2000, 30 * MIB, seed=9)
+    simulator.control.call("power", vm="app01", state="poweredOff")
+    variables = simulator.role_variables("vm_restore_")
+    variables.update(vm_restore_overwrite=True, vm_restore_disks=[{"key": 2000}])
+    variables.update(repository=str(backups.repository), vm="app01", point=point, target="in_place")
+    backups.ansible.run("openvadp.backup.restore", variables=variables).ok()
+    simulator.control.call("power", vm="app01", state="poweredOn")
+
+
+def test_after_a_restore_one_backup_is_full(simulator: Simulator, backups: Backups) -> None:
+    """VADP facts 12: tracking lies about a disk that a restore has written, until it is reset and a full is made."""
+
+    def modes(point: str, **options: Any) -> Tuple[str, List[str]]:
+        simulator.write("app01", 2000, 40 * MIB, seed=len(held) + 20)
+        simulator.write("app01", 2001, 40 * MIB, seed=len(held) + 20)
+        held[point] = _disks(simulator, "app01")
+        table = backups.run("app01", point=point, **options).ok().stdout.partition("\nVM ")[2]
+        return " ".join(table.split()), [disk["mode"] for disk in backups.manifest("app01", point)["disks"].values()]
+
+    held: Dict[str, Dict[int, Tuple[int, str]]] = {}
+    assert modes("p1")[1] == ["full", "full"]
+    _restore_in_place(backups, "p1")
+    seen = simulator.last_call()
+    planned = backups.run("app01", arguments=["--check"]).ok().stdout
+    assert "would be reset" in planned and simulator.changing_calls(seen) == []
+    # What must be incremental fails, and costs no other tool its change ids.
+    outcome = backups.run("app01", point="p2", mode="incremental")
+    assert outcome.rc != 0 and "not to be trusted" in outcome.stdout
+    assert "ReconfigVM_Task" not in simulator.changing_calls(seen)
+    text, found = modes("p2")
+    assert found == ["full", "full"]
+    assert "was reset, because it is not to be trusted for Hard disk 1: the disk was restored from point p1" in text
+    text, found = modes("p3")
+    assert found == ["incremental", "incremental"] and "reset" not in text
+
+    _restore_in_place(backups, "p3")
+    for point in ("p4", "p5"):
+        text, found = modes(point, reset_tracking=False)
+        assert found == ["full", "incremental"] and "was reset" not in text
+    # Where it can't be reset, that is said, and nothing is lost.
+    simulator.control.call("inject", target="task", name="ReconfigVM_Task", fault="GenericVmConfigFault", count=1)
+    text, found = modes("p6")
+    assert found[0] == "full" and "could not be reset" in text
+    assert modes("p7")[1] == ["full", "full"] and modes("p8")[1] == ["incremental", "incremental"]
+    assert {point: {key: backups.disk("app01", key, point) for key in APP01} for point in held} == held
+    assert simulator.snapshots("app01") == []
 
 
 def test_a_vm_that_fails_does_not_stop_the_others(simulator: Simulator, backups: Backups) -> None:

@@ -21,10 +21,12 @@ from typing import Any, Dict, List, Mapping, Optional, Tuple
 from ..datapath.image import fsync_dir
 from ..datapath.processes import RuntimeDir, start_time
 from ..errors import InputError, LockedError, NotFoundError, RepositoryError, VadpError
+from ..repository import trust
 from ..repository.layout import Repository, VmStore, check_point_name, is_empty_folder, new_point_name
 from ..repository.runs import Run, boot_id, new_run_id
 from ..transport import hotadd, https
 from ..vsphere.change_tracking import is_temporary
+from ..vsphere.disks import disks_of
 from ..vsphere.inventory import VmRef, find_vm, vm_selection
 from ..vsphere.new_machine import is_new_vm, remove_leftover
 from ..vsphere.session import Connection, Session
@@ -35,6 +37,7 @@ from ..vsphere.snapshots import (
     list_snapshots,
     marker_text,
     remove_snapshot,
+    vm_state,
 )
 from . import access
 from .request import ExportRequest, parse_rate
@@ -140,6 +143,8 @@ def recover_vm(request: RecoverRequest, check_mode: bool) -> Dict[str, Any]:
             warnings = _warnings(store)
             run = begin_run(store, vm, request.point) if request.begin and vm is not None else None
             begun = run is not None and not run["complete"]
+            if run is not None and vm is not None:
+                run["not_trusted"] = _not_trusted(session, store, vm)
             if request.access and begun and run is not None and vm is not None and not vm.template:
                 begun_run = store.run(run["id"])
                 if begun_run is not None:
@@ -178,6 +183,8 @@ def _look_only(
     if store is not None:
         recovered = recover(session, store, vm, True, device_dir=request.device_dir, sysfs_dir=request.sysfs_dir)
     run = _run_to_begin(store, vm, request.point) if request.begin and vm is not None else None
+    if run is not None and store is not None and vm is not None:
+        run["not_trusted"] = _not_trusted(session, store, vm)
     ended = store is not None and not all(_is_kept(run) for run in store.runs())
     return {
         "changed": bool(recovered) or ended or (run is not None and not run["complete"]),
@@ -191,7 +198,8 @@ def begin_run(store: VmStore, vm: VmRef, point: Optional[str]) -> Dict[str, Any]
     """Begin a run of role vm_backup, unless the point exists. Under the VM's lock.
 
     :param point: its name; None for a new one, named by the time.
-    :returns: {id, repository_id, vm_moid, template, point, complete, snapshot_name, snapshot_description, access}.
+    :returns: {id, repository_id, vm_moid, template, point, complete, snapshot_name, snapshot_description, access,
+        not_trusted}.
     """
     facts = _run_to_begin(store, vm, point)
     if not facts["complete"]:
@@ -216,7 +224,16 @@ def _run_to_begin(store: Optional[VmStore], vm: VmRef, point: Optional[str]) -> 
         "snapshot_name": f"openvadp {name}"[:_SNAPSHOT_NAME_LIMIT],
         "snapshot_description": marker_text(repository_id, run_id, name),
         "access": None,
+        "not_trusted": [],
     }
+
+
+def _not_trusted(session: Session, store: VmStore, vm: VmRef) -> List[Dict[str, Any]]:
+    """Disks whose change tracking has to be reset. vCenter is asked only where something is marked."""
+    marks = trust.marks(store)
+    if not marks or vm.template:
+        return []
+    return trust.waiting_for_reset(marks, store.points(), disks_of(vm_state(session, vm).devices))
 
 
 def recover(

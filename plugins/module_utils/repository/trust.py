@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Optional, Sequence
 
 from ..datapath.image import atomic_write
 from ..errors import DamagedError, RepositoryError
@@ -32,6 +32,7 @@ from .shapes import (
 )
 
 if TYPE_CHECKING:
+    from ..vsphere.disks import Disk
     from .layout import VmStore
 
 FORMAT = 1
@@ -137,6 +138,23 @@ def settled(entry: Dict[str, Any], points: Sequence[Dict[str, Any]]) -> bool:
         if prefix is not None and prefix not in entry["change_id_prefixes"]:
             return True
     return False
+
+
+def waiting_for_reset(
+    found: Sequence[Dict[str, Any]], points: Sequence[Dict[str, Any]], disks: Iterable[Disk]
+) -> List[Dict[str, Any]]:
+    """[{key, label, since, reason}] of the disks whose mark holds as long as change tracking is not reset. Pure.
+
+    Not those of which a reset made other change ids already, or whose tracking is off: a full point will do.
+
+    :param disks: as they are.
+    """
+    waiting = []
+    for disk in disks:
+        entry = in_force(found, points, disk.key, disk.uuid)
+        if entry is not None and prefix_of(disk.change_id) in entry["change_id_prefixes"]:
+            waiting.append({"key": disk.key, "label": disk.label, "since": entry["since"], "reason": entry["reason"]})
+    return waiting
 
 
 def forget_settled(store: VmStore) -> None:

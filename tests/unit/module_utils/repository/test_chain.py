@@ -2,6 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, Dict, List, Optional
 
 import pytest
@@ -210,3 +211,24 @@ def test_marks_are_kept_and_go_with_the_commit_of_a_full(world: World) -> None:
     store.trust_path.write_text("{}")
     with pytest.raises(DamagedError, match="vm_change_tracking"):
         store.chain_facts()
+
+
+@pytest.mark.parametrize(
+    ("disk", "points", "waits"),
+    [
+        ({}, [], True),
+        ({}, [point("after", 9)], True),  # a full one, by the tracking that is not to be trusted
+        ({}, [point("after", 1, change_id=f"{OTHER_PREFIX}/1")], False),  # settled
+        ({"change_id": f"{OTHER_PREFIX}/1"}, [], False),  # reset already: the next full settles it
+        ({"change_id": None}, [], False),  # off: turned on, it begins with new change ids
+        ({"uuid": "another disk"}, [], False),
+        ({"key": 2001}, [], False),
+    ],
+)
+def test_which_disks_wait_for_a_reset(disk: Dict[str, Any], points: List[Dict[str, Any]], waits: bool) -> None:
+    mark = {"key": KEY, "uuid": DISK_UUID, "since": "2026-11-22T09:00:00Z", "reason": "why"}
+    mark["change_id_prefixes"] = [PREFIX]
+    facts: Dict[str, Any] = {"key": KEY, "uuid": DISK_UUID, "change_id": f"{PREFIX}/9", "label": "Hard disk 1", **disk}
+    found: Any = trust.waiting_for_reset([mark], points, [SimpleNamespace(**facts)])
+    expected = {"key": KEY, "label": "Hard disk 1", "since": mark["since"], "reason": "why"}
+    assert found == [expected] * waits
