@@ -141,10 +141,11 @@ def recover_vm(request: RecoverRequest, check_mode: bool) -> Dict[str, Any]:
                 )
             ended = records - len(store.runs())
             warnings = _warnings(store)
-            run = begin_run(store, vm, request.point) if request.begin and vm is not None else None
+            run = None
+            if request.begin and vm is not None:
+                not_trusted = _not_trusted(session, store, vm)
+                run = dict(begin_run(store, vm, request.point), not_trusted=not_trusted)
             begun = run is not None and not run["complete"]
-            if run is not None and vm is not None:
-                run["not_trusted"] = _not_trusted(session, store, vm)
             if request.access and begun and run is not None and vm is not None and not vm.template:
                 begun_run = store.run(run["id"])
                 if begun_run is not None:
@@ -182,9 +183,10 @@ def _look_only(
     recovered: List[Recovered] = []
     if store is not None:
         recovered = recover(session, store, vm, True, device_dir=request.device_dir, sysfs_dir=request.sysfs_dir)
-    run = _run_to_begin(store, vm, request.point) if request.begin and vm is not None else None
-    if run is not None and store is not None and vm is not None:
-        run["not_trusted"] = _not_trusted(session, store, vm)
+    run = None
+    if request.begin and vm is not None:
+        not_trusted = _not_trusted(session, store, vm)
+        run = dict(_run_to_begin(store, vm, request.point), not_trusted=not_trusted)
     ended = store is not None and not all(_is_kept(run) for run in store.runs())
     return {
         "changed": bool(recovered) or ended or (run is not None and not run["complete"]),
@@ -198,8 +200,7 @@ def begin_run(store: VmStore, vm: VmRef, point: Optional[str]) -> Dict[str, Any]
     """Begin a run of role vm_backup, unless the point exists. Under the VM's lock.
 
     :param point: its name; None for a new one, named by the time.
-    :returns: {id, repository_id, vm_moid, template, point, complete, snapshot_name, snapshot_description, access,
-        not_trusted}.
+    :returns: {id, repository_id, vm_moid, template, point, complete, snapshot_name, snapshot_description, access}.
     """
     facts = _run_to_begin(store, vm, point)
     if not facts["complete"]:
@@ -224,14 +225,13 @@ def _run_to_begin(store: Optional[VmStore], vm: VmRef, point: Optional[str]) -> 
         "snapshot_name": f"openvadp {name}"[:_SNAPSHOT_NAME_LIMIT],
         "snapshot_description": marker_text(repository_id, run_id, name),
         "access": None,
-        "not_trusted": [],
     }
 
 
-def _not_trusted(session: Session, store: VmStore, vm: VmRef) -> List[Dict[str, Any]]:
+def _not_trusted(session: Session, store: Optional[VmStore], vm: VmRef) -> List[Dict[str, Any]]:
     """Disks whose change tracking has to be reset. vCenter is asked only where something is marked."""
-    marks = trust.marks(store)
-    if not marks or vm.template:
+    marks = trust.marks(store) if store is not None else []
+    if store is None or not marks or vm.template:
         return []
     return trust.waiting_for_reset(marks, store.points(), disks_of(vm_state(session, vm).devices))
 
