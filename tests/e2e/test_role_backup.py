@@ -120,10 +120,7 @@ def test_what_makes_no_sense_is_refused_before_anything_is_touched(simulator: Si
     for options, words in (
         ({"transports": []}, "'transports' is empty"),
         ({"device_dir": "/nonexistent"}, "device_dir"),
-        ({"nfc_port": 0}, "nfc_port"),
-        ({"nfc_host_limit": 51}, "nfc_host_limit"),
         ({"rate_limit": "fast"}, "fast"),
-        ({"parallel_disks": 17}, "parallel_disks"),
     ):
         outcome = backups.run("app01", **options)
         assert outcome.rc != 0 and words in outcome.stdout, options
@@ -142,43 +139,65 @@ def _restore_in_place(backups: Backups, point: str) -> None:
     simulator.control.call("power", vm="app01", state="poweredOn")
 
 
+class Changing:
+    """app01 backed up while it changes: what its disks held at each point."""
+
+    def __init__(self, backups: Backups) -> None:
+        self.backups = backups
+        self.held: Dict[str, Dict[int, Tuple[int, str]]] = {}
+
+    def point(self, name: str, **options: Any) -> Tuple[List[str], str]:
+        """Write, and make a point. :returns: the modes of its disks, and the table's text."""
+        simulator = self.backups.simulator
+        for key in APP01:
+            simulator.write("app01", key, 40 * MIB, seed=len(self.held) + 20)
+        self.held[name] = _disks(simulator, "app01")
+        table = self.backups.run("app01", point=name, **options).ok().stdout.partition("\nVM ")[2]
+        disks = self.backups.manifest("app01", name)["disks"].values()
+        return [disk["mode"] for disk in disks], " ".join(table.split())
+
+    def check(self) -> None:
+        """Every point holds what was held, and nothing is left."""
+        found = {point: {key: self.backups.disk("app01", key, point) for key in APP01} for point in self.held}
+        assert found == self.held
+        assert self.backups.simulator.snapshots("app01") == []
+
+
 def test_after_a_restore_one_backup_is_full(simulator: Simulator, backups: Backups) -> None:
     """VADP facts 12: tracking lies about a disk that a restore has written, until it is reset and a full is made."""
-
-    def modes(point: str, **options: Any) -> Tuple[str, List[str]]:
-        simulator.write("app01", 2000, 40 * MIB, seed=len(held) + 20)
-        simulator.write("app01", 2001, 40 * MIB, seed=len(held) + 20)
-        held[point] = _disks(simulator, "app01")
-        table = backups.run("app01", point=point, **options).ok().stdout.partition("\nVM ")[2]
-        return " ".join(table.split()), [disk["mode"] for disk in backups.manifest("app01", point)["disks"].values()]
-
-    held: Dict[str, Dict[int, Tuple[int, str]]] = {}
-    assert modes("p1")[1] == ["full", "full"]
+    app01 = Changing(backups)
+    assert app01.point("p1")[0] == ["full", "full"]
     _restore_in_place(backups, "p1")
     seen = simulator.last_call()
     planned = backups.run("app01", arguments=["--check"]).ok().stdout
     assert "would be reset" in planned and simulator.changing_calls(seen) == []
+    modes, text = app01.point("p2")
+    assert modes == ["full", "full"]
+    assert "was reset, because it is not to be trusted for Hard disk 1: the disk was restored from point p1" in text
+    modes, text = app01.point("p3")
+    assert modes == ["incremental", "incremental"] and "reset" not in text
+    app01.check()
+
+
+@pytest.mark.soak
+def test_change_tracking_that_is_not_reset(simulator: Simulator, backups: Backups) -> None:
+    app01 = Changing(backups)
+    app01.point("p1")
+    _restore_in_place(backups, "p1")
     # What must be incremental fails, and costs no other tool its change ids.
+    seen = simulator.last_call()
     outcome = backups.run("app01", point="p2", mode="incremental")
     assert outcome.rc != 0 and "not to be trusted" in outcome.stdout
     assert "ReconfigVM_Task" not in simulator.changing_calls(seen)
-    text, found = modes("p2")
-    assert found == ["full", "full"]
-    assert "was reset, because it is not to be trusted for Hard disk 1: the disk was restored from point p1" in text
-    text, found = modes("p3")
-    assert found == ["incremental", "incremental"] and "reset" not in text
-
-    _restore_in_place(backups, "p3")
-    for point in ("p4", "p5"):
-        text, found = modes(point, reset_tracking=False)
-        assert found == ["full", "incremental"] and "was reset" not in text
+    for point in ("p2", "p3"):
+        modes, text = app01.point(point, reset_tracking=False)
+        assert modes == ["full", "incremental"] and "was reset" not in text
     # Where it can't be reset, that is said, and nothing is lost.
     simulator.control.call("inject", target="task", name="ReconfigVM_Task", fault="GenericVmConfigFault", count=1)
-    text, found = modes("p6")
-    assert found[0] == "full" and "could not be reset" in text
-    assert modes("p7")[1] == ["full", "full"] and modes("p8")[1] == ["incremental", "incremental"]
-    assert {point: {key: backups.disk("app01", key, point) for key in APP01} for point in held} == held
-    assert simulator.snapshots("app01") == []
+    modes, text = app01.point("p4")
+    assert modes[0] == "full" and "could not be reset" in text
+    assert app01.point("p5")[0] == ["full", "full"] and app01.point("p6")[0] == ["incremental", "incremental"]
+    app01.check()
 
 
 def test_a_vm_that_fails_does_not_stop_the_others(simulator: Simulator, backups: Backups) -> None:

@@ -31,7 +31,7 @@ from ansible_collections.openvadp.backup.plugins.module_utils.restore.request im
 from jsonschema import Draft202012Validator
 from world import Machine, World
 
-FLIPS = int(os.environ.get("SOAK_FLIPS", "60"))
+FLIPS = int(os.environ.get("SOAK_FLIPS", "40"))
 SEED = int(os.environ.get("SOAK_SEED", "1"))
 LANES = max(2, os.cpu_count() or 1)
 # Level data reads everything once more: for one flip of so many.

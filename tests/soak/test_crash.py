@@ -28,7 +28,7 @@ from harness import Ansible, Backups, Outcome
 from runner import CrashPoint, Result, Run, Server, build_library
 from world import Machine, World, same_bytes
 
-KILLS = int(os.environ.get("SOAK_KILLS", "20"))
+KILLS = int(os.environ.get("SOAK_KILLS", "12"))
 CHILD_KILLS = int(os.environ.get("SOAK_CHILD_KILLS", "4"))
 PLAYBOOK_KILLS = int(os.environ.get("SOAK_PLAYBOOK_KILLS", "1"))
 SEED = int(os.environ.get("SOAK_SEED", "1"))

@@ -37,7 +37,7 @@ from hypothesis.stateful import (
 from runner import Server, descendants
 from world import SECTOR, SIZES, Frozen, World, same_bytes
 
-MINUTES = float(os.environ.get("SOAK_MINUTES", "0.4"))
+MINUTES = float(os.environ.get("SOAK_MINUTES", "0.3"))
 SEED = int(os.environ.get("SOAK_SEED", "1"))
 # They wait for others most of the time.
 WORKERS = (os.cpu_count() or 1) + 1
