@@ -7,7 +7,7 @@ needs the file, and in no other; and a restore from a point whose disks are dama
 ``vm.json``, ``repository.json`` and ``trust.json`` have no hash: a flip there is refused, or leaves a document that its
 schema allows.
 
-SOAK_FLIPS: how many (60). SOAK_SEED: where (1).
+SOAK_FLIPS: how many (40). SOAK_SEED: where (1).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 After each kill: no half point is visible, no process of the run lives 10 s later, and a rerun makes a point that
 verifies and holds the right bytes, and leaves nothing: no snapshot, delta, process, socket, lock or temporary file.
 
-SOAK_KILLS: how often a module is killed (20). SOAK_CHILD_KILLS: how often one of its children (4).
+SOAK_KILLS: how often a module is killed (12). SOAK_CHILD_KILLS: how often one of its children (4).
 SOAK_PLAYBOOK_KILLS: how often a module that a playbook started (1). SOAK_SEED: where exactly (1).
 """
 

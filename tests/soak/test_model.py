@@ -5,7 +5,7 @@
 Every complete point must restore to what its snapshot froze. After each step there is no half point and no process, and
 once a crash is recovered from, nothing of it is left.
 
-SOAK_MINUTES: how long (0.4). SOAK_SEED: which sequences (1; the same seed, the same sequences). SOAK_SHRINK=1: a
+SOAK_MINUTES: how long (0.3). SOAK_SEED: which sequences (1; the same seed, the same sequences). SOAK_SHRINK=1: a
 sequence that fails is made as short as possible, which takes long.
 """
 
