@@ -141,10 +141,7 @@ def recover_vm(request: RecoverRequest, check_mode: bool) -> Dict[str, Any]:
                 )
             ended = records - len(store.runs())
             warnings = _warnings(store)
-            run = None
-            if request.begin and vm is not None:
-                not_trusted = _not_trusted(session, store, vm)
-                run = dict(begin_run(store, vm, request.point), not_trusted=not_trusted)
+            run = begin_run(session, store, vm, request.point) if request.begin and vm is not None else None
             begun = run is not None and not run["complete"]
             if request.access and begun and run is not None and vm is not None and not vm.template:
                 begun_run = store.run(run["id"])
@@ -183,10 +180,7 @@ def _look_only(
     recovered: List[Recovered] = []
     if store is not None:
         recovered = recover(session, store, vm, True, device_dir=request.device_dir, sysfs_dir=request.sysfs_dir)
-    run = None
-    if request.begin and vm is not None:
-        not_trusted = _not_trusted(session, store, vm)
-        run = dict(_run_to_begin(store, vm, request.point), not_trusted=not_trusted)
+    run = _run_to_begin(session, store, vm, request.point) if request.begin and vm is not None else None
     ended = store is not None and not all(_is_kept(run) for run in store.runs())
     return {
         "changed": bool(recovered) or ended or (run is not None and not run["complete"]),
@@ -196,13 +190,14 @@ def _look_only(
     }
 
 
-def begin_run(store: VmStore, vm: VmRef, point: Optional[str]) -> Dict[str, Any]:
+def begin_run(session: Session, store: VmStore, vm: VmRef, point: Optional[str]) -> Dict[str, Any]:
     """Begin a run of role vm_backup, unless the point exists. Under the VM's lock.
 
     :param point: its name; None for a new one, named by the time.
-    :returns: {id, repository_id, vm_moid, template, point, complete, snapshot_name, snapshot_description, access}.
+    :returns: {id, repository_id, vm_moid, template, point, complete, snapshot_name, snapshot_description, access,
+        not_trusted}.
     """
-    facts = _run_to_begin(store, vm, point)
+    facts = _run_to_begin(session, store, vm, point)
     if not facts["complete"]:
         run = store.create_run(facts["point"], vm_moid=vm.moid, vm_name=vm.name, run_id=facts["id"])
         if not vm.template:
@@ -210,7 +205,7 @@ def begin_run(store: VmStore, vm: VmRef, point: Optional[str]) -> Dict[str, Any]
     return facts
 
 
-def _run_to_begin(store: Optional[VmStore], vm: VmRef, point: Optional[str]) -> Dict[str, Any]:
+def _run_to_begin(session: Session, store: Optional[VmStore], vm: VmRef, point: Optional[str]) -> Dict[str, Any]:
     run_id = new_run_id()
     repository_id = store.repository.id if store is not None else ""
     name = point or new_point_name(store.point_names() if store is not None else [], datetime.now(timezone.utc))
@@ -225,13 +220,14 @@ def _run_to_begin(store: Optional[VmStore], vm: VmRef, point: Optional[str]) -> 
         "snapshot_name": f"openvadp {name}"[:_SNAPSHOT_NAME_LIMIT],
         "snapshot_description": marker_text(repository_id, run_id, name),
         "access": None,
+        "not_trusted": [] if store is None or vm.template else _not_trusted(session, store, vm),
     }
 
 
-def _not_trusted(session: Session, store: Optional[VmStore], vm: VmRef) -> List[Dict[str, Any]]:
+def _not_trusted(session: Session, store: VmStore, vm: VmRef) -> List[Dict[str, Any]]:
     """Disks whose change tracking has to be reset. vCenter is asked only where something is marked."""
-    marks = trust.marks(store) if store is not None else []
-    if store is None or not marks or vm.template:
+    marks = trust.marks(store)
+    if not marks:
         return []
     return trust.waiting_for_reset(marks, store.points(), disks_of(vm_state(session, vm).devices))
 
