@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any, Dict, List
@@ -40,7 +41,9 @@ class Logs:
         }
         command = ["nbdkit", "--readonly", "--verbose", "--unix", "-", "vddk"]
         command += [f"{name}={value}" for name, value in parameters.items()]
-        command += ["--run", 'nbdinfo --size "$uri"']
+        # What --run started has ended, so nbdkit ends, closed the disk or not: it is given the time.
+        closed = f"grep -q ': vddk: close$' {shlex.quote(str(self.path))}"
+        command += ["--run", f'nbdinfo --size "$uri" && until {closed}; do sleep 0.05; done']
         with self.path.open("wb") as log:
             subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=120, check=False)
 

@@ -32,6 +32,14 @@ _COMPRESSION_FROM_PLUGIN = (1, 24)
 
 _START_TIMEOUT = 60
 _STOP_TIMEOUT = 10
+# Until closing begins, and for what VDDK then does: vCenter detaches a hot-added disk in some seconds, or more.
+_NOTICE_TIMEOUT = 2.0
+_NOTICE_POLL_SECONDS = 0.02
+_CLOSE_TIMEOUT = 120
+# A layer of nbdkit (plugin or filter) begins to open the disk; has it open, or not; begins to close it.
+_OPENING = re.compile(r": debug: \S+: open readonly=")
+_OPENED = re.compile(r": debug: \S+: open returned handle (0x)?")
+_CLOSED = re.compile(r": debug: \S+: close$", re.MULTILINE)
 _LOG_TAIL_BYTES = 256 * 1024
 _LOG_TAIL_LINES = 20
 _ENDING_SECONDS = 0.5
@@ -216,7 +224,7 @@ def serve_nbdkit(
         yield Endpoint(f"nbd+unix:///?socket={quote(str(socket))}", transport, log, size, subject, child, method)
     finally:
         try:
-            child.stop(_STOP_TIMEOUT)
+            child.stop(_CLOSE_TIMEOUT if _closing(child, log) else _STOP_TIMEOUT)
             with contextlib.suppress(BrokenPipeError):  # the guard was killed with its group
                 os.write(our_end, b"\n")
         finally:
@@ -323,6 +331,25 @@ def _open_once(child: Child, socket: Path, subject: str, log: Path, timeout: int
         return size
     except nbd.Error as error:
         raise _log_error("The disk can't be opened", subject, log, fallback=str(error)) from error
+
+
+def _closing(child: Child, log: Path) -> bool:
+    """Wait until nbdkit has begun to close what it opened, for a short while at most; whether it has.
+
+    nbdkit notices in a thread that a client has gone. If SIGTERM overtakes that thread, nbdkit ends without closing,
+    and VDDK's HotAdd leaves the disk attached to the proxy. Closing that has begun is finished before nbdkit ends; an
+    opening that hangs is not waited for.
+    """
+    deadline = time.monotonic() + _NOTICE_TIMEOUT
+    while child.alive and time.monotonic() < deadline:
+        text = _read(log)
+        opened = _OPENED.findall(text)
+        if len(opened) < len(_OPENING.findall(text)):
+            return False
+        if opened.count("0x") <= len(_CLOSED.findall(text)):
+            return True
+        time.sleep(_NOTICE_POLL_SECONDS)
+    return False
 
 
 def _log_error(what: str, subject: str, log: Path, fallback: Optional[str] = None) -> TransportError:

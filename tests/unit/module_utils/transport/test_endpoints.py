@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any, Dict, List, Set
@@ -11,6 +12,7 @@ from typing import Any, Dict, List, Set
 import pytest
 from ansible_collections.openvadp.backup.plugins.module_utils.datapath.processes import Child, RuntimeDir
 from ansible_collections.openvadp.backup.plugins.module_utils.errors import TransportError
+from ansible_collections.openvadp.backup.plugins.module_utils.libraries import nbd
 from ansible_collections.openvadp.backup.plugins.module_utils.transport import endpoints
 from ansible_collections.openvadp.backup.plugins.module_utils.transport.endpoints import (
     mode_used,
@@ -152,6 +154,52 @@ def test_a_served_disk_is_open_and_gone_afterwards(tmp_path: Path) -> None:
             child = endpoint.child
         assert not child.alive
         assert not list(Path(run_dir.path).glob("*.sock"))
+
+
+@pytest.mark.parametrize("filters", [[], ["--filter=retry", "--filter=blocksize"]])
+def test_a_server_that_is_slow_to_notice_closes_the_disk_all_the_same(filters: List[str]) -> None:
+    """nbdkit ends without closing when SIGTERM comes before it has seen that the client is gone."""
+    with RuntimeDir("slow") as run_dir:
+        with endpoints.serve_nbdkit(
+            [*filters, "memory", "1M"], subject="disk", run_dir=run_dir, io_timeout=10
+        ) as endpoint:
+            handle = nbd.NBD()
+            handle.connect_uri(endpoint.uri)
+            os.kill(endpoint.child.pid, signal.SIGSTOP)
+            handle.aio_disconnect()  # shutdown() waits for the server
+            waking = threading.Timer(0.3, os.kill, (endpoint.child.pid, signal.SIGCONT))
+            waking.start()
+        waking.join()
+        layers = ["memory", *(word.partition("=")[2] for word in filters)]
+        lines = endpoint.log_path.read_text().splitlines()
+        for layer in layers:
+            closed = [line for line in lines if line.endswith(f" {layer}: close")]
+            assert len(closed) == 2, layer  # the first opening, and this one
+
+
+def test_a_client_that_stays_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoints, "_NOTICE_TIMEOUT", 0.2)
+    monkeypatch.setattr(endpoints, "_STOP_TIMEOUT", 1)
+    handle = nbd.NBD()
+    with RuntimeDir("held") as run_dir:
+        with endpoints.serve_nbdkit(["memory", "1M"], subject="disk", run_dir=run_dir, io_timeout=10) as endpoint:
+            handle.connect_uri(endpoint.uri)
+            begin = time.monotonic()
+        assert time.monotonic() - begin < endpoints._CLOSE_TIMEOUT / 4
+        assert not endpoint.child.alive
+
+
+def test_an_opening_that_hangs_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoints, "_STOP_TIMEOUT", 1)
+    plugin = tmp_path / "plugin.sh"
+    plugin.write_text('#!/bin/sh\ncase "$1" in open) sleep 600 ;; *) exit 2 ;; esac\n', encoding="utf-8")
+    plugin.chmod(0o700)
+    begin = time.monotonic()
+    with RuntimeDir("hang") as run_dir, pytest.raises(
+        TransportError, match="not opened within 1 s"
+    ), endpoints.serve_nbdkit(["sh", str(plugin)], subject="disk", run_dir=run_dir, io_timeout=1):
+        pass
+    assert time.monotonic() - begin < 10
 
 
 @pytest.mark.parametrize("needed", [True, False])
