@@ -8,10 +8,27 @@ process: of each disk as much as was in flight.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from typing import Any, Dict, Iterable, List
 
 from ..libraries import nbd
+
+
+_CACHE_LINE = 64
+
+
+def aligned(size_bytes: int) -> bytearray:
+    """So many zero bytes that begin with a cache line.
+
+    By itself a large bytearray begins 16 bytes behind one. There the kernel copies what is read from a file or a
+    socket several times slower on some processors (measured on an AMD EPYC: 1.8 GB/s instead of 9).
+    """
+    data = bytearray(size_bytes + _CACHE_LINE)
+    # Deleting from the front moves the start and copies nothing.
+    del data[: -ctypes.addressof(ctypes.c_char.from_buffer(data)) % _CACHE_LINE]
+    del data[size_bytes:]
+    return data
 
 
 class Memory:
@@ -20,7 +37,7 @@ class Memory:
     __slots__ = ("data", "memory", "buffer")
 
     def __init__(self, size_bytes: int) -> None:
-        self.data = bytearray(size_bytes)
+        self.data = aligned(size_bytes)
         self.memory = memoryview(self.data)
         self.buffer: Any = nbd.Buffer.from_buffer(self.memory)
 

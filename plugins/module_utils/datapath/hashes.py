@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, Callable, Dict, Iterable, Iterator, List, Opti
 
 from ..errors import DamagedError, DataPathError
 from ..libraries import blake3
+from .buffers import aligned
 
 FORMAT = 1
 ALGORITHM = "blake3"
@@ -31,6 +32,9 @@ _RECORD = struct.Struct(">QI32s")
 _SPILL_RECORDS = 65536
 _READ_RECORDS = 4096
 _FILE_CHUNK = 1 << 20
+# Two threads are worth their while with pieces of this size; more would wait for the reading.
+_HASH_CHUNK = 2 << 20
+_HASH_THREADS = 2
 _HEX = re.compile(r"[0-9a-f]{64}")
 _LINE_LIMIT = 4096
 
@@ -245,8 +249,8 @@ def hash_file(path: str, on_bytes: Optional[Callable[[int], None]] = None) -> st
     :raises DamagedError: the file is missing.
     :raises DataPathError: it can't be read.
     """
-    hasher = blake3.blake3()
-    spare, filled = (memoryview(bytearray(_FILE_CHUNK)) for _number in range(2))
+    hasher = blake3.blake3(max_threads=_HASH_THREADS)
+    spare, filled = (memoryview(aligned(_HASH_CHUNK)) for _number in range(2))
     try:
         # The next piece is read while this one is hashed: neither holds the interpreter.
         with open(path, "rb", buffering=0) as stream, ThreadPoolExecutor(1, "read ahead") as reader:
