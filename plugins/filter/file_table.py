@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, List, Mapping, Sequence
+import json
+from typing import Any, Callable, Dict, List, Mapping, Sequence, Tuple
 
 from ..plugin_utils.tables import NONE, fold, format_bytes, render, require_results
 
@@ -17,7 +18,8 @@ description:
   - Renders what module M(openvadp.backup.vadp_file_restore) returns, or what role
     P(openvadp.backup.vm_file_restore#role) leaves in C(vm_file_restore_result).
   - Each file is one line; with option C(versions) each version of one, with the points that hold it.
-  - What was skipped stands below the table. What option C(query) made of the list is not rendered.
+  - What was skipped stands below the table, and so does what option C(query) made of the list, as JSON, where that is
+    no file.
 options:
   _input:
     description: Results of M(openvadp.backup.vadp_file_restore), in the order of the table.
@@ -60,7 +62,7 @@ def file_table(results: Sequence[Mapping[str, Any]], most: int = 40, width: int 
     rows = []
     below: List[str] = []
     for result in results:
-        files = [file for file in result.get("files") or [] if isinstance(file, Mapping) and "path" in file]
+        files, others = _told(result.get("files"))
         for file in files[:most]:
             rows.append(
                 [
@@ -73,8 +75,10 @@ def file_table(results: Sequence[Mapping[str, Any]], most: int = 40, width: int 
                     str(file.get("state") or NONE),
                 ]
             )
-        if len(files) > most:
-            below.append(f"and {len(files) - most} more")
+        below += [json.dumps(one, ensure_ascii=False) for one in others[:most]]
+        more = sum(max(0, len(shown) - most) for shown in (files, others))
+        if more:
+            below.append(f"and {more} more")
         for skipped in (result.get("skipped") or [])[:most]:
             place = f"{skipped.get('volume')}" + (f" at {skipped['point']}" if skipped.get("point") else "")
             below += fold(f"skipped: {skipped.get('path')} on {place}: {skipped.get('reason')}", width)
@@ -82,6 +86,17 @@ def file_table(results: Sequence[Mapping[str, Any]], most: int = 40, width: int 
             if one.get("problem"):
                 below += fold(f"not searched: {one.get('point')}: {one['problem']}", width)
     return render(_HEADINGS, {"size"}, rows) + below
+
+
+def _told(found: Any) -> Tuple[List[Mapping[str, Any]], List[Any]]:
+    """Files, and what else a query made of them: anything."""
+    if found is None:
+        return [], []
+    files: List[Mapping[str, Any]] = []
+    others: List[Any] = []
+    for one in found if isinstance(found, list) else [found]:
+        (files if isinstance(one, Mapping) and "path" in one else others).append(one)
+    return files, others
 
 
 def _path(file: Mapping[str, Any]) -> str:

@@ -2,6 +2,8 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 from __future__ import annotations
 
+from typing import Any, List
+
 import pytest
 from ansible.errors import AnsibleFilterError
 from ansible_collections.openvadp.backup.plugins.filter.file_table import file_table
@@ -36,7 +38,19 @@ def test_files_and_what_was_skipped() -> None:
     # The root of a volume, restored into /d.
     (line,) = file_table([{"files": [dict(folder, path="/", dest="/d/")]}])[2:]
     assert line.split()[2] == "/d/"
-    # What a query made of the list has no shape.
-    assert len(file_table([{"files": ["/a", 7]}])) == 2
     with pytest.raises(AnsibleFilterError):
         file_table("nonsense")
+
+
+@pytest.mark.parametrize(
+    ("made", "lines"),
+    [
+        (0, ["0"]),
+        ("\u6587", ['"\u6587"']),
+        ({"count": 7}, ['{"count": 7}']),
+        (["/a", {"size": 1}, "/b"], ['"/a"', '{"size": 1}', "and 1 more"]),
+        (None, []),
+    ],
+)
+def test_what_a_query_made_of_the_list(made: Any, lines: List[str]) -> None:
+    assert file_table([{"files": made}], most=2)[2:] == lines
