@@ -54,7 +54,7 @@ _SHOWN_DIGITS = 12
 def file_table(results: Sequence[Mapping[str, Any]], most: int = 40, width: int = 140) -> List[str]:
     """The lines of the table.
 
-    :param results: what module vadp_file_restore returned, each with ``point``, ``files`` and ``skipped``.
+    :param results: what module vadp_file_restore returned, each with ``point``, ``files`` and ``skipped_files``.
     :param most: files shown of each.
     :param width: columns for the text below the table.
     """
@@ -79,7 +79,7 @@ def file_table(results: Sequence[Mapping[str, Any]], most: int = 40, width: int 
         more = sum(max(0, len(shown) - most) for shown in (files, others))
         if more:
             below.append(f"and {more} more")
-        for skipped in (result.get("skipped") or [])[:most]:
+        for skipped in (result.get("skipped_files") or [])[:most]:
             place = f"{skipped.get('volume')}" + (f" at {skipped['point']}" if skipped.get("point") else "")
             below += fold(f"skipped: {skipped.get('path')} on {place}: {skipped.get('reason')}", width)
         for one in result.get("points") or []:

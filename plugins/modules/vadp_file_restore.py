@@ -20,7 +20,7 @@ description:
   - All files are written into a hidden folder in O(dest) and get their places when the last one is complete. If
     anything fails before, nothing is there. No name or link of the image leads outside O(dest).
   - Symbolic links are restored as links and never followed here. In O(paths), links of the guest on the way to a file
-    are followed within its volume. Devices, pipes and sockets are skipped, and told in RV(skipped).
+    are followed within its volume. Devices, pipes and sockets are skipped, and told in RV(skipped_files).
 author:
   - openvadp maintainers (@openvadp)
 extends_documentation_fragment:
@@ -128,7 +128,7 @@ options:
   fail_on_skipped:
     description:
       - Whether the restore fails, and writes nothing, if any selected file can't be restored.
-      - Otherwise the others are restored, and RV(skipped) and a warning tell which were not.
+      - Otherwise the others are restored, and RV(skipped_files) and a warning tell which were not.
     type: bool
     default: false
   limit:
@@ -395,7 +395,7 @@ points:
       description: Why it was not searched; null if it was.
       type: str
       sample: null
-skipped:
+skipped_files:
   description: Selected files that could not be had.
   returned: success
   type: list

@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any, Dict
@@ -62,3 +64,23 @@ def _through_the_playbook(modules: Modules, tmp_path: Path, sums: Dict[str, str]
     assert {path: hashlib.sha256((dest / path).read_bytes()).hexdigest() for path in sums} == sums
     missing = modules.run("vadp_file_restore", **_options(modules), paths=["/missing"], dest=str(dest))
     assert "There is no such file: /missing in restore point p3" in missing["msg"]
+    _with_a_pipe(modules, tmp_path, variables)
+
+
+def _with_a_pipe(modules: Modules, tmp_path: Path, variables: Dict[str, Any]) -> None:
+    """What could not be restored is told; the task has changed something, and was not skipped."""
+    tree, disk, dest = tmp_path / "tree", tmp_path / "disk", tmp_path / "beside-a-pipe"
+    tree.mkdir()
+    dest.mkdir()
+    (tree / "file").write_text("kept", encoding="ascii")
+    os.mkfifo(tree / "pipe")
+    with disk.open("wb") as image:
+        image.truncate(4 << 20)
+    tools = dict(os.environ, PATH=os.environ["PATH"] + ":/usr/sbin:/sbin")
+    subprocess.run(["mkfs.ext4", "-q", "-F", "-d", str(tree), str(disk)], check=True, env=tools)
+    modules.simulator.control.call("guest_write", vm=modules.vm, disk=2001, offsets=[0], data=disk.read_bytes())
+    modules.point("p4", mode="incremental")
+    options = dict(variables, vm_file_restore_disks=[2001], paths="/", dest=str(dest))
+    outcome = modules.backups.ansible.run("openvadp.backup.restore_files", variables=options).ok()
+    assert outcome.changed == 1 and "skipped: /pipe on 2001: it is a named pipe" in outcome.stdout
+    assert (dest / "file").read_text(encoding="ascii") == "kept" and not (dest / "pipe").exists()

@@ -21,7 +21,7 @@ def test_files_and_what_was_skipped() -> None:
     }
     folder = {"path": "/b", "dest": None, "volume": "2000p1", "type": "directory", "state": "listed"}
     skipped = [{"path": "/c", "volume": "2000p1", "reason": "it is a socket"}]
-    result = {"point": "p1", "files": [dict(file, state="restored"), folder, folder], "skipped": skipped}
+    result = {"point": "p1", "files": [dict(file, state="restored"), folder, folder], "skipped_files": skipped}
     lines = file_table([result], most=2)
     assert lines[2].split() == ["p1", "2000p1", "/d/a", "2.0", "KiB", "T", "f" * 12, "restored"]
     assert lines[3].split() == ["p1", "2000p1", "/b/", "-", "-", "-", "listed"]
@@ -29,7 +29,7 @@ def test_files_and_what_was_skipped() -> None:
     held = dict(file, dest=None, state="listed", points=["p1", "p2", "p3"])
     searched = {
         "files": [held, dict(held, points=["p2"])],
-        "skipped": [dict(skipped[0], point="p2")],
+        "skipped_files": [dict(skipped[0], point="p2")],
         "points": [{"point": "p0", "problem": "damaged"}, {"point": "p1", "problem": None}],
     }
     lines = file_table([searched])

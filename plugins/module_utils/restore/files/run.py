@@ -77,7 +77,7 @@ class Selection:
 def restore_files(request: FilesRequest, check_mode: bool, progress: Optional[Progress] = None) -> Dict[str, Any]:
     """The whole of ``vadp_file_restore``.
 
-    :returns: {changed, point, vm_name, vm_uuid, reader, volumes, files, skipped, bytes_restored, warnings, diff}.
+    :returns: {changed, point, vm_name, vm_uuid, reader, volumes, files, skipped_files, bytes_restored, warnings, diff}.
     :raises VadpError: the folder is what it was, but for files that were to be replaced and got their new content.
     """
     request.check()
@@ -540,7 +540,7 @@ def result_of(source: Source, selection: Selection, files: List[Dict[str, Any]],
         "reader": reader.name,
         "volumes": reader.volumes,
         "files": files,
-        "skipped": skipped,
+        "skipped_files": skipped,
         "bytes_restored": 0,
         "warnings": warnings,
     }

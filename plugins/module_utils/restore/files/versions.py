@@ -74,7 +74,7 @@ def list_versions(request: FilesRequest) -> Dict[str, Any]:
                 looks[name] = looks[manifest["disks"][0]["parent"]]
             else:
                 looks[name], result = _look(request, source, deadline)
-                skipped += [dict(one, point=name) for one in result["skipped"]]
+                skipped += [dict(one, point=name) for one in result["skipped_files"]]
                 warnings += [f"Point {name}: {text}" for text in result["warnings"]]
         except TooMany:
             raise
@@ -90,7 +90,7 @@ def list_versions(request: FilesRequest) -> Dict[str, Any]:
         result,
         point=[one["point"] for one in points if not one["problem"]][-1],
         files=_versions(looks),
-        skipped=skipped,
+        skipped_files=skipped,
         points=points,
         warnings=warnings,
     )

@@ -21,7 +21,7 @@ from ansible_collections.openvadp.backup.plugins.module_utils.repository import 
 from ansible_collections.openvadp.backup.plugins.module_utils.restore import point as restored_point
 from ansible_collections.openvadp.backup.plugins.module_utils.restore.request import RestoreRequest
 
-CAPACITY = 5 << 20
+CAPACITY = 13 << 20
 
 
 @pytest.fixture

@@ -110,7 +110,7 @@ def test_what_dissect_can_not_read(c: Any, disks: Any, tree: Path, tmp_path: Pat
     assert c.sums(disks.dest) == wanted
     assert os.readlink(disks.dest / "etc" / "out") == "/etc/passwd"
     assert os.readlink(disks.dest / "etc" / "up") == "../../../../tmp"
-    assert {(one["path"], one["reason"]) for one in result["skipped"]} == {
+    assert {(one["path"], one["reason"]) for one in result["skipped_files"]} == {
         ("/dev/console", "it is a character device"),
         ("/dev/disk", "it is a block device"),
     }

@@ -63,7 +63,7 @@ def test_names_that_climb_out(c: Any, disks: Any, tree: Path, outside: Path) -> 
     assert result["changed"] and (disks.dest / "etc" / "hosts").exists()
     assert sorted(os.listdir(disks.dest)) == ["etc"]
     # A plain ".." is what every directory has.
-    assert ["name" in skipped["reason"] for skipped in result["skipped"]] == [True] * (len(names) - 1)
+    assert ["name" in skipped["reason"] for skipped in result["skipped_files"]] == [True] * (len(names) - 1)
 
 
 def test_a_link_and_a_directory_of_one_name(c: Any, disks: Any, tree: Path, outside: Path) -> None:
@@ -109,7 +109,7 @@ def test_devices_and_pipes(c: Any, disks: Any, tree: Path, outside: Path) -> Non
     c.tool("debugfs", "-w", "-f", "/dev/stdin", image, input=commands)
     disks.chain(image, 1)
     result = disks.restore("/etc")
-    reasons = {skipped["path"]: skipped["reason"] for skipped in result["skipped"]}
+    reasons = {skipped["path"]: skipped["reason"] for skipped in result["skipped_files"]}
     assert reasons == {
         "/etc/null": "it is a character device",
         "/etc/sda": "it is a block device",
@@ -126,7 +126,7 @@ def test_directories_in_a_circle(c: Any, disks: Any, tree: Path, outside: Path) 
     debugfs(c, image, "link /etc /etc/deep/again")
     disks.chain(image, 1)
     result = disks.restore("/etc")
-    assert [skipped["path"] for skipped in result["skipped"]] == ["/etc/deep/again"]
+    assert [skipped["path"] for skipped in result["skipped_files"]] == ["/etc/deep/again"]
 
 
 def test_sizes_that_no_disk_has(c: Any, disks: Any, tree: Path, outside: Path) -> None:
@@ -134,7 +134,7 @@ def test_sizes_that_no_disk_has(c: Any, disks: Any, tree: Path, outside: Path) -
     debugfs(c, image, f"sif /etc/hosts size {(1 << 62) + 5}", "sif /big size 2000000000")
     disks.chain(image, 1)
     result = disks.restore("/etc", "/sparse")
-    assert [skipped["reason"] for skipped in result["skipped"]] == [f"it claims to have {(1 << 62) + 5} bytes"]
+    assert [skipped["reason"] for skipped in result["skipped_files"]] == [f"it claims to have {(1 << 62) + 5} bytes"]
 
 
 def test_a_partition_table_that_lies(c: Any, disks: Any, tree: Path, outside: Path) -> None:
@@ -174,8 +174,8 @@ def test_a_fat_whose_chains_go_in_circles(c: Any, disks: Any, tree: Path, outsid
     image.write_bytes(data)
     disks.chain(image, 1)
     result = disks.restore("/**", io_timeout=60)
-    assert [skipped["path"] for skipped in result["skipped"]] == ["/big"]
-    assert "chain of clusters is damaged" in result["skipped"][0]["reason"]
+    assert [skipped["path"] for skipped in result["skipped_files"]] == ["/big"]
+    assert "chain of clusters is damaged" in result["skipped_files"][0]["reason"]
     # So does the root directory's.
     before = bytes(data)
     struct.pack_into("<I", data, reserved * 512 + 8, 2)
