@@ -32,10 +32,10 @@ _COMPRESSION_FROM_PLUGIN = (1, 24)
 
 _START_TIMEOUT = 60
 _STOP_TIMEOUT = 10
-# Until closing begins, and for what VDDK then does: vCenter detaches a hot-added disk in some seconds, or more.
 _NOTICE_TIMEOUT = 2.0
 _NOTICE_POLL_SECONDS = 0.02
-_CLOSE_TIMEOUT = 120
+# What closing a hot-added disk may take, which vCenter detaches from the proxy meanwhile.
+_DETACH_TIMEOUT = 120
 # A layer of nbdkit (plugin or filter) begins to open the disk; has it open, or not; begins to close it.
 _OPENING = re.compile(r": debug: \S+: open readonly=")
 _OPENED = re.compile(r": debug: \S+: open returned handle (0x)?")
@@ -224,7 +224,8 @@ def serve_nbdkit(
         yield Endpoint(f"nbd+unix:///?socket={quote(str(socket))}", transport, log, size, subject, child, method)
     finally:
         try:
-            child.stop(_CLOSE_TIMEOUT if _closing(child, log) else _STOP_TIMEOUT)
+            detaching = _closing(child, log) and mode_used(_read(log)) == "hotadd"
+            child.stop(_DETACH_TIMEOUT if detaching else _STOP_TIMEOUT)
             with contextlib.suppress(BrokenPipeError):  # the guard was killed with its group
                 os.write(our_end, b"\n")
         finally:
@@ -337,7 +338,7 @@ def _closing(child: Child, log: Path) -> bool:
     """Wait until nbdkit has begun to close what it opened, for a short while at most; whether it has.
 
     nbdkit notices in a thread that a client has gone. If SIGTERM overtakes that thread, nbdkit ends without closing,
-    and VDDK's HotAdd leaves the disk attached to the proxy. Closing that has begun is finished before nbdkit ends; an
+    and VDDK's HotAdd leaves the disk attached to the proxy. Closing that has begun is finished before nbdkit ends. An
     opening that hangs is not waited for.
     """
     deadline = time.monotonic() + _NOTICE_TIMEOUT

@@ -185,7 +185,7 @@ def test_a_client_that_stays_does_not_hold_up_the_end(monkeypatch: pytest.Monkey
         with endpoints.serve_nbdkit(["memory", "1M"], subject="disk", run_dir=run_dir, io_timeout=10) as endpoint:
             handle.connect_uri(endpoint.uri)
             begin = time.monotonic()
-        assert time.monotonic() - begin < endpoints._CLOSE_TIMEOUT / 4
+        assert time.monotonic() - begin < endpoints._DETACH_TIMEOUT / 4
         assert not endpoint.child.alive
 
 
