@@ -129,6 +129,8 @@ if [ "$for_tests" = soak ]; then
         mv build/appliance/packages/root/boot/vmlinuz-* build/appliance/vmlinuz
         rm -r build/appliance/packages
     fi
+    # It is a part of libguestfs' machine, empty or not.
+    [ -d /lib/modules ] || as_root mkdir /lib/modules
 fi
 
 # An SSH server for one test, unpacked rather than installed: installing it would start a public server on this machine.
