@@ -111,7 +111,7 @@ if [ "$for_tests" = soak ]; then
     for package in guestfish squashfs-tools; do
         dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q '^install ok installed$' || apt_install guestfish squashfs-tools
     done
-    if ! compgen -G '/boot/vmlinuz-*' >/dev/null && [ ! -e build/appliance/vmlinuz ]; then
+    if ! compgen -G '/boot/vmlinuz-*' >/dev/null && [ ! -e build/appliance/environment.json ]; then
         say "unpacking a kernel for libguestfs"
         rm -rf build/appliance
         mkdir -p build/appliance/packages
@@ -128,6 +128,10 @@ if [ "$for_tests" = soak ]; then
         "$depmod" -b build/appliance "$(ls build/appliance/lib/modules)"
         mv build/appliance/packages/root/boot/vmlinuz-* build/appliance/vmlinuz
         rm -r build/appliance/packages
+        mkdir build/appliance/cache
+        printf '{"SUPERMIN_KERNEL": "%s", "SUPERMIN_MODULES": "%s", "LIBGUESTFS_CACHEDIR": "%s"}\n' \
+            "$PWD/build/appliance/vmlinuz" "$(echo "$PWD"/build/appliance/lib/modules/*)" "$PWD/build/appliance/cache" \
+            >build/appliance/environment.json
     fi
     # It is a part of libguestfs' machine, empty or not.
     [ -d /lib/modules ] || as_root mkdir /lib/modules

@@ -48,7 +48,7 @@ from ansible_collections.openvadp.backup.plugins.module_utils.vsphere import cha
 from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.datastore_files import folder_url
 from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.inventory import VmRef, find_vm
 from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.session import Connection, Session
-from harness import Simulator
+from harness import ROOT, Simulator
 
 from .data import GIB, MIB, Content
 
@@ -316,6 +316,10 @@ class Rig:
     def guestfish(self, layer: str, timeout: int) -> Tuple[float, float]:
         """Seconds to the first byte of the file and to all of it, by an appliance without KVM."""
         env = dict(_tools_env(), LIBGUESTFS_BACKEND="direct", LIBGUESTFS_BACKEND_SETTINGS="force_tcg")
+        # The kernel of tests/setup.sh, where this machine has none.
+        environment = ROOT / "build" / "appliance" / "environment.json"
+        if environment.exists():
+            env.update(json.loads(environment.read_text()))
         dest = self.folder / "peer-file"
         command = ["guestfish", "--ro", "--format=qcow2", "-a", layer, "-m", "/dev/sda:/", "download", "/big"]
         first = self._first_byte_of([*command, "/dev/stdout"], env)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -32,13 +33,10 @@ with run.opened(wanted, run.open_source(wanted, "latest")):
 @pytest.fixture(autouse=True)
 def _kernel(c: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel of tests/setup.sh, where this machine has none."""
-    appliance = c.ROOT / "build" / "appliance"
-    if (appliance / "vmlinuz").exists():
-        (modules,) = (appliance / "lib" / "modules").iterdir()
-        (appliance / "cache").mkdir(exist_ok=True)
-        monkeypatch.setenv("SUPERMIN_KERNEL", str(appliance / "vmlinuz"))
-        monkeypatch.setenv("SUPERMIN_MODULES", str(modules))
-        monkeypatch.setenv("LIBGUESTFS_CACHEDIR", str(appliance / "cache"))
+    environment = c.ROOT / "build" / "appliance" / "environment.json"
+    if environment.exists():
+        for name, value in json.loads(environment.read_text()).items():
+            monkeypatch.setenv(name, value)
 
 
 @pytest.fixture(autouse=True)
