@@ -224,8 +224,7 @@ def serve_nbdkit(
         yield Endpoint(f"nbd+unix:///?socket={quote(str(socket))}", transport, log, size, subject, child, method)
     finally:
         try:
-            detaching = _closing(child, log) and mode_used(_read(log)) == "hotadd"
-            child.stop(_DETACH_TIMEOUT if detaching else _STOP_TIMEOUT)
+            child.stop(_time_to_end(child, log))
             with contextlib.suppress(BrokenPipeError):  # the guard was killed with its group
                 os.write(our_end, b"\n")
         finally:
@@ -334,8 +333,8 @@ def _open_once(child: Child, socket: Path, subject: str, log: Path, timeout: int
         raise _log_error("The disk can't be opened", subject, log, fallback=str(error)) from error
 
 
-def _closing(child: Child, log: Path) -> bool:
-    """Wait until nbdkit has begun to close what it opened, for a short while at most; whether it has.
+def _time_to_end(child: Child, log: Path) -> int:
+    """Wait until nbdkit has begun to close what it opened, for a short while at most. Returns the seconds it then gets.
 
     nbdkit notices in a thread that a client has gone. If SIGTERM overtakes that thread, nbdkit ends without closing,
     and VDDK's HotAdd leaves the disk attached to the proxy. Closing that has begun is finished before nbdkit ends. An
@@ -346,11 +345,12 @@ def _closing(child: Child, log: Path) -> bool:
         text = _read(log)
         opened = _OPENED.findall(text)
         if len(opened) < len(_OPENING.findall(text)):
-            return False
+            break
         if opened.count("0x") <= len(_CLOSED.findall(text)):
-            return True
+            return _DETACH_TIMEOUT if mode_used(text) == "hotadd" else _STOP_TIMEOUT
+        # Its log is all that tells.
         time.sleep(_NOTICE_POLL_SECONDS)
-    return False
+    return _STOP_TIMEOUT
 
 
 def _log_error(what: str, subject: str, log: Path, fallback: Optional[str] = None) -> TransportError:
