@@ -175,8 +175,9 @@ options:
     description:
       - Whether only what changed since the point is written, with O(target=in_place).
       - Change tracking tells the areas that changed, by a snapshot that is made and removed before anything is written.
-        They are compared with the point, and what differs is written. All the rest of the disk is believed to be as it
-        was; if that is not good enough, use O(changed_only=false).
+        They are compared with the point, and what differs is written. Where a random sample of them differs nearly all
+        over, they are written without further comparison, and RV(restored[].reason) says so. All the rest of the disk
+        is believed to be as it was; if that is not good enough, use O(changed_only=false).
       - A disk is written as a whole, and RV(restored[].reason) says why, where change tracking can't tell. That is, if
         the point or the disk has no change id, if change tracking was reset or is not trusted since an earlier restore,
         if the machine had other snapshots at the point, if the disk is another one, or if the query fails.
@@ -443,7 +444,7 @@ restored:
         - Bytes written, zeros included; for an image file what it takes on its file system, for a disk that came by
           transport V(https) what was sent.
         - With O(changed_only=true) at most an eighth more than what differed, since what lies close together is written
-          as one.
+          as one; or what change tracking told, where a sample of it differed nearly all over.
       type: int
       sample: 4187593113
     seconds:

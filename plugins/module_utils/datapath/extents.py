@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import bisect
 import heapq
+import itertools
+import operator
+import random
 from array import array
 from typing import Iterable, Iterator, List, Optional, Tuple
 
@@ -207,6 +210,30 @@ class Extents:
                 starts.append(start)
                 ends.append(end)
         return Extents(starts, ends)
+
+    def sample(self, count: int, piece_bytes: int) -> Extents:
+        """*count* pieces, drawn at random and each of *piece_bytes* of what this holds; all of it if there are no more.
+
+        The same areas give the same pieces.
+        """
+        pieces = -(-self._total // piece_bytes)
+        if pieces <= count:
+            return self
+        numbers = sorted(random.Random(self._total).sample(range(pieces), count))  # noqa: S311 - no secret
+        return _Builder().extend(self._drawn(numbers, piece_bytes)).done()
+
+    def _drawn(self, numbers: Iterable[int], piece_bytes: int) -> Iterator[Tuple[int, int]]:
+        """The pieces of these numbers, ascending, as if all areas lay end to end."""
+        before = array("Q", itertools.accumulate(map(operator.sub, self._ends, self._starts), initial=0))
+        for number in numbers:
+            position, last = number * piece_bytes, min((number + 1) * piece_bytes, self._total)
+            index = bisect.bisect_right(before, position) - 1
+            while position < last:
+                start = self._starts[index] + position - before[index]
+                end = min(self._ends[index], start + last - position)
+                yield start, end
+                position += end - start
+                index += 1
 
     def pieces(self, max_bytes: int) -> Iterator[Tuple[int, int]]:
         """The areas as (offset, length), cut at the multiples of *max_bytes* of the disk."""

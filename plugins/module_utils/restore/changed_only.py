@@ -36,6 +36,11 @@ from .point import Point, PointDisk
 _NAME_LIMIT = 80
 # Of the areas that are joined for fewer requests at most this part did not differ.
 _JOINED_SHARE = 8
+# Of what changed, so many pieces of so many bytes tell whether a comparison of the rest is worth its while. It is not
+# where this part of them at most is as it was: what could be left out takes longer to find than to write.
+_SAMPLE_PIECES = 64
+_SAMPLE_BYTES = 65536
+_SAME_SHARE = 20
 
 Pairs = Sequence[Tuple[PointDisk, Disk]]
 
@@ -59,6 +64,15 @@ class Changes:
         if self.kept is not None:
             return "an interrupted restore of it was finished from its journal"
         return "what changed since the point was written"
+
+    def sample(self) -> Extents:
+        """What is compared first. Nothing where the areas are the whole disk: most of that is as it was."""
+        return Extents.of() if self.kept is not None else self.areas.sample(_SAMPLE_PIECES, _SAMPLE_BYTES)
+
+    @staticmethod
+    def differs_throughout(sample: Extents, differing: Extents) -> bool:
+        """Whether so much of the sample differs that all the areas are written."""
+        return (sample.total_bytes - differing.total_bytes) * _SAME_SHARE <= sample.total_bytes
 
     @staticmethod
     def to_write(differing: Extents) -> Extents:

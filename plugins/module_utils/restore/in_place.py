@@ -59,7 +59,11 @@ class DiskTarget:
 
 @dataclass(frozen=True)
 class _Written:
-    """How a disk was written in the end. :param reasons: why by none of the transports before."""
+    """How a disk was written in the end.
+
+    :param reasons: why by none of the transports before.
+    :param how: a word on how what was written was chosen.
+    """
 
     result: CopyResult
     bytes_written: int
@@ -67,6 +71,7 @@ class _Written:
     method: str
     reasons: List[str]
     notes: List[str]
+    how: str = ""
 
 
 @dataclass(frozen=True)
@@ -462,7 +467,7 @@ def _restore_disk(target: DiskTarget, job: _Job) -> Dict[str, Any]:
     return _entry(
         target,
         job.vm,
-        _reason(changes, touched),
+        _reason(changes, touched, written.how),
         written=written,
         changed_only=not isinstance(changes, str),
         bytes_read=written.result.bytes_read,
@@ -480,11 +485,11 @@ def _changes_of(target: DiskTarget, job: _Job) -> Changes | str:
     return changes
 
 
-def _reason(changes: Changes | str, touched: bool) -> str:
+def _reason(changes: Changes | str, touched: bool, how: str) -> str:
     if isinstance(changes, str):
         return "its whole content was written" + (f": {changes}" if changes else "")
     if touched:
-        return changes.reason
+        return changes.reason + (f": {how}" if how else "")
     return "it holds the bytes of the restore point already"
 
 
@@ -518,8 +523,9 @@ def _write_disk(reader_uri: str, target: DiskTarget, job: _Job, changes: Changes
         begun: List[str] = []
         try:
             if isinstance(changes, Changes):
-                result, count = _write_changes(reader_uri, target, job, candidate, changes, begun, on_progress)
+                result, count, how = _write_changes(reader_uri, target, job, candidate, changes, begun, on_progress)
             else:
+                how = ""
                 result = _write_whole(reader_uri, target, job, candidate, begun, on_progress)
                 count = result.bytes_written if job.fresh else target.source.capacity_bytes
         except VadpError as error:
@@ -529,7 +535,7 @@ def _write_disk(reader_uri: str, target: DiskTarget, job: _Job, changes: Changes
             told[candidate.transport] = f"it failed: {error.what}" + (f": {error.reason}" if error.reason else "")
             continue
         reasons = target.transport.reasons(candidate.transport, told)
-        return _Written(result, count, candidate.transport, candidate.method, reasons, list(candidate.notes))
+        return _Written(result, count, candidate.transport, candidate.method, reasons, list(candidate.notes), how)
     raise all_failed("written", failed)
 
 
@@ -559,18 +565,18 @@ def _write_changes(
     changes: Changes,
     begun: List[str],
     on_progress: Any,
-) -> Tuple[CopyResult, int]:
+) -> Tuple[CopyResult, int, str]:
     """Write what differs from the point in the areas that changed. A disk where nothing does is not touched.
 
     :param begun: as of :func:`_write_whole`.
-    :returns: the copy's figures, and how many bytes were written.
+    :returns: the copy's figures, how many bytes were written, and a word on how they were chosen.
     """
     with _open(target, job, candidate, writable=False) as disk:
         begun.append(disk.transport)
-        wanted = changes.to_write(_compare(reader_uri, disk, target, job, changes, on_progress))
+        wanted, how = _wanted(partial(_compare, reader_uri, disk, target, job), changes, on_progress)
     begun.clear()
     if not wanted:
-        return CopyResult(), 0
+        return CopyResult(), 0, how
     job.proven()
     # The whole list before the first write, and what tells of the journal before the mark: without either, change
     # tracking could be asked once more (VADP facts 12).
@@ -584,18 +590,34 @@ def _write_changes(
     begun.append("written")
     if job.request.verify:
         _verify(reader_uri, target, job, candidate, changes.to_verify(wanted))
-    return result, wanted.total_bytes
+    return result, wanted.total_bytes, how
+
+
+def _wanted(compare: Callable[[Extents, Any], Extents], changes: Changes, on_progress: Any) -> Tuple[Extents, str]:
+    """What is written of the areas that changed, and a word on how it was chosen.
+
+    :param compare: gets areas and a function for progress; returns where they differ from the point.
+    """
+    sample = changes.sample()
+    rest = changes.areas.subtract(sample)
+    differing = compare(sample, None) if sample else sample
+    if not rest:
+        return changes.to_write(differing), ""
+    if sample and changes.differs_throughout(sample, differing):
+        share = differing.total_bytes * 100 // sample.total_bytes
+        return changes.areas, f"all of it, since {share} % of a sample differed"
+    return changes.to_write(differing.union(compare(rest, on_progress))), ""
 
 
 def _compare(
-    reader_uri: str, disk: Endpoint, target: DiskTarget, job: _Job, changes: Changes, on_progress: Any
+    reader_uri: str, disk: Endpoint, target: DiskTarget, job: _Job, areas: Extents, on_progress: Any
 ) -> Extents:
     try:
         return differing_areas(
             reader_uri,
             disk.uri,
             target.source.capacity_bytes,
-            areas=changes.areas,
+            areas=areas,
             on_progress=on_progress,
             io_timeout=job.request.io_timeout,
         )
