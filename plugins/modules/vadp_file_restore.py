@@ -90,7 +90,7 @@ options:
   volumes:
     description:
       - The volumes that are searched, each by its name, label or UUID as RV(volumes) tells them. Empty means all that
-        can be read.
+        can be read, without those that are searched only by their names (RV(volumes[].only_by_name)).
       - If the same path exists on two of them, this has to name the one that is meant.
     type: list
     elements: str
@@ -279,6 +279,12 @@ volumes:
       type: list
       elements: str
       sample: []
+    only_by_name:
+      description:
+        - Whether it is searched only if O(volumes) names it. Of btrfs with a default subvolume that is not the top
+          level, the top level is such a volume, with C(/top) behind the name. All subvolumes lie there, snapshots too.
+      type: bool
+      sample: false
     reader:
       description: What reads it, V(dissect) or V(guestfish); null if it can't be read.
       type: str

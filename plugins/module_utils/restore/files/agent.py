@@ -135,7 +135,7 @@ class Agent:
         parts += self._logical(physical)
         self._raise_damage()
         for part in parts:
-            self._volumes.append(self._volume(part))
+            self._volumes += self._with_others(part, self._volume(part))
             self._raise_damage()
         self._say(volumes=[volume.facts for volume in self._volumes])
 
@@ -216,9 +216,18 @@ class Agent:
             "readable": False,
             "problem": None,
             "warnings": [],
+            "only_by_name": False,
         }
         facts.update(more)
         return facts
+
+    def _with_others(self, part: Part, volume: Volume) -> Iterator[Volume]:
+        """The volume, and what else of its file system has a root of its own."""
+        yield volume
+        others = volume.system.others() if volume.system is not None else {}
+        for name, system in others.items():
+            other = part._replace(name=f"{part.name}/{name}")
+            yield Volume(self._facts(other, system.name, readable=True, only_by_name=True), system)
 
     def _volume(self, part: Part) -> Volume:
         kind = "unknown"

@@ -9,6 +9,7 @@ whose names are bytes: its Python binding takes and gives text, and some guests'
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import io
 import os
@@ -36,6 +37,9 @@ _NAMES = 1000
 _TYPES = {"vfat": "fat", "msdos": "fat", "crypto_LUKS": "luks", "BitLocker": "bitlocker", "": "unknown"}
 _IGNORE_CASE = ("fat", "exfat", "ntfs", "hfsplus")
 _WITHOUT_OWNERS = ("fat", "exfat", "ntfs")
+# btrfs' number for the subvolume at the top, and for directories in the place of subvolumes.
+_BTRFS_TOP = 5
+_BTRFS_EMPTY = 2
 _NOT_MOUNTED = {
     "luks": "it is encrypted by LUKS",
     "bitlocker": "it is encrypted by BitLocker",
@@ -104,7 +108,8 @@ _RETURNS: Dict[str, Any] = {
     "blockdev_getsize64": ctypes.c_int64,
     "vfs_label": _TEXT,
     "vfs_uuid": _TEXT,
-    "mount_ro": ctypes.c_int,
+    "mount_options": ctypes.c_int,
+    "btrfs_subvolume_get_default": ctypes.c_int64,
     "umount_all": ctypes.c_int,
     "ls0": ctypes.c_int,
     "lstatns": ctypes.POINTER(_Status),
@@ -138,7 +143,7 @@ class Guestfs:
         # Otherwise it prints them.
         self._library.guestfs_set_error_handler(self._handle, None, None)
         self._launched = False
-        self._mounted: Optional[bytes] = None
+        self._mounted: Optional[Tuple[bytes, bytes]] = None
 
     def launch(self, layers: Sequence[str]) -> None:
         """Start the appliance, with these layers as its disks.
@@ -235,13 +240,17 @@ class Guestfs:
 
     # What is mounted
 
-    def mount(self, device: bytes) -> None:
+    def mount(self, device: bytes, options: bytes = b"ro") -> None:
         """Mount a file system, in the place of the one that is."""
-        if self._mounted != device:
+        if self._mounted != (device, options):
             self._mounted = None
             self._call("umount_all")
-            self._call("mount_ro", device, b"/")
-            self._mounted = device
+            self._call("mount_options", options, device, b"/")
+            self._mounted = (device, options)
+
+    def default_subvolume(self, device: bytes) -> int:
+        """The number of btrfs' subvolume that is mounted where none is named."""
+        return int(self._call("btrfs_subvolume_get_default", device))
 
     def names(self, path: bytes) -> List[bytes]:
         """What a directory holds."""
@@ -313,13 +322,24 @@ class Mounted(FileSystem):
         self.uuid = guestfs.uuid(device)
         self._guestfs = guestfs
         self._device = device
+        self._options = b"ro"
+
+    def others(self) -> Dict[str, FileSystem]:
+        if self.name != "btrfs" or self._guestfs.default_subvolume(self._device) == _BTRFS_TOP:
+            return {}
+        top = copy.copy(self)
+        top._options = b"ro,subvolid=%d" % _BTRFS_TOP
+        return {"top": top}
+
+    def _mount(self) -> None:
+        self._guestfs.mount(self._device, self._options)
 
     def root(self) -> Any:
-        self._guestfs.mount(self._device)
+        self._mount()
         return _Node(b"/", self._guestfs.status(b"/"))
 
     def entries(self, node: Any) -> Iterator[Tuple[str, Any]]:
-        self._guestfs.mount(self._device)
+        self._mount()
         names = self._guestfs.names(node.path)
         for start in range(0, len(names), _NAMES):
             part = names[start : start + _NAMES]
@@ -335,6 +355,8 @@ class Mounted(FileSystem):
             raise ValueError("its inode can't be read")
         kind, what = kind_of(status["mode"])
         owned = self.name not in _WITHOUT_OWNERS
+        # Those of btrfs in the place of subvolumes share one number. They are empty.
+        number = node.path if self.name == "btrfs" and status["ino"] == _BTRFS_EMPTY else status["ino"]
         return Info(
             kind=kind,
             size=status["size"] if kind == FILE else 0,
@@ -342,16 +364,16 @@ class Mounted(FileSystem):
             mode=stat.S_IMODE(status["mode"]) if owned else None,
             uid=status["uid"] if owned else None,
             gid=status["gid"] if owned else None,
-            inode=(status["dev"], status["ino"]) if kind == DIRECTORY else None,
+            inode=(status["dev"], number) if kind == DIRECTORY else None,
             what=what,
         )
 
     def link(self, node: Any) -> str:
-        self._guestfs.mount(self._device)
+        self._mount()
         return self._guestfs.link(node.path).decode("utf-8", "surrogateescape")
 
     def read(self, node: Any) -> Iterator[Piece]:
-        self._guestfs.mount(self._device)
+        self._mount()
         content: Any = _Content(self._guestfs, node.path)
         return stream_pieces(content, node.status["size"])
 
@@ -392,7 +414,7 @@ class ApplianceAgent(Agent):
                 continue
             part = self._part(device, keys)
             if names is None or part.name in names:
-                self._volumes.append(self._mounted(device, part, _TYPES.get(kind, kind)))
+                self._volumes += self._with_others(part, self._mounted(device, part, _TYPES.get(kind, kind)))
                 self._raise_damage()
         self._say(volumes=[volume.facts for volume in self._volumes])
 

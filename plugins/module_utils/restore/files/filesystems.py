@@ -11,6 +11,7 @@ Everything comes from a disk that nobody vouches for: any of :func:`broken` may 
 from __future__ import annotations
 
 import contextlib
+import copy
 import stat
 import struct
 from typing import Any, BinaryIO, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Type, Union
@@ -98,6 +99,10 @@ class FileSystem:
     def root(self) -> Any:
         """The node of the root directory."""
         raise NotImplementedError
+
+    def others(self) -> Dict[str, FileSystem]:
+        """What of it can't be reached from its root: by name, each with a root of its own."""
+        return {}
 
     def entries(self, node: Any) -> Iterator[Tuple[str, Any]]:
         """Names and nodes of a directory. A name may be anything; what is no Unicode stands in it as surrogates."""
@@ -396,8 +401,18 @@ class Xfs(FileSystem):
         return runs
 
 
+class _Stub(NamedTuple):
+    """A directory in the place of a subvolume that lies elsewhere, or is gone: in snapshots of what it lay in."""
+
+    parent: Any
+    name: str
+
+
 class Btrfs(FileSystem):
-    """btrfs on one device; its default subvolume, with those that lie in it."""
+    """btrfs on one device; its default subvolume, with those that lie in it.
+
+    Where that is not the top level, the top level is one of the others: all subvolumes lie there.
+    """
 
     name = "btrfs"
 
@@ -408,20 +423,55 @@ class Btrfs(FileSystem):
         self.uuid = str(self.fs.uuid)
         if self.fs.sb.num_devices != 1:
             raise Unreadable(f"it lies on {self.fs.sb.num_devices} devices")
+        self._subvolume = self.fs.default_subvolume
 
     @staticmethod
     def found(volume: BinaryIO) -> bool:
         return _from(volume, 65536 + 64, 8) == b"_BHRfS_M"
 
     def root(self) -> Any:
-        return self.fs.default_subvolume.root
+        return self._subvolume.root
+
+    def others(self) -> Dict[str, FileSystem]:
+        if self._subvolume.objectid == self.fs.fs_tree.objectid:
+            return {}
+        top = copy.copy(self)
+        top._subvolume = self.fs.fs_tree
+        return {"top": top}
 
     def entries(self, node: Any) -> Iterator[Tuple[str, Any]]:
-        for name, child in node.iterdir():
-            if name not in (".", ".."):
-                yield name, child
+        if isinstance(node, _Stub):
+            return
+        c_btrfs = parsers.btrfs_structures()
+        # "." and ".." come before 2. dissect's own iterdir() ends at a subvolume that is gone.
+        cursor = node.subvolume.tree.cursor()
+        for _item, data in cursor.iter(node.inum, c_btrfs.BTRFS_DIR_INDEX_KEY, 2, ignore_offset=True):
+            item = c_btrfs.btrfs_dir_item(data)
+            name = item.name.decode(errors="surrogateescape")
+            number = item.location.objectid
+            if item.location.type == c_btrfs.BTRFS_INODE_ITEM_KEY:
+                yield name, node.subvolume.inode(number, item.type, node)
+            elif item.location.type != c_btrfs.BTRFS_ROOT_ITEM_KEY:
+                raise ValueError(f"an entry is of type {item.location.type}")
+            elif self._lies_in(number, node, item.name):
+                yield name, self.fs.open_subvolume(number, node).root
+            else:
+                yield name, _Stub(node, name)
+
+    def _lies_in(self, subvolume: int, directory: Any, name: bytes) -> bool:
+        """Whether a subvolume lies in this directory: what refers to it may be a copy that a snapshot made."""
+        c_btrfs = parsers.btrfs_structures()
+        try:
+            _item, data = self.fs._root_tree.find(directory.subvolume.objectid, c_btrfs.BTRFS_ROOT_REF_KEY, subvolume)
+        except KeyError:
+            return False
+        place = c_btrfs.btrfs_root_ref(data)
+        return bool(place.dirid == directory.inum and place.name == name)
 
     def info(self, node: Any) -> Info:
+        if isinstance(node, _Stub):
+            above = self.info(node.parent)
+            return above._replace(size=0, mode=0o755, uid=0, gid=0, inode=(above.inode, node.name))
         kind, what = kind_of(node.mode)
         return Info(
             kind=kind,

@@ -54,6 +54,10 @@ def btrfs() -> Any:
     return _import("dissect.btrfs")
 
 
+def btrfs_structures() -> Any:
+    return _import("dissect.btrfs.c_btrfs").c_btrfs
+
+
 def btrfs_stream() -> Any:
     return _import("dissect.btrfs.stream")
 

@@ -85,8 +85,8 @@ class TooMany(DataPathError):
 class FileReader:
     """What reads files. A context manager: entering finds the volumes.
 
-    ``volumes`` are dictionaries: {name, disk, size, type, label, uuid, readable, problem, warnings, reader,
-    reader_reason}.
+    ``volumes`` are dictionaries: {name, disk, size, type, label, uuid, readable, problem, warnings,
+    only_by_name, reader, reader_reason}.
 
     :param reason: why this reader was chosen, for ``reader_reason``.
     """
@@ -323,6 +323,7 @@ class _AgentReader(FileReader):
             "readable": readable,
             "problem": _text(document.get("problem")),
             "warnings": [str(_text(warning)) for warning in document.get("warnings", [])],
+            "only_by_name": document.get("only_by_name") is True,
             "reader": self.name if readable else None,
             "reader_reason": self.reason if readable else None,
         }

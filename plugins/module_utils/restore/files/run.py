@@ -193,7 +193,7 @@ def _chosen(request: FilesRequest, reader: FileReader) -> List[int]:
     """The numbers of the volumes to search."""
     readable = [number for number, volume in enumerate(reader.volumes) if volume["readable"]]
     if not request.volumes:
-        return readable
+        return [number for number in readable if not reader.volumes[number]["only_by_name"]]
     chosen = []
     for wanted in request.volumes:
         found = [
@@ -217,9 +217,10 @@ def _volume_list(reader: FileReader) -> str:
     texts = []
     for volume in reader.volumes:
         label = f" '{volume['label']}'" if volume["label"] else ""
-        texts.append(
-            f"{volume['name']} ({volume['type']}{label}{'' if volume['readable'] else ', ' + str(volume['problem'])})"
-        )
+        more = "" if volume["readable"] else f", {volume['problem']}"
+        if volume["only_by_name"]:
+            more = ", all subvolumes; searched only where 'volumes' names it"
+        texts.append(f"{volume['name']} ({volume['type']}{label}{more})")
     return ", ".join(texts) or "none"
 
 
@@ -227,7 +228,7 @@ def _require_found(request: FilesRequest, source: Source, selection: Selection) 
     reader = selection.reader
     unmatched = [path for number, path in enumerate(request.paths) if number not in reader.matched]
     if unmatched or not selection.entries:
-        reasons = [f"searched were {_volume_list(reader)}"]
+        reasons = [f"there are {_volume_list(reader)}"]
         reasons += [f"{skipped['path']}: {skipped['reason']}" for skipped in selection.skipped[:_SHOWN]]
         raise RepositoryError(
             "There is no such file",

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import lzma
 import os
 import random
 import subprocess
@@ -170,6 +171,13 @@ def put_odd_names(tree: Path) -> None:
         Path(os.fsdecode(os.fsencode(tree) + b"/etc/" + name)).write_bytes(b"odd %d" % number)
 
 
+def put_subvolumes(disks: Disks) -> None:
+    """Points of a disk with btrfs; tests/data/btrfs-subvolumes.sh made it, and says what Linux shows there."""
+    image = disks.folder / "image"
+    image.write_bytes(lzma.decompress((ROOT / "tests" / "data" / "btrfs-subvolumes.xz").read_bytes()))
+    disks.chain(image, layers=2)
+
+
 @pytest.fixture(scope="session")
 def c() -> Any:
     """What this file has, for tests that can't import it."""
@@ -180,6 +188,7 @@ def c() -> Any:
         tool=tool,
         sums=sums,
         put_odd_names=put_odd_names,
+        put_subvolumes=put_subvolumes,
         make_tree=make_tree,
         Disks=Disks,
     )

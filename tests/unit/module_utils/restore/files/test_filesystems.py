@@ -4,12 +4,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
 import pytest
+from ansible_collections.openvadp.backup.plugins.module_utils.errors import VadpError
 from ansible_collections.openvadp.backup.plugins.module_utils.restore.files.filesystems import open_file_system
 
 
@@ -76,6 +78,40 @@ def test_btrfs_on_a_whole_disk(c: Any, disks: Any, tree: Path) -> None:
     c.tool("mkfs.btrfs", "-q", "-L", "data", "--rootdir", tree, image)
     disks.chain(image)
     assert restored(c, disks, "/") == c.sums(tree)
+
+
+def test_btrfs_subvolumes_outside_the_default_one_and_in_snapshots(c: Any, disks: Any) -> None:
+    c.put_subvolumes(disks)
+
+    def told(**options: Any) -> Dict[str, str]:
+        result = disks.restore("/**", list_only=True, **options)
+        assert not result["skipped_files"] and not result["warnings"], result
+        return {file["path"]: file["type"] for file in result["files"] if file["path"] != "/"}
+
+    system = {"/etc", "/etc/hosts", "/home", "/var", "/var/messages", "/zz"}
+    assert set(told()) == system
+    # What is no longer there, or lies in the original, is an empty directory in a snapshot.
+    one, two = "/@/.snapshots/1", "/@/.snapshots/2"
+    frozen = {"/etc", "/etc/hosts", "/gone", "/home", "/var", "/zz"}
+    expected = {"/@", "/@/.snapshots", "/@/home", "/@/home/user", "/@/home/user/notes.txt"}
+    for path, below in ((one, system), (two, frozen)):
+        expected |= {path, f"{path}/snapshot"} | {f"{path}/snapshot{name}" for name in below}
+    everything = told(volumes=["2000/top"])
+    assert set(everything) == expected
+    assert everything[f"{two}/snapshot/gone"] == everything[f"{two}/snapshot/var"] == "directory"
+    volumes = disks.restore("/zz", list_only=True)["volumes"]
+    assert [(one["name"], one["label"], one["only_by_name"]) for one in volumes] == [
+        ("2000", "sles", False),
+        ("2000/top", None, True),
+    ]
+    found = restored(c, disks, "/@/home", f"{two}/snapshot", volumes=["2000/top"])
+    assert {path: found[path] for path in found if path.endswith((b"notes.txt", b"hosts"))} == {
+        b"/@/home/user/notes.txt": hashlib.sha256(b"written at home\n").hexdigest(),
+        b"/@/.snapshots/2/snapshot/etc/hosts": hashlib.sha256(b"127.0.0.1 before\n").hexdigest(),
+    }
+    assert os.listdir(disks.dest / "@/.snapshots/2/snapshot/gone") == []
+    with pytest.raises(VadpError, match="2000/top .btrfs, all subvolumes; searched only where 'volumes' names it"):
+        disks.restore("/home/user/notes.txt")
 
 
 def test_xfs_in_an_mbr_partition(c: Any, disks: Any, tree: Path, tmp_path: Path) -> None:

@@ -70,6 +70,17 @@ def squashfs(c: Any, folder: Path, tree: Path, *more: str) -> bytes:
     return data
 
 
+def test_btrfs_subvolumes_are_those_that_dissect_shows(c: Any, disks: Any) -> None:
+    c.put_subvolumes(disks)
+    for volumes in ([], ["2000/top"]):
+        told = []
+        for reader in ("dissect", "guestfish"):
+            result = disks.restore("/**", list_only=True, volumes=volumes, reader=reader, checksums=True)
+            assert not result["skipped_files"], result
+            told.append([[file[name] for name in ("path", "type", "size", "sha256")] for file in result["files"]])
+        assert sorted(told[0]) == sorted(told[1]) and len(told[0]) > 5
+
+
 def test_what_dissect_can_not_read(c: Any, disks: Any, tree: Path, tmp_path: Path) -> None:
     """A disk with an ext4, which dissect reads, and a squashfs with all that is hard, through seven layers."""
     c.put_odd_names(tree)
