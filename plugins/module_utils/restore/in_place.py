@@ -573,7 +573,7 @@ def _write_changes(
     """
     with _open(target, job, candidate, writable=False) as disk:
         begun.append(disk.transport)
-        wanted, how = _wanted(partial(_compare, reader_uri, disk, target, job), changes, on_progress)
+        wanted, how = _wanted(partial(_compare, reader_uri, disk, target, job, on_progress), changes)
     begun.clear()
     if not wanted:
         return CopyResult(), 0, how
@@ -593,24 +593,36 @@ def _write_changes(
     return result, wanted.total_bytes, how
 
 
-def _wanted(compare: Callable[[Extents, Any], Extents], changes: Changes, on_progress: Any) -> Tuple[Extents, str]:
+def _wanted(
+    compare: Callable[[Extents, Callable[[Extents], Extents]], Extents], changes: Changes
+) -> Tuple[Extents, str]:
     """What is written of the areas that changed, and a word on how it was chosen.
 
-    :param compare: gets areas and a function for progress; returns where they differ from the point.
+    :param compare: gets areas, and what tells the areas to compare after them; returns where they differ.
     """
     sample = changes.sample()
     rest = changes.areas.subtract(sample)
-    differing = compare(sample, None) if sample else sample
-    if not rest:
-        return changes.to_write(differing), ""
-    if sample and changes.differs_throughout(sample, differing):
-        share = differing.total_bytes * 100 // sample.total_bytes
-        return changes.areas, f"all of it, since {share} % of a sample differed"
-    return changes.to_write(differing.union(compare(rest, on_progress))), ""
+    how = ""
+
+    def after_sample(differing: Extents) -> Extents:
+        nonlocal how
+        if not (sample and rest and changes.differs_throughout(sample, differing)):
+            return rest
+        how = f"all of it, since {differing.total_bytes * 100 // sample.total_bytes} % of a sample differed"
+        return Extents.of()
+
+    differing = compare(sample, after_sample)
+    return (changes.areas if how else changes.to_write(differing)), how
 
 
 def _compare(
-    reader_uri: str, disk: Endpoint, target: DiskTarget, job: _Job, areas: Extents, on_progress: Any
+    reader_uri: str,
+    disk: Endpoint,
+    target: DiskTarget,
+    job: _Job,
+    on_progress: Any,
+    areas: Extents,
+    following: Callable[[Extents], Extents],
 ) -> Extents:
     try:
         return differing_areas(
@@ -618,6 +630,7 @@ def _compare(
             disk.uri,
             target.source.capacity_bytes,
             areas=areas,
+            following=following,
             on_progress=on_progress,
             io_timeout=job.request.io_timeout,
         )

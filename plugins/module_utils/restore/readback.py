@@ -102,16 +102,21 @@ def differing_areas(
     capacity_bytes: int,
     *,
     areas: Optional[Extents] = None,
+    following: Optional[Callable[[Extents], Extents]] = None,
     on_progress: Optional[Callable[[int, int], None]] = None,
     io_timeout: float = 180,
     request_bytes: int = 1 << 20,
     depth: int = 8,
 ) -> Extents:
-    """Where two disks differ, to the sector. Parameters and errors as of :func:`first_difference`."""
+    """Where two disks differ, to the sector. Parameters and errors as of :func:`first_difference`.
+
+    :param following: called once, with where *areas* differ; returns what is compared after them, over the same
+        connections.
+    """
     comparison = _Comparison(capacity_bytes, areas, request_bytes, depth, io_timeout, on_progress)
+    comparison.following = following
     _compare(comparison, expected_uri, found_uri, "the disk")
-    ends = comparison.different
-    return Extents.of((ends[at], ends[at + 1] - ends[at]) for at in range(0, len(ends), 2))
+    return comparison.differing()
 
 
 def _compare(comparison: _Comparison, expected_uri: str, found_uri: str, found_name: str) -> None:
@@ -149,6 +154,7 @@ class _Comparison:
         self.total_bytes = wanted.total_bytes
         self.pieces = wanted.pieces(request_bytes)
         self.stop_early = False
+        self.following: Optional[Callable[[Extents], Extents]] = None
         self.different = array("Q")
         self.request_bytes = request_bytes
         self.io_timeout = io_timeout
@@ -181,9 +187,18 @@ class _Comparison:
                 if area is None:
                     break
                 self.read(self.free.pop(), *area)
-            if not any(side.in_flight for side in self.sides):
+            if any(side.in_flight for side in self.sides):
+                self.turn()
+            elif self.following is not None:
+                more, self.following = self.following(self.differing()).clip(self.capacity), None
+                self.pieces = more.pieces(self.request_bytes)
+                self.total_bytes += more.total_bytes
+            else:
                 return
-            self.turn()
+
+    def differing(self) -> Extents:
+        ends = self.different
+        return Extents.of((ends[at], ends[at + 1] - ends[at]) for at in range(0, len(ends), 2))
 
     def read(self, pair: _Pair, offset: int, length: int) -> None:
         pair.offset = offset

@@ -224,7 +224,15 @@ class Agent:
     def _with_others(self, part: Part, volume: Volume) -> Iterator[Volume]:
         """The volume, and what else of its file system has a root of its own."""
         yield volume
-        others = volume.system.others() if volume.system is not None else {}
+        if volume.system is None:
+            return
+        try:
+            others = volume.system.others()
+            for system in others.values():
+                system.info(system.root())
+        except broken() as error:
+            volume.facts["warnings"].append(f"what lies beside its root can't be read: {problem_of(error)}")
+            return
         for name, system in others.items():
             other = part._replace(name=f"{part.name}/{name}")
             yield Volume(self._facts(other, system.name, readable=True, only_by_name=True), system)

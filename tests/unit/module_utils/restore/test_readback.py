@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, List, Tuple
 
@@ -91,6 +92,31 @@ def test_all_that_differs_is_found_to_the_sector(disks: Any) -> None:
     assert list(found) == places and seen[-1] == (CAPACITY, CAPACITY)
     _scribble(disks[1], (200_000, 1))
     assert (200_000 // 512 * 512, 512) in differing_areas(disks[2], disks[3], CAPACITY)
+
+
+def test_what_is_compared_next_may_depend_on_what_differed(disks: Any) -> None:
+    asked: List[Extents] = []
+    seen: List[Tuple[int, int]] = []
+    _scribble(disks[1], (512, 512), (1 << 20, 512), (3 << 20, 1024))
+    first, second = Extents.of([(0, 4096), (3 << 20, 512)]), Extents.of([(1 << 20, 4096), ((3 << 20) + 512, 4096)])
+
+    def following(differing: Extents, then: Extents) -> Extents:
+        asked.append(differing)
+        return then
+
+    for then, wanted in (
+        (second, [(512, 512), (1 << 20, 512), (3 << 20, 1024)]),
+        (Extents.of(), [(512, 512), (3 << 20, 512)]),
+    ):
+        options: Any = {"on_progress": lambda *at: seen.append(at)}
+        found = differing_areas(
+            disks[2], disks[3], CAPACITY, areas=first, following=partial(following, then=then), **options
+        )
+        assert list(found) == wanted
+        assert list(asked.pop()) == [(512, 512), (3 << 20, 512)] and not asked
+        assert seen[-1] == (first.total_bytes + then.total_bytes,) * 2
+    nothing = Extents.of()
+    assert differing_areas(disks[2], disks[3], CAPACITY, areas=nothing, following=lambda _none: first) == found
 
 
 def test_only_the_areas_that_are_given_are_compared(disks: Any) -> None:
