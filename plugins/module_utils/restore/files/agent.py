@@ -227,9 +227,8 @@ class Agent:
         if volume.system is None:
             return
         try:
+            # They are not looked at: what is broken there must not keep anybody from the volume itself.
             others = volume.system.others()
-            for system in others.values():
-                system.info(system.root())
         except broken() as error:
             volume.facts["warnings"].append(f"what lies beside its root can't be read: {problem_of(error)}")
             return

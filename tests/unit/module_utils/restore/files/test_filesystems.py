@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import random
 from pathlib import Path
@@ -112,6 +113,16 @@ def test_btrfs_subvolumes_outside_the_default_one_and_in_snapshots(c: Any, disks
     assert os.listdir(disks.dest / "@/.snapshots/2/snapshot/gone") == []
     with pytest.raises(VadpError, match="2000/top .btrfs, all subvolumes; searched only where 'volumes' names it"):
         disks.restore("/home/user/notes.txt")
+
+    # Without the tree of the top level, the default subvolume is still there.
+    before = (disks.folder / "image").read_bytes()
+    parsed: Any = open_file_system(io.BytesIO(before), len(before))
+    at = before.index(parsed.fs._read_node(parsed.fs.fs_tree.tree.root_offset)[:64])
+    disks.follow("p3", "p2", before, before[:at] + bytes(16384) + before[at + 16384 :])
+    result = disks.restore("/**", list_only=True)
+    assert {file["path"] for file in result["files"]} == system | {"/"}
+    with pytest.raises(VadpError, match="2000.*(said nothing|can't be read)"):
+        disks.restore("/@", list_only=True, volumes=["2000/top"], io_timeout=5)
 
 
 def test_xfs_in_an_mbr_partition(c: Any, disks: Any, tree: Path, tmp_path: Path) -> None:
