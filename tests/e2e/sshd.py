@@ -117,7 +117,9 @@ class Sshd:
         passwd = self.folder / "passwd"
         passwd.write_text(users.rstrip("\n") + "\nsshd:x:65534:65534::/run/sshd:/usr/sbin/nologin\n")
         passwd.chmod(0o644)
-        script = 'mount --bind "$0" /etc/passwd && exec "$@"'
+        # What other tests have mounted just now would stay mounted here, and be found, as long as this server runs.
+        drop = r"sed -n 's|^/dev/loop[0-9]* \([^ ]*\) .*|\1|p' /proc/self/mounts | xargs -r umount --lazy"
+        script = drop + ' && mount --bind "$0" /etc/passwd && exec "$@"'
         return ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, str(passwd), *command]
 
     @property
