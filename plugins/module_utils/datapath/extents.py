@@ -211,15 +211,12 @@ class Extents:
                 ends.append(end)
         return Extents(starts, ends)
 
-    def sample(self, count: int, piece_bytes: int) -> Extents:
-        """*count* pieces, drawn at random and each of *piece_bytes* of what this holds; all of it if there are no more.
-
-        The same areas give the same pieces.
-        """
+    def sample(self, count: int, piece_bytes: int, dice: random.Random) -> Extents:
+        """*count* pieces, each of *piece_bytes* of what this holds, drawn by *dice*; all of it if there are no more."""
         pieces = -(-self._total // piece_bytes)
         if pieces <= count:
             return self
-        numbers = sorted(random.Random(self._total).sample(range(pieces), count))  # noqa: S311 - no secret
+        numbers = sorted(dice.sample(range(pieces), count))
         return _Builder().extend(self._drawn(numbers, piece_bytes)).done()
 
     def _drawn(self, numbers: Iterable[int], piece_bytes: int) -> Iterator[Tuple[int, int]]:

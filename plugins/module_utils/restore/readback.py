@@ -197,6 +197,7 @@ class _Comparison:
                 return
 
     def differing(self) -> Extents:
+        """Where the disks differ, as far as they were compared."""
         ends = self.different
         return Extents.of((ends[at], ends[at + 1] - ends[at]) for at in range(0, len(ends), 2))
 
