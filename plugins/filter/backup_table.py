@@ -18,10 +18,10 @@ author: openvadp maintainers (@openvadp)
 description:
   - Renders the facts C(vm_backup_result) that role P(openvadp.backup.vm_backup#role) leaves for each virtual machine.
   - Each disk is one line. Why a disk was read as it was, by this transport and by none before it, and why a virtual
-    machine failed, stands below the table.
+    machine failed, stands below the table. Virtual machines that failed come first, and the last line is the total.
 options:
   _input:
-    description: Results of role P(openvadp.backup.vm_backup#role), in the order of the table.
+    description: Results of role P(openvadp.backup.vm_backup#role), in the order of the table, but for failures.
     type: list
     elements: dict
     required: true
@@ -104,10 +104,8 @@ def backup_table(results: Sequence[Mapping[str, Any]], width: int = 140) -> List
     notes = Notes()
     rows: List[Row] = []
     below: List[str] = []
-    for result in results:
+    for result in _failures_first(results):
         state = str(result.get("state"))
-        if state not in _STATES:
-            raise AnsibleFilterError(f"backup_table knows the states {', '.join(_STATES)}; got {state!r}.")
         disks = result.get("disks") or []
         if state == "failed":
             reason = result.get("reason") or "no reason was recorded"
@@ -120,7 +118,30 @@ def backup_table(results: Sequence[Mapping[str, Any]], width: int = 140) -> List
         if said:
             text = f"{result.get('vm')}: {'; '.join(said)}"
             below += fold(text, width)
-    return render(_HEADINGS, _RIGHT, rows) + notes.lines(width) + below
+    return render(_HEADINGS, _RIGHT, [*rows, _total_row(results)]) + notes.lines(width) + below
+
+
+def _failures_first(results: Sequence[Mapping[str, Any]]) -> List[Mapping[str, Any]]:
+    for result in results:
+        if str(result.get("state")) not in _STATES:
+            raise AnsibleFilterError(
+                f"backup_table knows the states {', '.join(_STATES)}; got {str(result.get('state'))!r}."
+            )
+    return sorted(results, key=lambda result: str(result.get("state")) != "failed")
+
+
+def _total_row(results: Sequence[Mapping[str, Any]]) -> Row:
+    """What was read and stored of all, and how many virtual machines failed. A point that was there counts nothing."""
+    read = stored = 0
+    for result in results:
+        if result.get("state") == "complete":
+            for disk in result.get("disks") or []:
+                read += disk.get("bytes_read") or 0
+                stored += disk.get("bytes_stored") or 0
+    failed = sum(result.get("state") == "failed" for result in results)
+    row = ["total", f"{len(results)} VMs", NONE, f"{failed} FAILED" if failed else "none failed", NONE]
+    row += [format_bytes(read), format_bytes(stored)]
+    return row + [NONE] * (len(_HEADINGS) - len(row))
 
 
 class FilterModule:

@@ -42,9 +42,11 @@ display = Display()
 
 FOLLOW_SECONDS = 0.5
 POLL_SECONDS = 1.0
-#: A line for a disk appears when this much time or this much of the disk has passed since its last one.
-LINE_SECONDS = 5.0
-LINE_PERCENT = 10.0
+#: A line for a disk appears when a minute has passed since its last one, or this much of the disk, but no sooner than
+#: some seconds: a disk of 1 TiB gets some hundred lines, one of some seconds a few.
+LINE_SECONDS = 60.0
+LINE_PERCENT = 5.0
+LEAST_SECONDS = 5.0
 #: At most this much of the progress file a poll: more is old news, and comes with the next poll.
 POLL_BYTES = 256 * 1024
 #: The longest a module may run as a job; Ansible wants a limit.
@@ -92,7 +94,7 @@ def line_text(host: str, record: Dict[str, Any]) -> str:
     if state != "running":
         return f"{head} {state}, {size_text(done)} in {duration_text(seconds)}{speed}"
     left = f", {duration_text((total - done) / rate)} left" if rate > 0 and total > done else ""
-    return f"{head} {percent} % of {size_text(total)}{speed}{left}"
+    return f"{head} {percent} %, {size_text(done)} of {size_text(total)}{speed}{left}"
 
 
 class ProgressLines:
@@ -129,7 +131,8 @@ class ProgressLines:
         if record["state"] == "running":
             if place in self._shown:
                 shown_seconds, shown_percent = self._shown[place]
-                if seconds - shown_seconds < LINE_SECONDS and percent - shown_percent < LINE_PERCENT:
+                passed = seconds - shown_seconds
+                if passed < LINE_SECONDS and (percent - shown_percent < LINE_PERCENT or passed < LEAST_SECONDS):
                     return
             self._shown[place] = (seconds, percent)
         else:

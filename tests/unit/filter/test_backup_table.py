@@ -67,6 +67,18 @@ def test_a_line_for_each_disk_and_each_reason_said_once():
     # The columns stand under their headings.
     assert {line.index("Hard disk") for line in lines[2:5]} == {lines[0].index("disk") + 5}
     assert max(map(len, lines)) <= 140
+    assert lines[5].split() == "total 2 VMs - none failed - 160.0 MiB 63.0 MiB - - -".split()
+
+
+def test_failures_come_first_and_are_counted():
+    done = {"vm": "a", "state": "complete", "point": "p1", "disks": [disk()]}
+    failed = {"vm": "z", "state": "failed", "reason": "no space"}
+    there = {"vm": "b", "state": "unchanged", "point": "p1", "disks": [disk()]}
+    lines = backup_table([done, failed, there, dict(failed, vm="c")])
+    assert [line.split()[0] for line in lines[2:7]] == ["z", "c", "a", "b", "total"]
+    assert lines[6].split()[:6] == ["total", "4", "VMs", "-", "2", "FAILED"]
+    # The point that was there already was not read now.
+    assert "64.0 MiB" in lines[6]
 
 
 def test_a_failed_vm_is_named_with_its_reason():
