@@ -297,7 +297,8 @@ def test_another_user_gets_a_job_that_is_polled(controller: Controller) -> None:
     assert not {"ansible_job_id", "finished", "started", "results_file", "stdout", "stderr"} & set(outcome)
     assert not os.path.exists(os.path.dirname(outcome["file"]))
     # The first look may come before anything was read: then it has no rate to show yet.
-    assert any(re.search(r" %, .* of 192.0 MiB", line) for line in lines) and lines[-1].startswith("app01: Hard disk 1: done")
+    assert any(re.search(r" %, .* of 192.0 MiB", line) for line in lines)
+    assert lines[-1].startswith("app01: Hard disk 1: done")
     assert not controller.leftovers()
 
 
