@@ -57,6 +57,34 @@ def test_a_second_run_changes_nothing_and_a_changed_file_needs_consent(disk: Any
     assert hosts.read_text() == "127.0.0.1 localhost\n"
 
 
+def test_what_is_written_is_synced_and_nothing_else(disk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each file before it gets its name, each directory after; the whole file system is never waited for."""
+    events = []
+    real_fsync, real_rename = os.fsync, os.rename
+
+    def fsync(descriptor: int) -> None:
+        real_fsync(descriptor)
+        events.append(("synced", os.fstat(descriptor).st_ino))
+
+    def rename(source: Any, target: Any, *, src_dir_fd: int, dst_dir_fd: int) -> None:
+        events.append(("named", os.stat(source, dir_fd=src_dir_fd, follow_symlinks=False).st_ino))
+        real_rename(source, target, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
+    assert not hasattr(writer, "ctypes")
+    disk.restore("/etc", "/big")
+    files = [path for path in disk.dest.rglob("*") if path.is_file() and not path.is_symlink()]
+    folders = [disk.dest, *(path for path in disk.dest.rglob("*") if path.is_dir() and not path.is_symlink())]
+    assert len(files) >= 3 and len(folders) >= 3
+    for path in files:
+        inode = path.stat().st_ino
+        assert events.index(("synced", inode)) < events.index(("named", inode)), path
+    last_name = max(number for number, (what, _inode) in enumerate(events) if what == "named")
+    for path in folders:
+        assert ("synced", path.stat().st_ino) in events[last_name:], path
+
+
 def test_what_is_of_another_kind_is_never_replaced(disk: Any) -> None:
     (disk.dest / "etc" / "hosts").mkdir(parents=True)
     with pytest.raises(InputError, match="is no file"):
