@@ -139,7 +139,13 @@ def _total_row(results: Sequence[Mapping[str, Any]]) -> Row:
                 read += disk.get("bytes_read") or 0
                 stored += disk.get("bytes_stored") or 0
     failed = sum(result.get("state") == "failed" for result in results)
-    row = ["total", f"{len(results)} VMs", NONE, f"{failed} FAILED" if failed else "none failed", NONE]
+    row = [
+        "total",
+        f"{len(results)} VM{'' if len(results) == 1 else 's'}",
+        NONE,
+        f"{failed} FAILED" if failed else "none failed",
+        NONE,
+    ]
     row += [format_bytes(read), format_bytes(stored)]
     return row + [NONE] * (len(_HEADINGS) - len(row))
 

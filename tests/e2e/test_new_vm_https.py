@@ -48,7 +48,7 @@ class Machines:
             **self.simulator.connection,
             "repository": str(self.modules.repository),
             "vm_name": "app01",
-            "vddk_libdir": str(self.modules.repository),  # no library lies there
+            "vddk_libdir": None,
             "device_dir": self.simulator.facts["device_dir"],
             "sysfs_dir": self.simulator.facts["sysfs_dir"],
             "nfc_port": self.simulator.facts["nfc_port"],

@@ -132,7 +132,7 @@ def test_a_port_that_no_transport_needs_is_no_error(own: World) -> None:
     result = own.look(name="app01", transports=["nbdssl"], vddk_libdir="/nowhere")
     ports = [check for check in result["vms"][0]["checks"] if check["code"] == "host_port"]
     assert {check["severity"] for check in ports} == {"ok"} and "no transport of the plan" in ports[0]["evidence"]
-    assert "/nowhere" in found(result["checks"], "vddk", "warning")["evidence"]
+    assert "/nowhere" in found(result["checks"], "vddk", "error")["evidence"]
     reads = [check for check in result["vms"][0]["checks"] if check["code"] == "transport"]
     assert {check["severity"] for check in reads} == {"error"} and "VDDK is not there" in reads[0]["evidence"]
     assert not result["ready"] and result["vms"][0]["disks"][0]["transport"] is None

@@ -521,7 +521,7 @@ def test_a_leftover_blocks_the_removal_of_the_snapshot_until_it_is_detached(
 
 def _export(modules: Modules, proxy: Proxy, **options: Any) -> Dict[str, Any]:
     """Options of an export by HotAdd, without VDDK."""
-    return modules.export_options(transports=["hotadd"], vddk_libdir="/nonexistent", **proxy.folders, **options)
+    return modules.export_options(transports=["hotadd"], vddk_libdir=None, **proxy.folders, **options)
 
 
 def _when_attached(proxy: Proxy, process: Process, mode: str) -> None:
@@ -564,7 +564,7 @@ def test_a_restore_that_was_killed_is_made_again(app01: Proxy, restore01: Proxy,
         "overwrite": True,
         "disks": [{"key": 2000, "target_key": 2000}],
         "transports": ["hotadd"],
-        "vddk_libdir": "/nonexistent",
+        "vddk_libdir": None,
     }
     process = modules.start("vadp_disk_restore", dict(options, rate_limit="1M"))
     _when_attached(restore01, process, "persistent")

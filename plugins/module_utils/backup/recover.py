@@ -25,6 +25,8 @@ from ..repository import trust
 from ..repository.layout import Repository, VmStore, check_point_name, is_empty_folder, new_point_name
 from ..repository.runs import Run, boot_id, new_run_id
 from ..transport import hotadd, https
+from ..transport.facts import VDDK_TRANSPORTS
+from ..transport.vddk import look_for_library, named_library_error
 from ..vsphere.change_tracking import is_temporary
 from ..vsphere.disks import disks_of
 from ..vsphere.inventory import VmRef, find_vm, vm_selection
@@ -96,12 +98,18 @@ class RecoverRequest:
         return request
 
     def check_export(self, options: Mapping[str, Any]) -> None:
-        """:raises InputError: the export of the run would refuse these options; those that are None are not given."""
+        """:raises InputError: the export of the run would refuse these options; those that are None are not given.
+        :raises TransportError: the VDDK that is named can't be used.
+        """
         if not self.begin:
             raise InputError(
                 "An export is described, but no run is begun", remedy="Set begin to true, or leave export out"
             )
         given = {name: value for name, value in options.items() if value is not None}
+        if self.vddk_libdir and not set(VDDK_TRANSPORTS).isdisjoint(given.get("transports", VDDK_TRANSPORTS)):
+            vddk, problem = look_for_library(self.vddk_libdir)
+            if vddk is None:
+                raise named_library_error(self.vddk_libdir, problem)
         if "rate_limit" in given:
             given["rate_limit"] = parse_rate(given["rate_limit"])
         ExportRequest(

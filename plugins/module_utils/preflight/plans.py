@@ -70,7 +70,7 @@ def plan_disks(session: Session, vm: VmRef, disks: Sequence[Disk], request: Pref
     :raises VadpError: the facts can't be had.
     """
     known = disk_facts(session, vm, disks)
-    proxy = proxy_facts(session, request, vm, known)
+    proxy = proxy_facts(session, request, vm, known, needs_named_library=False)
     outcomes = [_outcome(disk, known[disk.key], proxy, request) for disk in disks]
     return Planned(outcomes, proxy.vddk, proxy.vddk_problem, proxy.vm.moid if proxy.vm else None, _identity(proxy))
 

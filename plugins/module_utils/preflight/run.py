@@ -235,7 +235,7 @@ def _common_checks(
     yield from server_side.program_checks()
     planned = next((subject.planned for subject in subjects if subject.planned is not None), None)
     if planned is not None:
-        vddk = server_side.vddk_check(planned, request.transports)
+        vddk = server_side.vddk_check(planned, request.transports, bool(request.vddk_libdir))
         if vddk is not None:
             yield vddk
         if planned.identity:

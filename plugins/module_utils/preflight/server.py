@@ -105,14 +105,14 @@ def program_checks() -> Iterator[Check]:
             yield Check("programs", OK, f"Python library {name}", "is installed")
 
 
-def vddk_check(planned: Planned, transports: Sequence[str]) -> Optional[Check]:
-    """VDDK, where a transport that needs it is listed."""
+def vddk_check(planned: Planned, transports: Sequence[str], named: bool) -> Optional[Check]:
+    """VDDK, where a transport that needs it is listed. :param named: whether the user names it: a backup needs it then."""
     if not {"san", "hotadd", "nbdssl", "nbd"}.intersection(transports):
         return None
     if planned.vddk is None:
         return Check(
             "vddk",
-            WARNING,
+            ERROR if named else WARNING,
             "VDDK",
             (planned.vddk_problem or "it was not found").rstrip("."),
             "Unpack VDDK and name its folder in vddk_libdir; without it only https and the hotadd of a proxy VM work",

@@ -32,9 +32,9 @@ from .planner import (
 from .proxy import ProxyIdentity
 from .san import visible_luns
 from .scsi_units import can_add_controller, free_units
-from .vddk import look_for_library
+from .vddk import look_for_library, named_library_error
 
-_VDDK_TRANSPORTS = ("san", "hotadd", "nbdssl", "nbd")
+VDDK_TRANSPORTS = ("san", "hotadd", "nbdssl", "nbd")
 _PROBE_TIMEOUT = 60
 
 _VM_PATHS = ("runtime.powerState", "runtime.host", "config.template", "config.keyId", "snapshot")
@@ -182,18 +182,24 @@ def proxy_facts(
     disks: Mapping[int, DiskFacts],
     direction: str = READ,
     pool: Any = None,
+    needs_named_library: bool = True,
 ) -> ProxyFacts:
     """What the planner has to know of this machine and of the user.
 
     :param request: has the options of doc fragment ``transport`` as attributes.
     :param disks: of :func:`disk_facts`; only their LUNs are looked at closely.
     :param pool: the resource pool that a new machine goes into.
+    :param needs_named_library: whether a VDDK that is named has to be there. Without one, disks are read whole by
+        slower ways: nobody who names one means that.
     :raises AmbiguousError: which VM this machine is can't be told; only where hotadd is listed.
+    :raises TransportError: the VDDK that is named can't be used.
     """
     transports = request.transports
     vddk, problem = None, None
-    if any(name in transports for name in _VDDK_TRANSPORTS):
+    if any(name in transports for name in VDDK_TRANSPORTS):
         vddk, problem = look_for_library(request.vddk_libdir)
+        if vddk is None and request.vddk_libdir and needs_named_library:
+            raise named_library_error(request.vddk_libdir, problem)
     luns = visible_luns(request.device_dir) if "san" in transports else {}
     machine, identity = None, ""
     if "hotadd" in transports:
@@ -299,7 +305,7 @@ def _missing_privileges(
     """What the user lacks, by transport or method: one call. Nothing where the server does not tell."""
     using_vddk = _READING if direction == READ else _WRITING
     on_vm: Dict[str, Tuple[str, ...]] = {}
-    if any(name in transports for name in _VDDK_TRANSPORTS):
+    if any(name in transports for name in VDDK_TRANSPORTS):
         on_vm[BY_VDDK] = using_vddk
     if "https" in transports and direction == READ:
         on_vm[BY_LEASE] = _EXPORTING

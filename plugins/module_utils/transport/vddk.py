@@ -26,6 +26,7 @@ __all__ = [
     "find_library",
     "last_error_line",
     "look_for_library",
+    "named_library_error",
     "numbers",
     "plugin_facts",
     "private_folder",
@@ -123,6 +124,16 @@ def look_for_library(libdir: Optional[str] = None) -> Tuple[Optional[Vddk], Opti
         return find_library(libdir), None
     except TransportError as error:
         return None, str(error).rstrip(".")
+
+
+def named_library_error(libdir: str, problem: Optional[str]) -> TransportError:
+    """That the user names a VDDK that can't be used. :param problem: of :func:`look_for_library`."""
+    return TransportError(
+        "The VDDK that is named can't be used",
+        subject=libdir,
+        reason=problem,
+        remedy="Correct 'vddk_libdir', or leave it out to do without VDDK: disks are then read by slower ways",
+    )
 
 
 def choose_thumbprint(thumbprints: Mapping[str, str], vddk: Vddk) -> str:
