@@ -210,7 +210,7 @@ if [ "$for_tests" ]; then
 fi
 
 # libnbd's binding exists for the distribution's Python only, so the environment is made from that one and sees its packages.
-wanted=$(cat requirements.txt requirements-dev.txt tests/setup.sh | sha256sum | cut -c -16)
+wanted=$(cat requirements.txt requirements-files.txt requirements-dev.txt tests/setup.sh | sha256sum | cut -c -16)
 if [ "$(cat .venv/.wanted 2>/dev/null)" != "$wanted" ]; then
     say "making .venv"
     [ -x .venv/bin/python ] || /usr/bin/python3 -m venv --system-site-packages .venv

@@ -106,7 +106,7 @@ def program_checks() -> Iterator[Check]:
 
 
 def vddk_check(planned: Planned, transports: Sequence[str], named: bool) -> Optional[Check]:
-    """VDDK, where a transport that needs it is listed. :param named: whether the user names it: a backup needs it then."""
+    """VDDK, where a transport that needs it is listed. :param named: the user names it, so a backup needs it."""
     if not {"san", "hotadd", "nbdssl", "nbd"}.intersection(transports):
         return None
     if planned.vddk is None:

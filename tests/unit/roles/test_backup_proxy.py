@@ -203,9 +203,16 @@ def test_what_nobody_has_looked_at_is_refused(playbook: Dict[str, Any], host: st
 
 
 def test_requirements_are_those_of_the_collection() -> None:
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
-    wanted = [line for line in lines if line and not line.startswith("#")]
-    assert yaml.safe_load((ROLE / "vars/main.yml").read_text())["__backup_proxy_requirements"] == wanted
+    """The role, an execution environment and pip get the same; libraries of another licence only where they are wanted."""
+    needed, of_files, of_environment = (
+        [line for line in (ROOT / path).read_text().splitlines() if line and not line.startswith("#")]
+        for path in ("requirements.txt", "requirements-files.txt", "meta/ee-requirements.txt")
+    )
+    variables = yaml.safe_load((ROLE / "vars/main.yml").read_text())
+    assert variables["__backup_proxy_requirements"] == needed and not any("dissect" in line for line in needed)
+    assert variables["__backup_proxy_file_requirements"] == of_files
+    assert of_environment == needed + of_files
+    assert yaml.safe_load((ROLE / "defaults/main.yml").read_text())["backup_proxy_file_restore"] is False
 
 
 def test_own_disks(playbook: Dict[str, Any]) -> None:
