@@ -119,6 +119,21 @@ def playbook(tmp_path_factory: pytest.TempPathFactory) -> Dict[str, Any]:
             "vars": {**variables, "backup_proxy_writable": True, "backup_proxy_hotadd": False},
         },
     ]
+    # As a survey, or -e name=value, sends them.
+    text = {name: value if isinstance(value, str) else json.dumps(value) for name, value in defaults.items()}
+    templates = ("decide.rules.j2", "lvm.conf.j2")
+    on_one.append(
+        {
+            "name": "Render from text",
+            "ansible.builtin.set_fact": {"of_text": {name: rendered(name) for name in templates}},
+            "vars": {
+                **variables,
+                **text,
+                "backup_proxy_writable": "false",
+                "backup_proxy_san_luns": "NAA.600A098038314648593F517773636465,",
+            },
+        }
+    )
     on_one += [
         {
             "name": "Read sources",
@@ -128,7 +143,7 @@ def playbook(tmp_path_factory: pytest.TempPathFactory) -> Dict[str, Any]:
         for name, text in sources.items()
     ]
     result = folder / "result.json"
-    keys = ["rendered", "own", "nameless", "writable", *sources]
+    keys = ["rendered", "own", "nameless", "writable", "of_text", *sources]
     on_one.append(
         {
             "name": "Write all down",
@@ -232,6 +247,13 @@ def test_rules(playbook: Dict[str, Any]) -> None:
     assert 'ENV{ID_PART_ENTRY_TYPE}=="0xfb|aa31e02a-400f-11db-9590-000c2911d1b8", ENV{OPENVADP_FOREIGN}="vmfs"' in lines
     writable = playbook["one"]["writable"]
     assert "--setro" not in writable and "VMware" not in writable and 'UDISKS_IGNORE}="1"' in writable
+
+
+def test_text_means_what_it_says(playbook: Dict[str, Any]) -> None:
+    """The text "false" took the write protection of LUNs away."""
+    of_text = playbook["one"]["of_text"]
+    assert "--setro" in of_text["decide.rules.j2"]
+    assert of_text == {name: playbook["one"]["rendered"][name] for name in of_text}
 
 
 def test_the_filter_of_lvm_accepts_the_volumes_in_use(playbook: Dict[str, Any]) -> None:
