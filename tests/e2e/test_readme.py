@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""README's first backup, as it is pasted: from the archive of the collection, in the home of a user who has nothing yet."""
+"""README's first backup, as it is pasted: from the collection's archive, in the home of a user who has nothing yet."""
 
 from __future__ import annotations
 
@@ -57,9 +57,10 @@ def environment(folder: Path) -> Dict[str, str]:
     return {**kept, "HOME": str(folder), "ANSIBLE_NOCOLOR": "1"}
 
 
-@pytest.mark.parametrize(
-    "installs", [False, pytest.param(True, marks=[pytest.mark.soak, pytest.mark.timeout(900)])], ids=["here", "installed"]
-)
+INSTALLED = pytest.param(True, marks=[pytest.mark.soak, pytest.mark.timeout(900)], id="installed")
+
+
+@pytest.mark.parametrize("installs", [pytest.param(False, id="here"), INSTALLED])
 def test_the_first_backup_works_as_pasted(own_simulator: Simulator, tmp_path: Path, installs: bool) -> None:
     subprocess.run([str(ROOT / "tests/tools/build.sh"), str(tmp_path)], check=True, capture_output=True)
     outcome = subprocess.run(

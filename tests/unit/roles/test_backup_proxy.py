@@ -218,7 +218,7 @@ def test_what_nobody_has_looked_at_is_refused(playbook: Dict[str, Any], host: st
 
 
 def test_requirements_are_those_of_the_collection() -> None:
-    """The role, an execution environment and pip get the same; libraries of another licence only where they are wanted."""
+    """The role, an execution environment and pip get the same; those of another licence only where they are wanted."""
     needed, of_files, of_environment = (
         [line for line in (ROOT / path).read_text().splitlines() if line and not line.startswith("#")]
         for path in ("requirements.txt", "requirements-files.txt", "meta/ee-requirements.txt")
