@@ -9,8 +9,8 @@ options:
   repository:
     description:
       - Folder of the repository on the machine that runs the module (the backup proxy).
-      - The folder must exist. An empty one becomes a repository with the first export. A folder that holds
-        anything else is refused.
+      - The folder must exist. An empty one becomes a repository with the first backup that says C(create=true). A
+        folder that holds anything else is refused.
     type: path
     required: true
 """

@@ -69,6 +69,16 @@ def repository_options() -> Options:
     return Options(dict(repository=dict(type="path", required=True)))
 
 
+def repository_write_options() -> Options:
+    """Doc fragment ``openvadp.backup.repository_write``: of modules that back up into it."""
+    return Options(
+        dict(
+            create=dict(type="bool", default=False),
+            adopt=dict(type="str", choices=["moved", "copy", "another_path"]),
+        )
+    )
+
+
 def repository_vm_options(required: bool = True) -> Options:
     """Doc fragment ``openvadp.backup.repository_vm``: a VM and a point, as the repository knows them."""
     return Options(

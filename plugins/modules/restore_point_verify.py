@@ -98,8 +98,9 @@ requirements:
   - qemu-img and qemu-nbd
   - qemu-system-x86_64 and prlimit for O(level=boot), and OVMF if the virtual machine has EFI firmware
 notes:
-  - With O(level=boot) the repository has to be writable, because of the screenshot and the log, and points of one
-    virtual machine are booted one at a time. Backups go on meanwhile.
+  - With O(level=boot) points of one virtual machine are booted one at a time. Backups go on meanwhile.
+  - Screenshot and log lie in the repository. Where that is read-only, or in a place that it does not list, they lie in
+    C(/var/lib/openvadp/<repository id>) on the machine that runs the module.
 seealso:
   - module: openvadp.backup.restore_point_info
 """

@@ -24,6 +24,7 @@ extends_documentation_fragment:
   - openvadp.backup.connection
   - openvadp.backup.vm
   - openvadp.backup.repository
+  - openvadp.backup.repository_write
   - openvadp.backup.transport
   - openvadp.backup.progress
   - openvadp.backup.attributes
@@ -301,6 +302,7 @@ from ..module_utils.runner import (
     connection_options,
     progress_options,
     repository_options,
+    repository_write_options,
     run_module,
     transport_options,
     vm_options,
@@ -331,8 +333,8 @@ def body(module: AnsibleModule) -> Dict[str, Any]:
 
 
 def main() -> None:
-    options = connection_options() + vm_options() + repository_options() + transport_options(TRANSPORTS)
-    options += progress_options() + OPTIONS
+    options = connection_options() + vm_options() + repository_options() + repository_write_options()
+    options += transport_options(TRANSPORTS) + progress_options() + OPTIONS
     run_module(options, body, libraries=["pyVmomi", "nbd", "blake3"])
 
 

@@ -294,6 +294,8 @@ options:
     choices: [remove, keep]
     default: remove
 notes:
+  - The repository may be read-only, in a place that it does not list, or of an older format. Lock, record and journal
+    of a restore to a virtual machine then lie in C(/var/lib/openvadp/<repository id>) on the machine that runs it.
   - Required privileges for O(target=in_place) are C(VirtualMachine.Provisioning.DiskRandomAccess),
     C(VirtualMachine.Provisioning.DiskRandomRead) and C(VirtualMachine.Provisioning.GetVmFiles). O(changed_only=true)
     also takes C(VirtualMachine.State.CreateSnapshot), C(VirtualMachine.State.RemoveSnapshot) and

@@ -15,6 +15,8 @@ description:
     end, and temporary files, also of a M(openvadp.backup.restore_point_verify) that was killed while it booted a point.
   - What others made is never touched. The virtual machine is locked meanwhile, so a run that is still at work is not
     disturbed, and the module fails.
+  - Where the repository is in a place that it does not list, what is found is only reported, with a warning that names
+    O(adopt), and no run is begun. Its records may be those of the original.
   - With O(begin=true) it then begins a run, and returns name and description for its snapshot.
 author:
   - openvadp maintainers (@openvadp)
@@ -22,6 +24,7 @@ extends_documentation_fragment:
   - openvadp.backup.connection
   - openvadp.backup.vm
   - openvadp.backup.repository
+  - openvadp.backup.repository_write
   - openvadp.backup.attributes
   - openvadp.backup.attributes.actiongroup_vadp
 attributes:
@@ -155,6 +158,13 @@ recovered:
       description: What was done.
       type: str
       sample: removed
+report_only:
+  description:
+    - Whether what was found is only reported, as the repository is in a place that it does not list, or as the virtual
+      machine shows that it is a copy or was rolled back. A warning says why.
+  returned: success
+  type: bool
+  sample: false
 run:
   description: The run that was begun; null without O(begin=true).
   returned: success
@@ -237,7 +247,14 @@ from typing import Any, Dict
 from ansible.module_utils.basic import AnsibleModule
 
 from ..module_utils.backup.recover import RecoverRequest, recover_vm
-from ..module_utils.runner import Options, connection_options, repository_options, run_module, vm_options
+from ..module_utils.runner import (
+    Options,
+    connection_options,
+    repository_options,
+    repository_write_options,
+    run_module,
+    vm_options,
+)
 
 EXPORT = dict(
     transports=dict(type="list", elements="str"),
@@ -269,7 +286,7 @@ def body(module: AnsibleModule) -> Dict[str, Any]:
 
 
 def main() -> None:
-    options = connection_options() + vm_options() + repository_options() + OPTIONS
+    options = connection_options() + vm_options() + repository_options() + repository_write_options() + OPTIONS
     run_module(options, body, libraries=["pyVmomi", "blake3"])
 
 

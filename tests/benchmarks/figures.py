@@ -194,7 +194,7 @@ def hotadd(rig: Rig, _wanted: Set[str]) -> Figures:
 
 def restore(rig: Rig, _wanted: Set[str]) -> Figures:
     """A chain of ten layers to a raw image."""
-    repository, dest = rig.repository("chain"), rig.repository("restored")
+    repository, dest = rig.repository("chain"), rig.empty("restored")
     for number in range(CHAIN_LAYERS):
         if number:
             rig.change(0.01)

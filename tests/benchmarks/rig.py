@@ -48,7 +48,7 @@ from ansible_collections.openvadp.backup.plugins.module_utils.vsphere import cha
 from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.datastore_files import folder_url
 from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.inventory import VmRef, find_vm
 from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.session import Connection, Session
-from harness import ROOT, Simulator
+from harness import ROOT, Simulator, made_repository
 
 from .data import GIB, MIB, Content
 
@@ -210,7 +210,11 @@ class Rig:
         return dict(json.loads(done.stdout))
 
     def repository(self, name: str) -> Path:
-        """An empty folder for a new repository."""
+        """A new repository."""
+        return made_repository(self.empty(name))
+
+    def empty(self, name: str) -> Path:
+        """An empty folder."""
         path = self.folder / name
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir()
@@ -258,7 +262,7 @@ class Rig:
 
     def file_points(self, repository: Path, file_bytes: int, disk_bytes: int, layers: int) -> Tuple[str, FilesRequest]:
         """Points of a disk with a large file in ext4. :returns: the newest layer, and the request for the file."""
-        raw, tree = self.folder / "files.raw", self.repository("files-tree")
+        raw, tree = self.folder / "files.raw", self.empty("files-tree")
         with (tree / "big").open("wb") as file:
             for _number in range(file_bytes // MIB):
                 file.write(self.content.piece(MIB))
@@ -295,7 +299,7 @@ class Rig:
         times: Tuple[List[float], List[float]] = ([], [])
         for _round in range(rounds):
             times[0].append(timed(partial(self._first_byte, request)))
-            self.repository("files-dest")
+            self.empty("files-dest")
             times[1].append(timed(partial(self._restore_file, request)))
         shutil.rmtree(self.folder / "files-dest")
         return times

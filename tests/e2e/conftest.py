@@ -12,7 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from administrator import Administrator  # noqa: E402
-from harness import Ansible, Backups, Simulator  # noqa: E402
+from harness import Ansible, Backups, Simulator, made_repository  # noqa: E402
 from modules import Modules  # noqa: E402
 
 # A file is one worker's work: the long ones go first, or the others wait for the last of them at the end.
@@ -73,10 +73,8 @@ def own_simulator(tmp_path: Path) -> Iterator[Simulator]:
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """The empty folder of a repository."""
-    folder = tmp_path / "repository"
-    folder.mkdir()
-    return folder
+    """A repository without a point."""
+    return made_repository(tmp_path / "repository")
 
 
 @pytest.fixture

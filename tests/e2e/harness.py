@@ -325,6 +325,23 @@ class Backups:
             raw.unlink()
 
 
+def made_repository(folder: Path) -> Path:
+    """A repository in a folder that is made for it: a backup makes none unless it is told to."""
+    from ansible_collections.openvadp.backup.plugins.module_utils.repository.layout import Repository
+
+    folder.mkdir(parents=True, exist_ok=True)
+    Repository.open(str(folder), create=True)
+    return folder
+
+
+def adopted(folder: Path, how: str = "moved") -> Path:
+    """A repository that was copied or mounted elsewhere, taken into use where it is now."""
+    from ansible_collections.openvadp.backup.plugins.module_utils.repository.layout import Repository
+
+    Repository.open(str(folder), adopt=how)
+    return folder
+
+
 def file_sha256(path: Path) -> Tuple[int, str]:
     """(size, SHA-256) of a file."""
     digest = hashlib.sha256()

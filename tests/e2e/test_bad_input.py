@@ -8,6 +8,7 @@ restores. The world is looked at before and after each case. Only the cases that
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -23,7 +24,7 @@ import pytest
 import yaml
 from administrator import Administrator
 from evidence import Evidence
-from harness import MIB, ROOT, Simulator
+from harness import MIB, ROOT, Simulator, adopted, made_repository
 from modules import Modules, server
 
 Options = Dict[str, Any]
@@ -76,7 +77,7 @@ class Site:
         stack.callback(self.simulator.stop)
         self.watched = folder / "watched"
         self.watched.mkdir()
-        self.repository = self.make_folder("repository")
+        self.repository = made_repository(self.watched / "repository")
         (self.watched / "file").write_text("neither a folder nor a certificate", encoding="utf-8")
         # A folder for sockets has to have a short path, or it is made elsewhere.
         self.temporary = Path(tempfile.mkdtemp(prefix="b", dir="/tmp"))
@@ -152,8 +153,8 @@ class Site:
         return folder
 
     def copy(self, name: str) -> Path:
-        """A copy of the repository, times included."""
-        return Path(shutil.copytree(self.repository, self.watched / name))
+        """A copy of the repository, times included; it may be written."""
+        return adopted(Path(shutil.copytree(self.repository, self.watched / name)))
 
     def layer(self, repository: Path, point: str, key: int = 2000) -> Path:
         return next(repository.glob(f"vms/*/disk-{key}/{point}.qcow2"))
@@ -212,9 +213,11 @@ class BackupSite(Site):
     def prepare(self) -> None:
         """The repositories, VDDKs and programs that the cases name."""
         self.make_folder("empty")
+        self.mount("tmpfs", "tmpfs", "-t", "tmpfs", "-o", "size=1m")
+        shutil.copytree(self.repository, self.watched / "copied")
         (self.make_folder("photos") / "holiday.jpg").write_bytes(b"JFIF")
         newer = self.copy("newer") / "repository.json"
-        newer.write_text(json.dumps({**json.loads(newer.read_text()), "format": 2}), encoding="utf-8")
+        newer.write_text(json.dumps({**json.loads(newer.read_text()), "format": 3}), encoding="utf-8")
         self.damage("one", 2000)
         self._small_repositories()
         self._hold_lock(self.copy("locked"))
@@ -239,12 +242,16 @@ class BackupSite(Site):
     def _small_repositories(self) -> None:
         """One with room for a part of a full point, and one without any."""
         stored = sum(path.stat().st_size for path in self.repository.rglob("*") if path.is_file())
-        for name in ("small", "full"):
-            folder = self.mount("tmpfs", name, "-t", "tmpfs", "-o", f"size={stored + 3 * MIB}")
-            shutil.copytree(self.repository, folder, dirs_exist_ok=True)
-        if self.can_mount:
-            room = os.statvfs(self.watched / "full")
-            (self.watched / "full" / "lost+found").write_bytes(bytes(room.f_bavail * room.f_frsize))
+        for name, room in (("small", 3 * MIB), ("full", 0)):
+            image = self.folder / f"{name}.img"
+            with image.open("wb") as file:
+                file.truncate(stored + 16 * MIB)
+            subprocess.run(["mkfs.ext4", "-q", "-m", "0", "-N", "512", "-O", "^has_journal", str(image)], check=True)
+            folder = self.mount(str(image), name, "-o", "loop")
+            if self.can_mount:
+                shutil.copytree(self.repository, folder, dirs_exist_ok=True)
+                adopted(folder)
+                _fill(folder / "lost+found" / "filler", room)
 
     def _programs(self, name: str, *programs: str) -> Path:
         """A search path with these programs alone."""
@@ -388,6 +395,18 @@ def test_refused(case: Options, tasks: Dict[str, Task]) -> None:
     files = [_files(picture, begun=case.get("begun", False)) for picture in (before, after)]
     changed = [path for path in {**files[0], **files[1]} if files[0].get(path) != files[1].get(path)]
     assert changed == [], [(path, files[0].get(path), files[1].get(path)) for path in changed]
+
+
+def _fill(path: Path, room: int) -> None:
+    """Leave that many bytes of a file system, about; with 0, not a block."""
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            status = os.statvfs(path)
+            free = status.f_bavail * status.f_frsize - room
+            if room and free <= 0:
+                return
+            file.write(bytes(min(MIB, free) if free > 0 else 1))
+            os.fsync(file.fileno())
 
 
 def _check_message(case: Options, task: Task) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List
 
 import pytest
-from harness import SIMULATOR, Ansible, Simulator
+from harness import SIMULATOR, Ansible, Simulator, made_repository
 from modules import Modules
 
 sys.path.insert(0, str(SIMULATOR))
@@ -84,7 +84,7 @@ class World(Modules):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("boot")
-    (folder / "repository").mkdir()
+    made_repository(folder / "repository")
     simulator = Simulator(folder / "state", vms="demo")
     try:
         yield World(simulator, folder / "repository")
@@ -243,7 +243,7 @@ def _efi_disk(folder: Path, capacity_bytes: int) -> Path:
 @pytest.mark.soak
 def test_a_machine_with_efi_boots(own_simulator: Simulator, tmp_path: Path) -> None:
     repository = tmp_path / "repository"
-    repository.mkdir()
+    made_repository(repository)
     modules = Modules(own_simulator, repository)
     disk = _efi_disk(tmp_path, own_simulator.vm("app01")["disks"][0]["capacity_bytes"])
     with disk.open("rb") as file:

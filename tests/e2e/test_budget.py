@@ -13,7 +13,7 @@ from typing import Any, Callable, Dict, Iterator, List
 
 import pytest
 from administrator import Administrator
-from harness import MIB, Simulator
+from harness import MIB, Simulator, made_repository
 from modules import Modules, Process
 
 HOST = "127.0.1.1"
@@ -60,7 +60,7 @@ class Machine:
 def machines(simulator: Simulator, tmp_path_factory: pytest.TempPathFactory) -> Iterator[List[Machine]]:
     """Three machines with ten small disks each; one host serves them all."""
     repository = tmp_path_factory.mktemp("budget") / "repository"
-    repository.mkdir()
+    made_repository(repository)
     found = [Machine(simulator, repository, name) for name in MACHINES]
     yield found
     assert not entries(found), "something is left behind"

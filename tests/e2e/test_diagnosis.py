@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 import pytest
-from harness import Simulator
+from harness import Simulator, made_repository
 from modules import Modules
 
 
@@ -106,7 +106,7 @@ def test_a_port_that_is_closed(logs: Logs) -> None:
 def test_a_failed_export_says_the_same(simulator: Simulator, tmp_path: Path) -> None:
     """What the module words, and what the diagnosis makes of the log lines that it gives out."""
     repository = tmp_path / "repository"
-    repository.mkdir()
+    made_repository(repository)
     modules = Modules(simulator, repository, vm="win01")
     moid = modules.snapshot("mine")
     simulator.control.call("cut_network")

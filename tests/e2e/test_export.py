@@ -119,7 +119,7 @@ def test_check_mode_plans_and_touches_nothing(
     assert [reason.split(":")[0] for reason in disk["transport_reasons"]] == ["san", "hotadd"]
     assert [other["key"] for other in skipped] == [2001, 2002] and all(other["skip_reason"] for other in skipped)
     assert db01.recover(check=True, begin=True, point="one")["run"]["complete"] is False
-    assert db01.files() == [] and simulator.changing_calls(seen) == []
+    assert db01.files() == ["repository.json"] and simulator.changing_calls(seen) == []
 
     moid = db01.snapshot("nightly")
     made = db01.export(snapshot_moid=moid, point="one", diff=True)
@@ -158,7 +158,7 @@ def test_input_that_can_not_work_touches_nothing(db01: Modules, simulator: Simul
     options = dict(db01.export_options(snapshot_moid=moid), vddk_libdir=str(tmp_path))
     result = db01.run("vadp_disk_export", options)
     assert result["failed"] and f"{tmp_path}/lib64" in result["msg"]
-    assert db01.files() == []
+    assert db01.files() == ["repository.json"]
     options = dict(db01.export_options(snapshot_moid=moid, io_timeout=2), nfc_port=9)
     result = db01.run("vadp_disk_export", options)
     assert result["failed"] and "Hard disk 1" in result["msg"] and "902" in result["msg"]

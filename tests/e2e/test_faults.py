@@ -22,7 +22,7 @@ from typing import Any, Callable, Dict, Iterator, List, Set
 
 import pytest
 import sshd
-from harness import MIB, Running, Simulator
+from harness import MIB, Running, Simulator, made_repository
 from modules import Modules, Process, Server
 
 # Every process that a backup starts inherits it.
@@ -60,7 +60,7 @@ class World:
         self.simulator = simulator
         self.mark = mark
         repository = folder / "repository"
-        repository.mkdir()
+        made_repository(repository)
         self.modules = MarkedModules(simulator, repository, VM)
         self.backups = self.modules.backups
         self.repository = repository

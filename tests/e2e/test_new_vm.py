@@ -14,7 +14,7 @@ from typing import Any, Dict, Iterator, List, Optional
 import pytest
 from administrator import Administrator
 from ansible_collections.openvadp.backup.plugins.module_utils.restore.new_vm_diff import differences
-from harness import Simulator
+from harness import Simulator, made_repository
 from modules import Modules
 
 KEYS = (2000, 2001)
@@ -30,7 +30,7 @@ class NewMachines:
     def __init__(self, folder: Path) -> None:
         self.simulator = Simulator(folder / "state")
         repository = folder / "repository"
-        repository.mkdir()
+        made_repository(repository)
         self.modules = Modules(self.simulator, repository)
         iso = self.file(ISO)
         iso.parent.mkdir()

@@ -13,7 +13,7 @@ from typing import Any, Dict, Iterator, List
 
 import pytest
 from administrator import Administrator
-from harness import Simulator
+from harness import Simulator, made_repository
 from modules import Modules
 
 KEYS = (2000, 2001)
@@ -32,7 +32,7 @@ class Machines:
     def __init__(self, folder: Path) -> None:
         self.simulator = Simulator(folder / "state")
         repository = folder / "repository"
-        repository.mkdir()
+        made_repository(repository)
         self.modules = Modules(self.simulator, repository)
         self.control = self.simulator.control
         self.modules.track_changes()

@@ -71,7 +71,7 @@ def test_backup_and_restore_as_nobody(own_simulator: Simulator, public: Path) ->
     )
     backups = Backups(own_simulator, ansible, public / "repository")
     held = {key: own_simulator.disk("app01", key) for key in KEYS}
-    backups.run("app01", point="p1").ok()
+    backups.run("app01", point="p1", create=True).ok()
     own_simulator.write("app01", 2000, 0)
     backups.run("app01", point="p2").ok()
     assert backups.manifest("app01", "p2")["disks"][2000]["mode"] == "incremental"

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, Dict, List, Optional
 
 import pytest
 from administrator import Administrator
-from harness import Ansible, Outcome, Simulator
+from harness import Ansible, Outcome, Simulator, made_repository
 from modules import Modules
 
 Checks = List[Dict[str, Any]]
@@ -23,8 +24,7 @@ class World:
 
     def __init__(self, simulator: Simulator, folder: Path) -> None:
         self.simulator = simulator
-        self.repository = folder / "repository"
-        self.repository.mkdir(exist_ok=True)
+        self.repository = made_repository(folder / "repository")
         self.modules = Modules(simulator, self.repository)
 
     def options(self, **options: Any) -> Dict[str, Any]:
@@ -88,7 +88,7 @@ def test_a_machine_that_is_as_it_should_be(world: World) -> None:
         assert disk["transport"] in [candidate["transport"] for candidate in disk["candidates"] if candidate["usable"]]
     calls = [call["method"] for call in world.simulator.control.call("calls", since=seen)]
     assert calls.count("Login") == 1 and len(calls) < 40, calls
-    assert list(world.repository.iterdir()) == []
+    assert os.listdir(world.repository) == ["repository.json"]
 
 
 def test_many_at_once_cost_few_calls(world: World) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Tuple
 
 import pytest
-from harness import Ansible, Control, Simulator, file_sha256
+from harness import Ansible, Control, Simulator, file_sha256, made_repository
 
 KEYS = (2000, 2001)
 TO_RESTORE01 = [{"key": key, "target_key": key} for key in KEYS]
@@ -28,7 +28,7 @@ class Restores:
         self.simulator = Simulator(folder / "state")
         self.ansible = Ansible(folder / "ansible")
         self.repository = folder / "repository"
-        self.repository.mkdir()
+        made_repository(self.repository)
         self.expected: Dict[str, Dict[int, str]] = {}
         control = self.simulator.control
         self.module("vm_change_tracking", name="app01", state="enabled")

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -88,7 +89,9 @@ def test_every_point_holds_what_the_disks_held(simulator: Simulator, backups: Ba
 def test_check_mode_touches_nothing_and_shows_the_plan(simulator: Simulator, backups: Backups) -> None:
     """Also: the connection from the action group, as a play would set it."""
     seen = simulator.last_call()
-    options = backups.variables(verify="data")
+    # The first backup: what it would create is not created.
+    (backups.repository / "repository.json").unlink()
+    options = backups.variables(verify="data", create=True)
     for name in simulator.connection:
         del options["vm_backup_" + name]
     play = {
@@ -124,7 +127,7 @@ def test_what_makes_no_sense_is_refused_before_anything_is_touched(simulator: Si
     ):
         outcome = backups.run("app01", **options)
         assert outcome.rc != 0 and words in outcome.stdout, options
-    assert simulator.changing_calls(seen) == [] and list(backups.repository.iterdir()) == []
+    assert simulator.changing_calls(seen) == [] and os.listdir(backups.repository) == ["repository.json"]
 
 
 def _restore_in_place(backups: Backups, point: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 from ansible_collections.openvadp.backup.plugins.module_utils.vsphere import rest, tags
 from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.inventory import find_vm
 from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.session import Connection, Session
-from harness import Simulator
+from harness import Simulator, made_repository
 from modules import Modules
 
 ATTACHED = "POST /api/cis/tagging/tag-association?action=list-attached-tags"
@@ -31,7 +31,7 @@ class Tagged:
     def __init__(self, folder: Path) -> None:
         self.simulator = Simulator(folder / "state")
         repository = folder / "repository"
-        repository.mkdir()
+        made_repository(repository)
         self.modules = Modules(self.simulator, repository)
         self.control = self.simulator.control
         self.control.call("make_tag", category="Backup", name="daily", description="each night", cardinality="SINGLE")

@@ -23,7 +23,7 @@ from xml.etree import ElementTree
 
 import nbd
 import pytest
-from harness import MIB, Simulator, file_sha256
+from harness import MIB, Simulator, file_sha256, made_repository
 from modules import Modules
 
 BOTH = (2000, 2001)
@@ -35,7 +35,7 @@ OVF = "{http://schemas.dmtf.org/ovf/envelope/1}"
 def ways(simulator: Simulator, tmp_path_factory: pytest.TempPathFactory) -> Modules:
     """One chain of three points of app01, for all tests of this file."""
     repository = tmp_path_factory.mktemp("ways") / "repository"
-    repository.mkdir()
+    made_repository(repository)
     modules = Modules(simulator, repository)
     modules.track_changes()
     for key in BOTH:

@@ -24,7 +24,7 @@ from pyVmomi import vim
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "e2e"))
 
-from harness import Control, Simulator  # noqa: E402
+from harness import Control, Simulator, made_repository  # noqa: E402
 from role import Job  # noqa: E402
 
 SECTOR = 512
@@ -130,7 +130,7 @@ class Machine:
         self.name = self.obj.name
         self.uuid = self.obj.config.instanceUuid
         self.repository = self.folder / "repository"
-        self.repository.mkdir(parents=True)
+        made_repository(self.repository)
         # Its path must be short enough for sockets, or the product takes /tmp instead.
         self.tmpdir = Path(tempfile.mkdtemp(prefix="t", dir="/tmp"))
         self.world.tmpdirs.append(self.tmpdir)

@@ -22,7 +22,7 @@ from ..datapath.progress import Progress
 from ..errors import InputError, NotFoundError, RepositoryError, VsphereError
 from ..repository import trust
 from ..repository.half_written import describe, half_written
-from ..repository.layout import Repository, VmStore, file_entry, is_empty_folder, new_point_name
+from ..repository.layout import Repository, VmStore, file_entry, new_point_name
 from ..repository.runs import Run, new_run_id
 from ..repository.shapes import format_time
 from ..transport.facts import disk_facts, proxy_facts
@@ -98,7 +98,7 @@ def export_point(request: ExportRequest, check_mode: bool) -> Dict[str, Any]:
     request.check()
     with Session.connect(request.connection) as session:
         vm = find_vm(session, **request.vm)
-        repository = _existing_repository(request.repository)
+        repository = Repository.open_to_write(request.repository, request.create, request.adopt, check_mode)
         store = repository.vm(vm.instance_uuid) if repository else None
         if store is not None and request.point is not None:
             manifest = store.point(request.point)
@@ -106,6 +106,7 @@ def export_point(request: ExportRequest, check_mode: bool) -> Dict[str, Any]:
                 return _unchanged(session, vm, store, manifest, request)
         source = _look(session, vm, request, check_mode)
         if repository is not None:
+            source.warnings.extend(repository.done + repository.warnings)
             source.warnings.extend(_half_written(repository, source))
         facts = _facts(session, source, request)
         if check_mode:
@@ -115,13 +116,9 @@ def export_point(request: ExportRequest, check_mode: bool) -> Dict[str, Any]:
             _plans(session, source, store, request, facts)
         if store is None:
             store = Repository.open(request.repository, create=True).vm(vm.instance_uuid)
+        store.repository.note_machine()
         with store.lock(new_run_id(), "vadp_disk_export"):
             return _export(Work(session, source, store, request, facts))
-
-
-def _existing_repository(path: str) -> Optional[Repository]:
-    """The repository, or None where an empty folder waits to become one. :raises RepositoryError:"""
-    return None if is_empty_folder(path) else Repository.open(path, writable=True)
 
 
 def _facts(session: Session, source: Source, request: ExportRequest) -> Facts:
@@ -391,7 +388,8 @@ def _run_for(work: Work, point: str) -> Tuple[Run, bool]:
         same = run.matches_snapshot(*_identity(source))
         if source.template is not None and run.data["snapshot"] is None and not run.intents():
             same = True
-        if same and run.data["point"] == point and not run.intents("snapshot"):
+        # A lock can be removed by hand: what a process is at work on is not taken over.
+        if same and run.data["point"] == point and not run.intents("snapshot") and not run.at_work:
             return run, False
     return store.create_run(point, vm_moid=source.vm.moid, vm_name=source.vm.name), False
 

@@ -22,7 +22,7 @@ from ..datapath.image import fsync_dir
 from ..datapath.processes import RuntimeDir, start_time
 from ..errors import InputError, LockedError, NotFoundError, RepositoryError, VadpError
 from ..repository import trust
-from ..repository.layout import Repository, VmStore, check_point_name, is_empty_folder, new_point_name
+from ..repository.layout import Repository, VmStore, check_point_name, new_point_name
 from ..repository.runs import Run, boot_id, new_run_id
 from ..transport import hotadd, https
 from ..transport.facts import VDDK_TRANSPORTS
@@ -72,6 +72,8 @@ class RecoverRequest:
     vddk_libdir: Optional[str] = None
     device_dir: str = DEVICE_DIR
     sysfs_dir: str = SYSFS_DIR
+    create: bool = False
+    adopt: Optional[str] = None
 
     @classmethod
     def from_params(cls, params: Dict[str, Any]) -> RecoverRequest:
@@ -86,6 +88,8 @@ class RecoverRequest:
             connection=Connection.from_params(params),
             vm=vm_selection(params),
             repository=params["repository"],
+            create=params["create"],
+            adopt=params["adopt"],
             begin=params["begin"],
             point=params["point"],
             access=params["access"],
@@ -118,23 +122,27 @@ class RecoverRequest:
 
 
 def recover_vm(request: RecoverRequest, check_mode: bool) -> Dict[str, Any]:
-    """The whole of ``vadp_recover``: {changed, recovered, run, warnings}.
+    """The whole of ``vadp_recover``: {changed, recovered, report_only, run, warnings}.
 
     :raises VadpError: something of ours could not be removed; what stands before it in the order is gone.
     """
     with Session.connect(request.connection) as session:
         vm, uuid = _find(session, request)
-        store = _store(request, uuid, create=request.begin and not check_mode)
-        if check_mode or store is None:
-            return _look_only(session, store, vm, request)
+        store = _store(request, uuid, check_mode)
+        if check_mode or store is None or (store.report_only and not request.begin):
+            return _look_only(session, store, vm, request, check_mode)
+        told = store.repository.done + store.repository.warnings
+        made = store.repository.created or bool(store.repository.done)
+        store.repository.note_machine()
         if not request.begin and not store.path.is_dir():
-            return {"changed": False, "recovered": [], "run": None, "warnings": []}
+            return {"changed": made, "recovered": [], "report_only": False, "run": None, "warnings": told}
         with store.lock(new_run_id(), "vadp_recover"):
             records = len(store.runs())
             recovered = recover(
                 session,
                 store,
                 vm,
+                store.report_only,
                 device_dir=request.device_dir,
                 sysfs_dir=request.sysfs_dir,
                 vddk_libdir=request.vddk_libdir,
@@ -148,7 +156,7 @@ def recover_vm(request: RecoverRequest, check_mode: bool) -> Dict[str, Any]:
                     details={"recovered": recovered},
                 )
             ended = records - len(store.runs())
-            warnings = _warnings(store)
+            warnings = told + store.doubts + _warnings(store)
             run = begin_run(session, store, vm, request.point) if request.begin and vm is not None else None
             begun = run is not None and not run["complete"]
             if request.access and begun and run is not None and vm is not None and not vm.template:
@@ -156,8 +164,9 @@ def recover_vm(request: RecoverRequest, check_mode: bool) -> Dict[str, Any]:
                 if begun_run is not None:
                     run["access"] = access.prepare(session, begun_run, vm, request.vddk_libdir)
             return {
-                "changed": bool(recovered) or ended > 0 or begun,
+                "changed": made or (bool(recovered) and not store.report_only) or ended > 0 or begun,
                 "recovered": recovered,
+                "report_only": store.report_only,
                 "run": run,
                 "warnings": warnings,
             }
@@ -174,27 +183,48 @@ def _find(session: Session, request: RecoverRequest) -> Tuple[Optional[VmRef], s
     return vm, vm.instance_uuid
 
 
-def _store(request: RecoverRequest, uuid: str, create: bool) -> Optional[VmStore]:
-    """The VM's part of the repository; None where the repository does not exist yet."""
-    if is_empty_folder(request.repository) and not create:
-        return None
-    return Repository.open(request.repository, create=create, writable=True).vm(uuid)
+def _store(request: RecoverRequest, uuid: str, check_mode: bool) -> Optional[VmStore]:
+    """The VM's part of the repository; None where check mode leaves it at an empty folder.
+
+    Who begins a run will write. Who only recovers may look from any place (proofs 2).
+    """
+    if request.begin:
+        repository = Repository.open_to_write(request.repository, request.create, request.adopt, check_mode)
+        if repository is None and not check_mode:
+            repository = Repository.open(request.repository, create=True)
+        return None if repository is None else repository.vm(uuid)
+    repository = Repository.open(request.repository, adopt=request.adopt, check_mode=check_mode)
+    if not repository.report_only:
+        repository.require_writable()
+    return repository.vm(uuid)
 
 
 def _look_only(
-    session: Session, store: Optional[VmStore], vm: Optional[VmRef], request: RecoverRequest
+    session: Session, store: Optional[VmStore], vm: Optional[VmRef], request: RecoverRequest, check_mode: bool
 ) -> Dict[str, Any]:
-    """Check mode: what would be recovered; nothing is touched, the lock neither."""
+    """Check mode, and what is not acted upon: what would be recovered; nothing is touched, the lock neither."""
     recovered: List[Recovered] = []
+    warnings: List[str] = []
     if store is not None:
+        if store.repository.report_only:
+            try:
+                store.repository.require_writable()
+            except RepositoryError as error:
+                warnings.append(f"What is found is only reported, and nothing was removed. {error}")
+        warnings += store.repository.done + store.repository.warnings + store.doubts + _warnings(store)
         recovered = recover(session, store, vm, True, device_dir=request.device_dir, sysfs_dir=request.sysfs_dir)
     run = _run_to_begin(session, store, vm, request.point) if request.begin and vm is not None else None
     ended = store is not None and not all(_is_kept(run) for run in store.runs())
+    acts = store is None or not store.report_only
+    changed = (acts and (bool(recovered) or ended)) or (run is not None and not run["complete"])
+    if store is not None and store.repository.done:
+        changed = True
     return {
-        "changed": bool(recovered) or ended or (run is not None and not run["complete"]),
+        "changed": changed and check_mode,
         "recovered": recovered,
+        "report_only": not acts,
         "run": run,
-        "warnings": _warnings(store) if store is not None else [],
+        "warnings": warnings,
     }
 
 
@@ -253,12 +283,14 @@ def recover(
     """Remove what runs of this repository left of a VM; idempotent. Under the VM's lock, unless in check mode.
 
     :param vm: None if the VM is gone: then only this machine, the proxies and the repository are looked at.
-    :param check_mode: list only.
+    :param check_mode: list only, as it has to be where the store is report_only.
     :param device_dir: where attached disks have links by their ids, on this machine.
     :returns: what was found: [{what, id, action}], in the order in which it was removed.
     :raises VadpError: something could not be removed.
     """
-    runs = store.runs()
+    if store.report_only and not check_mode:
+        raise RuntimeError("what is only reported is not removed")
+    runs = store.runs() + store.foreign_runs()
     found = _processes(runs, check_mode)
     if not check_mode:
         access.clean_up(session, runs, vddk_libdir)

@@ -75,6 +75,8 @@ class ExportRequest:
     io_timeout: int = 180
     parallel_disks: int = 2
     progress_file: Optional[str] = None
+    create: bool = False
+    adopt: Optional[str] = None
 
     @classmethod
     def from_params(cls, params: Dict[str, Any]) -> ExportRequest:

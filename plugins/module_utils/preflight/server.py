@@ -13,6 +13,7 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Set, 
 from ..datapath.processes import run_tool
 from ..errors import DataPathError, RepositoryError, VsphereError
 from ..libraries import first_missing, vim, vmodl
+from ..repository import places
 from ..repository.layout import Repository, is_empty_folder
 from ..restore.request import NEW_VM
 from ..vsphere import privileges as table
@@ -279,6 +280,7 @@ def repository_checks(path: str, machines: Sequence[Machine]) -> Iterator[Check]
     code = "repository"
     try:
         empty = is_empty_folder(path)
+        place = places.place_of(path) if empty else None
         repository = None if empty else Repository.open(path, writable=True)
     except RepositoryError as error:
         yield Check(code, ERROR, path, error.reason or error.what, error.remedy)
@@ -295,6 +297,11 @@ def repository_checks(path: str, machines: Sequence[Machine]) -> Iterator[Check]
         yield Check(code, ERROR, path, words, remedy)
     elif free < wanted:
         yield Check(code, WARNING, path, words, remedy)
+    elif place is not None:
+        words = f"it is empty; {words}"
+        yield Check(code, WARNING, path, words, "See that its file system is mounted; for a new one, set create once")
+    elif repository is not None and repository.warnings:
+        yield Check(code, WARNING, path, f"{' '.join(repository.warnings)} {words}", "See which machine uses it")
     else:
         yield Check(code, OK, path, words)
 

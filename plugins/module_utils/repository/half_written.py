@@ -22,7 +22,7 @@ def restores_of(run: Run, vm_uuid: str) -> List[Dict[str, Any]]:
 
 def stores_of(repository: Repository, vm_uuid: str) -> List[VmStore]:
     """Whose runs left disks of a virtual machine half written; its own part comes first."""
-    stores = sorted(repository.vms(), key=lambda store: (store.uuid != vm_uuid.lower(), store.uuid))
+    stores = sorted(repository.stores(), key=lambda store: (store.uuid != vm_uuid.lower(), store.uuid))
     return [store for store in stores if _in(store, vm_uuid)]
 
 
@@ -48,7 +48,7 @@ def describe(entry: Dict[str, Any]) -> str:
 
 def _in(store: VmStore, vm_uuid: str) -> List[Dict[str, Any]]:
     try:
-        runs = store.runs()
+        runs = store.runs() + store.foreign_runs()
     except RepositoryError:
         # A damaged record of another machine is told where that one is worked on.
         if store.uuid == vm_uuid.lower():

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""The folders and files of a repository (format 1), and the only place that makes paths in it.
+"""The folders and files of a repository (format 2), and the only code that makes paths in it.
 
 No path leaves the repository: UUIDs, device keys and point names are checked before they become part of a path, and
 a symbolic link that leads out is refused. docs/repository-format.md describes the tree.
@@ -15,15 +15,17 @@ import re
 import uuid as uuid_module
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Collection, Dict, List, Optional, Sequence, Tuple
+from types import TracebackType
+from typing import Any, Collection, Dict, List, Optional, Sequence, Tuple, Type
 
 from ..datapath.hashes import hash_file
 from ..datapath.image import Qcow2Header, atomic_write, fsync_dir, read_header
 from ..errors import DamagedError, InputError, RepositoryError
+from . import adoption, places, state, trust
 from . import manifest as manifests
-from . import trust
 from .chain import StoreFacts
-from .lock import VmLock
+from .lock import RepositoryLock, VmLock
+from .places import Place, UnknownPlace
 from .runs import Run, new_run_id
 from .shapes import (
     POINT_CHARACTERS,
@@ -33,6 +35,7 @@ from .shapes import (
     Shape,
     ShapeError,
     format_time,
+    list_of,
     nullable,
     one_of,
     parse_time,
@@ -43,7 +46,10 @@ from .shapes import (
 )
 
 FORMAT = 1
+#: Of repository.json. What knows format 1 alone neither writes nor recovers where it finds 2.
+REPOSITORY_FORMAT = 2
 REPOSITORY_FILE = "repository.json"
+LOCK_FILE = "repository.lock"
 LATEST = "latest"
 PART = ".part-"
 
@@ -59,7 +65,15 @@ _DISK_FOLDER = re.compile(r"disk-(0|[1-9][0-9]*)")
 _PART_FILE = re.compile(r".+\.part-[A-Za-z0-9._-]+")
 _RUN_FILE = re.compile(RUN_ID_PATTERN + r"\.json")
 
-_REPOSITORY = record({"format": one_of(FORMAT), "id": text(UUID_PATTERN)})
+_REPOSITORY_1 = record({"format": one_of(1), "id": text(UUID_PATTERN)})
+_REPOSITORY_2 = record({"format": one_of(REPOSITORY_FORMAT), "id": text(UUID_PATTERN), "places": list_of(places.SHAPE)})
+
+
+def _check_description(document: Any, where: str) -> None:
+    old = isinstance(document, dict) and document.get("format") == 1
+    (_REPOSITORY_1 if old else _REPOSITORY_2)(document, where)
+
+
 _FACTS = record(
     {
         "format": one_of(FORMAT),
@@ -177,10 +191,12 @@ def is_empty_folder(path: str) -> bool:
 
 
 def _foreign_entries(path: Path) -> List[str]:
-    # A file system's own lost+found is nobody's data, and an unfinished repository.json is what a crash of ours
-    # leaves.
+    # A file system's own lost+found is nobody's data, and a lock and an unfinished repository.json are what a crash
+    # of ours leaves.
     return sorted(
-        name for name in os.listdir(str(path)) if name != "lost+found" and not name.startswith(REPOSITORY_FILE + PART)
+        name
+        for name in os.listdir(str(path))
+        if name not in ("lost+found", LOCK_FILE) and not name.startswith(REPOSITORY_FILE + PART)
     )
 
 
@@ -189,43 +205,64 @@ def _listed(entries: List[str]) -> str:
 
 
 class Repository:
-    """A repository of restore points: a folder with ``repository.json`` in it."""
+    """A repository of restore points: a folder with ``repository.json`` in it.
 
-    def __init__(self, path: Path, repository_id: str) -> None:
+    It can be read from any place. It is written only from one that it lists (proofs 1, 2).
+
+    ``format`` is that of repository.json, ``places`` what that lists (none in format 1), ``place`` where it is; None
+    where that can't be told. ``created``: opening it has made it. ``done`` says what adopting it has changed (in check
+    mode, would change), in sentences; ``warnings`` what is odd.
+    """
+
+    def __init__(self, path: Path, document: Dict[str, Any]) -> None:
         self.path = path
-        self.id = repository_id
+        self.id = str(document["id"])
+        self.format = int(document["format"])
+        self.places = [Place.from_json(entry) for entry in document.get("places", ())]
+        self.created = False
+        self.done: List[str] = []
+        self.warnings: List[str] = []
+        self.place: Optional[Place] = None
+        self._unknown: Optional[UnknownPlace] = None
+        self._supposed = False
+        self._problem: Optional[RepositoryError] = None
+        self._judged = False
+        try:
+            self.place = places.place_of(str(path))
+        except UnknownPlace as error:
+            self._unknown = error
+        self._root = _identity_of(path)
 
     @classmethod
-    def open(cls, path: str, create: bool = False, writable: bool = False) -> Repository:
+    def open(
+        cls,
+        path: str,
+        create: bool = False,
+        writable: bool = False,
+        adopt: Optional[str] = None,
+        check_mode: bool = False,
+    ) -> Repository:
         """Open a repository.
 
         :param create: an empty folder becomes a repository (and the repository has to be writable).
-        :param writable: fail now if it can't be written to.
+        :param writable: fail now if it must not or can't be written to.
+        :param adopt: ``moved``, ``copy`` or ``another_path``: the place is taken into its list (:mod:`.adoption`).
+        :param check_mode: nothing is created or adopted; it is looked at as if it had been adopted.
         :raises InputError: the path is relative.
-        :raises RepositoryError: no such folder, no repository in it, a newer format, not writable.
+        :raises RepositoryError: no such folder, no repository in it, a newer format, not writable, another place.
         """
-        if not os.path.isabs(path):
-            raise InputError(
-                "The repository's path is not absolute",
-                subject=path,
-                reason="what it is relative to is not known where the module runs",
-                remedy="Give the whole path, from / on",
-            )
-        root = Path(path)
-        try:
-            root = Path(os.path.realpath(path))
-            names = os.listdir(str(root))
-        except OSError as error:
-            raise _unusable(path, error) from None
+        root, names = _look(path)
+        created = False
         if REPOSITORY_FILE not in names:
-            if not create:
+            if not create or check_mode:
                 others = _foreign_entries(root)
                 raise RepositoryError(
                     "The folder holds no repository",
                     subject=path,
                     reason=f"{REPOSITORY_FILE} is missing, and {_listed(others) if others else 'it is empty'}",
                     remedy="See that the repository's file system is mounted there and that the path is right; "
-                    "the first export makes a repository of an empty folder",
+                    "for a new repository in an empty folder, set create (role vm_backup: vm_backup_create) to true, "
+                    "once",
                 )
             foreign = _foreign_entries(root)
             # Another may have made it, and begun to use it, since the first look.
@@ -236,22 +273,154 @@ class Repository:
                     reason=_listed(foreign),
                     remedy="Name an empty folder, or the folder of a repository",
                 )
-            _create_repository(root)
-        data = _read_json(
-            root / REPOSITORY_FILE,
-            "The repository's description is damaged",
-            _REPOSITORY,
-            "Restore the file from a copy: its id stands in every manifest as repository_id",
-        )
-        repository = cls(root, str(data["id"]))
-        if (writable or create) and not os.access(str(root), os.W_OK | os.X_OK):
-            raise RepositoryError(
+            created = _create_repository(root, places.place_of(str(root)))
+        repository = cls(root, read_description(root))
+        repository.created = created
+        if adopt is not None and adoption.wanted(repository, adopt):
+            if check_mode:
+                adoption.check(repository, adopt)
+                repository._supposed = True
+                repository.done.append(f"The repository would be adopted ({adopt}).")
+            else:
+                done = adoption.adopt(repository, adopt)
+                repository = cls(root, read_description(root))
+                repository.done += done
+        if writable or create or adopt is not None:
+            repository.require_writable()
+        if repository.moved_machine:
+            repository.warnings.append(
+                f"The repository {path} was written by another machine before. If that one still uses it, or has a"
+                " clone of this file system, they must not both go on."
+            )
+        return repository
+
+    @classmethod
+    def open_to_write(cls, path: str, create: bool, adopt: Optional[str], check_mode: bool) -> Optional[Repository]:
+        """As :meth:`open`, of who will write; None where an empty folder would become a repository by *create*.
+
+        :raises RepositoryError: it must not be written, or could not be made there.
+        """
+        if create and is_empty_folder(path):
+            places.place_of(path)
+            return None
+        return cls.open(path, writable=True, adopt=adopt, check_mode=check_mode)
+
+    # Places
+
+    @property
+    def listed(self) -> bool:
+        """Whether it lies in a place that it lists: from there it is written and recovered."""
+        return self._supposed or self._entry is not None
+
+    @property
+    def report_only(self) -> bool:
+        """Whether its records are told and not acted upon: they may be those of another copy."""
+        return not self.listed
+
+    @property
+    def _entry(self) -> Optional[Place]:
+        return None if self.place is None else places.find(self.place, self.places)
+
+    @property
+    def moved_machine(self) -> bool:
+        """Whether this local file system was written by another machine the last time. Shares have several anyway."""
+        entry = self._entry
+        if entry is None or self.place is None or entry.kind == places.NETWORK:
+            return False
+        return places.is_other_machine(entry.machine, self.place.machine) is True
+
+    def note_machine(self) -> None:
+        """Write down that it is this machine now. Before anything else is written to a local place."""
+        if self.moved_machine and self.may_write:
+            adoption.note_machine(self)
+
+    @property
+    def may_write(self) -> bool:
+        """Whether lock, records and all else go into the repository; else they go to :attr:`work_path`."""
+        return self._why_not_written() is None
+
+    def require_writable(self) -> None:
+        """:raises RepositoryError: it must not be written from here, or can't be."""
+        problem = self._why_not_written()
+        if problem is not None:
+            raise problem
+
+    def _why_not_written(self) -> Optional[RepositoryError]:
+        # Once: a run that has begun in one place does not go on in the other.
+        if not self._judged:
+            self._problem, self._judged = self._write_problem(), True
+        return self._problem
+
+    def _write_problem(self) -> Optional[RepositoryError]:
+        if not self.listed:
+            return self._place_problem()
+        entry = self._entry
+        if entry is not None and self.place is not None:
+            keeps = places.mount_of(str(self.path)).local_locks
+            if keeps is not None and places.is_other_machine(entry.machine, self.place.machine) is not False:
+                return RepositoryError(
+                    "The repository is used by two machines, and their locks do not reach each other",
+                    subject=str(self.path),
+                    reason=keeps,
+                    remedy="Mount it with locks that all machines see; if the other machine will never use it again,"
+                    " set adopt to moved",
+                )
+        if not os.access(str(self.path), os.W_OK | os.X_OK):
+            return RepositoryError(
                 "The repository is not writable",
-                subject=path,
+                subject=str(self.path),
                 reason=f"user id {os.geteuid()} may not write there, or it is mounted read-only",
                 remedy="Give that user the folder, or mount it for writing",
             )
-        return repository
+        return None
+
+    def _place_problem(self) -> RepositoryError:
+        if self.place is None:
+            assert self._unknown is not None
+            return self._unknown
+        if self.format < REPOSITORY_FORMAT:
+            what, reason = "The repository has an older format", f"it has format {self.format}, which lists no places"
+            ways = "moved writes the present format, which older versions of this collection then refuse"
+        else:
+            what = "The repository is in another place than those that it lists"
+            reason = f"this is {self.place}, and it lists {'; '.join(map(str, self.places)) or 'none'}"
+            ways = "moved: it is used here and nowhere else"
+        return RepositoryError(
+            what,
+            subject=str(self.path),
+            reason=reason,
+            remedy=f"It can be read and restored from as it is. To back up here, set adopt (role vm_backup:"
+            f" vm_backup_adopt), once. {ways}; copy: the original is used on elsewhere; another_path: this is the same"
+            f" storage by another path",
+        )
+
+    @property
+    def work_path(self) -> Path:
+        """Where lock, record and journal of a run go: into the repository, or to this machine's own folder."""
+        return self.path if self.may_write else state.folder_of(self.id)
+
+    def require_there(self) -> None:
+        """:raises RepositoryError: the folder is no longer the one that was opened (unmounted, moved, removed)."""
+        if _identity_of(self.path) != self._root or not (self.path / REPOSITORY_FILE).exists():
+            raise RepositoryError(
+                "The repository has gone",
+                subject=str(self.path),
+                reason="what is there now is not what was opened",
+                remedy="See that its file system is mounted there, and run again",
+            )
+
+    def lock(self, what: str) -> RepositoryLock:
+        """The lock of who changes repository.json."""
+        return RepositoryLock(self.path / LOCK_FILE, what)
+
+    def write_description(self, repository_id: str, listed: Sequence[Place]) -> None:
+        """Replace repository.json. Under :meth:`lock`."""
+        document = {
+            "format": REPOSITORY_FORMAT,
+            "id": repository_id,
+            "places": [place.to_json() for place in listed],
+        }
+        _write_json(self.path / REPOSITORY_FILE, document, _check_description)
 
     def part_files(self) -> List[Path]:
         """Unfinished files of the repository itself. It is there, so they are leftovers; nobody needs a lock."""
@@ -287,6 +456,16 @@ class Repository:
         except OSError as error:
             raise _unusable(str(folder), error) from None
         return [self.vm(name) for name in sorted(names) if _UUID.fullmatch(name)]
+
+    def stores(self) -> List[VmStore]:
+        """As :meth:`vms`, with those of which there are only records on this machine (:attr:`work_path`)."""
+        found = {store.uuid: store for store in self.vms()}
+        here = state.existing(self.id)
+        if here is not None and (here / "vms").is_dir():
+            for name in os.listdir(str(here / "vms")):
+                if _UUID.fullmatch(name):
+                    found.setdefault(name, self.vm(name))
+        return [found[uuid] for uuid in sorted(found)]
 
     def find_vm(self, vm_uuid: Optional[str] = None, vm_name: Optional[str] = None) -> VmStore:
         """The one VM with that instance UUID, or with that name when it was last backed up.
@@ -338,6 +517,7 @@ class VmStore:
     def __init__(self, repository: Repository, uuid: str) -> None:
         self.repository = repository
         self.uuid = check_uuid(uuid)
+        self.doubts: List[str] = []
         self._lock: Optional[VmLock] = None
 
     # Paths. None of them creates anything.
@@ -345,10 +525,42 @@ class VmStore:
     def _inside(self, *parts: str) -> Path:
         return self.repository.inside("vms", self.uuid, *parts)
 
+    def _work(self, *parts: str) -> Path:
+        """Of lock, records, marks and evidence: here, or on this machine where the repository is not written."""
+        if self.repository.may_write:
+            return self._inside(*parts)
+        return self.repository.work_path.joinpath("vms", self.uuid, *parts)
+
+    def _kept_here(self) -> Optional[Path]:
+        """What restores from this repository left on this machine while it could not be written, or was elsewhere."""
+        folder = state.existing(self.repository.id)
+        return None if folder is None else folder / "vms" / self.uuid
+
     @property
     def path(self) -> Path:
         """The VM's folder."""
         return self._inside()
+
+    @property
+    def work_path(self) -> Path:
+        """The folder of lock, records and temporary files of a run; the lock's holder finds it made."""
+        return self._work()
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there is anything of this VM, in the repository or of a restore from it on this machine."""
+        return os.path.isdir(str(self.path)) or os.path.isdir(str(self.work_path))
+
+    # Doubts (proofs 3)
+
+    @property
+    def report_only(self) -> bool:
+        """Whether what runs left is told and not removed: the place is not listed, or see :meth:`doubt`."""
+        return self.repository.report_only or bool(self.doubts)
+
+    def doubt(self, reason: str) -> None:
+        """Note why this may be a copy, or was rolled back: the VM names what is not here. Recovery only reports."""
+        self.doubts.append(reason)
 
     def disk_folder(self, key: int) -> Path:
         """The folder of a disk's layers."""
@@ -376,11 +588,11 @@ class VmStore:
 
     def screenshot_path(self, point: str) -> Path:
         """The guest's screen when the point was booted last; there need not be any."""
-        return self._inside("boots", f"{check_point_name(point)}.png")
+        return self._work("boots", f"{check_point_name(point)}.png")
 
     def serial_log_path(self, point: str) -> Path:
         """What the guest said on its serial console when the point was booted last; there need not be any."""
-        return self._inside("boots", f"{check_point_name(point)}.serial.log")
+        return self._work("boots", f"{check_point_name(point)}.serial.log")
 
     @property
     def boot_name(self) -> str:
@@ -390,7 +602,13 @@ class VmStore:
     @property
     def trust_path(self) -> Path:
         """The marks of disks whose change tracking must not be believed; there need not be any."""
-        return self._inside("trust.json")
+        return self._work("trust.json")
+
+    @property
+    def trust_paths(self) -> List[Path]:
+        """All files of such marks: the repository's, and what restores noted on this machine."""
+        here = self._kept_here()
+        return [self._inside("trust.json")] + ([] if here is None else [here / "trust.json"])
 
     # The VM's facts.
 
@@ -575,12 +793,12 @@ class VmStore:
         Who holds it writes to the folder ``boots``, and nowhere else.
         """
         self.make_folder()
-        self._make_folders(self._inside("boots"))
-        return VmLock(self._inside("boots", "lock"), run_id, "restore_point_verify")
+        self._make_folders(self._work("boots"))
+        return VmLock(self._work("boots", "lock"), run_id, "restore_point_verify")
 
     def boot_part_files(self) -> List[Path]:
         """Unfinished evidence of boots. Under the lock of :meth:`boot_lock` each of them is a leftover."""
-        folder = self._inside("boots")
+        folder = self._work("boots")
         if not folder.is_dir():
             return []
         return [folder / name for name in sorted(os.listdir(str(folder))) if _PART_FILE.fullmatch(name)]
@@ -607,19 +825,26 @@ class VmStore:
             raise RuntimeError(f"the VM's lock has to be held to {what}")
 
     def make_folder(self) -> None:
-        """Create the VM's folder with its fixed subfolders, durably; those that are there stay."""
-        for parts in ((), ("points",), ("configs",), ("runs",)):
-            self._make_folders(self._inside(*parts))
+        """Create the VM's folder with its fixed subfolders, durably; those that are there stay.
+
+        :raises RepositoryError: the repository has gone, or can't be written.
+        """
+        for parts in ((), ("points",), ("configs",), ("runs",)) if self.repository.may_write else ((), ("runs",)):
+            self._make_folders(self._work(*parts))
 
     def make_disk_folder(self, key: int) -> Path:
         """Create the folder of a disk's layers, durably, and return it. Under the lock."""
         self.require_lock("create a folder")
+        self.repository.require_writable()
         folder = self.disk_folder(key)
         self._make_folders(folder)
         return folder
 
     def _make_folders(self, folder: Path) -> None:
-        current = self.repository.path
+        self.repository.require_there()
+        current = self.repository.work_path
+        if not self.repository.may_write:
+            current = state.make(self.repository.id)
         for part in folder.relative_to(current).parts:
             current = current / part
             try:
@@ -652,31 +877,33 @@ class VmStore:
         return file_entry(path)
 
     def runs(self) -> List[Run]:
-        """The runs that are not over, oldest first. DamagedError: a record can't be understood."""
-        folder = self._inside("runs")
-        try:
-            names = os.listdir(str(folder))
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise _unusable(str(folder), error) from None
-        found = []
-        for name in sorted(names):
-            if _RUN_FILE.fullmatch(name):
-                try:
-                    found.append(Run.load(self._inside("runs", name)))
-                except FileNotFoundError:
-                    continue  # it ended meanwhile
-        return found
+        """The runs that are not over and may be acted upon, oldest first: recorded where this store writes.
+
+        From a place that the repository does not list, its own records are not among them (:meth:`foreign_runs`).
+        DamagedError: a record can't be understood.
+        """
+        folders = [self._work("runs")]
+        here = self._kept_here()
+        if here is not None and self.repository.may_write:
+            folders.append(here / "runs")
+        return _runs_in(*folders)
+
+    def foreign_runs(self) -> List[Run]:
+        """The repository's records where they are told and not acted upon, oldest first; else none."""
+        return [] if self.repository.may_write else _runs_in(self._inside("runs"))
 
     def run(self, run_id: str) -> Optional[Run]:
-        """The run of that id, None if it is over (or never was)."""
+        """The run of that id among :meth:`runs`, None if it is over (or never was)."""
         if _RUN_FILE.fullmatch(f"{run_id}.json") is None:
             return None
-        try:
-            return Run.load(self._inside("runs", f"{run_id}.json"))
-        except FileNotFoundError:
-            return None
+        here = self._kept_here()
+        for folder in (self._work("runs"), None if here is None else here / "runs"):
+            if folder is not None and (folder / f"{run_id}.json").exists():
+                try:
+                    return Run.load(folder / f"{run_id}.json")
+                except FileNotFoundError:
+                    continue
+        return None
 
     def create_run(
         self,
@@ -692,7 +919,7 @@ class VmStore:
         """
         self.require_lock("begin a run")
         return Run.create(
-            self._inside("runs"),
+            self._work("runs"),
             run_id or new_run_id(),
             repository_id=self.repository.id,
             vm_uuid=self.uuid,
@@ -710,6 +937,15 @@ class VmStore:
         :raises RepositoryError: the point exists; a file is missing, has another size, or is the wrong image.
         """
         self.require_lock("commit a point")
+        self.repository.require_writable()
+        self.repository.require_there()
+        if self._lock is not None and self._lock.lost:
+            raise RepositoryError(
+                "The VM's lock was removed, and the restore point was not made",
+                subject=str(self._lock.path),
+                reason="another run may write at the same time",
+                remedy="Never remove a lock: it goes with its process. Run again",
+            )
         sealed = manifests.seal(manifest)
         point = check_point_name(sealed["point"])
         path = self.manifest_path(point)
@@ -751,14 +987,16 @@ class VmStore:
 
         Only for an id that no backup can know yet: whoever waited for the lock would hold that of a removed file.
         """
+        folder = self.work_path
         try:
-            if set(os.listdir(str(self.path))) - {"points", "configs", "runs", "lock"}:
+            names = set(os.listdir(str(folder)))
+            if names - {"points", "configs", "runs", "lock"}:
                 return
-            for name in ("runs", "points", "configs"):
-                os.rmdir(str(self._inside(name)))
-            os.unlink(str(self._inside("lock")))
-            os.rmdir(str(self.path))
-            fsync_dir(str(self.path.parent))
+            for name in sorted(names - {"lock"}):
+                os.rmdir(str(folder / name))
+            os.unlink(str(folder / "lock"))
+            os.rmdir(str(folder))
+            fsync_dir(str(folder.parent))
         except OSError:
             return  # something is kept there, or another has removed it
 
@@ -779,16 +1017,20 @@ class VmStore:
         return found
 
     def part_files(self) -> List[Path]:
-        """Unfinished files (``<final name>.part-<id>``) anywhere in the VM's folder.
+        """Unfinished files (``<final name>.part-<id>``) anywhere in the VM's folder that nobody writes any more.
 
-        Under the lock each of them is a leftover: only the lock's holder writes.
+        Under the lock each is a leftover: only the lock's holder writes. But a lock can be removed by hand, so those of
+        a run whose process is seen at work are none.
         """
-        folders = [self.path, self._inside("points"), self._inside("runs")]
-        folders += [folder for folder, dummy in self._data_folders()]
+        kept = tuple(PART + run.run_id for run in self.runs() if run.at_work)
+        folders = [self.work_path, self._work("runs")]
+        if self.repository.may_write:
+            folders += [self._inside("points"), *(folder for folder, dummy in self._data_folders())]
         found = []
         for folder in folders:
             if folder.is_dir():
-                found += [folder / name for name in sorted(os.listdir(str(folder))) if _PART_FILE.fullmatch(name)]
+                names = [name for name in sorted(os.listdir(str(folder))) if _PART_FILE.fullmatch(name)]
+                found += [folder / name for name in names if not name.endswith(kept)]
         return found
 
     def _data_folders(self) -> List[Tuple[Path, Tuple[str, ...]]]:
@@ -804,17 +1046,58 @@ class VmStore:
 
 
 class StoreLock(VmLock):
-    """The lock of a :class:`VmStore`, which then allows writing."""
+    """The lock of a :class:`VmStore`, which then allows writing.
+
+    Where restores left records on this machine, it is that folder's lock too: who holds it may act upon those.
+    """
 
     def __init__(self, store: VmStore, run_id: str, what: str) -> None:
         self._store = store
-        super().__init__(store._inside("lock"), run_id, what)
+        self._second: Optional[VmLock] = None
+        super().__init__(store._work("lock"), run_id, what)
 
     def __enter__(self) -> StoreLock:
         self._store.make_folder()
         super().__enter__()
+        here = self._store._kept_here()
+        if here is not None and here.is_dir() and here / "lock" != self.path:
+            second = VmLock(here / "lock", self.run_id, self.what)
+            try:
+                second.__enter__()
+            except BaseException:
+                super().__exit__(None, None, None)
+                raise
+            self._second = second
         self._store._lock = self
         return self
+
+    def __exit__(
+        self, kind: Optional[Type[BaseException]], value: Optional[BaseException], trace: Optional[TracebackType]
+    ) -> None:
+        second, self._second = self._second, None
+        try:
+            super().__exit__(kind, value, trace)
+        finally:
+            if second is not None:
+                second.__exit__(kind, value, trace)
+
+
+def _runs_in(*folders: Path) -> List[Run]:
+    found = []
+    for folder in folders:
+        try:
+            names = os.listdir(str(folder))
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise _unusable(str(folder), error) from None
+        for name in sorted(names):
+            if _RUN_FILE.fullmatch(name):
+                try:
+                    found.append(Run.load(folder / name))
+                except FileNotFoundError:
+                    continue  # it ended meanwhile
+    return sorted(found, key=lambda run: (parse_time(run.data["started"]), run.run_id))
 
 
 def file_entry(path: Path) -> Dict[str, Any]:
@@ -862,16 +1145,56 @@ def _age(manifest: Dict[str, Any]) -> Tuple[datetime, str, str]:
     return parse_time(manifest["snapshot"]["created"]), str(manifest["run_id"]), str(manifest["point"])
 
 
-def _create_repository(root: Path) -> None:
-    """Write repository.json; of two who do so at the same time one wins, and both go on with its id."""
+def _look(path: str) -> Tuple[Path, List[str]]:
+    """The real path of a repository's folder, and what is in it."""
+    if not os.path.isabs(path):
+        raise InputError(
+            "The repository's path is not absolute",
+            subject=path,
+            reason="what it is relative to is not known where the module runs",
+            remedy="Give the whole path, from / on",
+        )
+    try:
+        root = Path(os.path.realpath(path))
+        return root, os.listdir(str(root))
+    except OSError as error:
+        raise _unusable(path, error) from None
+
+
+def _identity_of(path: Path) -> Optional[Tuple[int, int]]:
+    try:
+        status = os.stat(str(path))
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def read_description(root: Path) -> Dict[str, Any]:
+    """repository.json, of any format that is known. :raises RepositoryError: a newer one, or it is damaged."""
+    return _read_json(
+        root / REPOSITORY_FILE,
+        "The repository's description is damaged",
+        _check_description,
+        "Restore the file from a copy: its id stands in every manifest as repository_id",
+        REPOSITORY_FORMAT,
+    )
+
+
+def _create_repository(root: Path, place: Place) -> bool:
+    """Write repository.json; of two who do so at the same time one wins, and both go on with its id.
+
+    :returns: whether it was us.
+    """
+    made = False
     try:
         # Each clears away what it takes for leftovers of a crash, so one may lose its unfinished file to the other:
         # again then.
         while not (root / REPOSITORY_FILE).exists():
             for path in _unfinished(root):
                 _unlink(path)
-            _write_description(root)
+            made = _write_description(root, place) or made
         fsync_dir(str(root))
+        return made
     except OSError as error:
         raise _unusable(str(root), error) from None
 
@@ -880,8 +1203,8 @@ def _unfinished(root: Path) -> List[Path]:
     return [root / name for name in sorted(os.listdir(str(root))) if name.startswith(REPOSITORY_FILE + PART)]
 
 
-def _write_description(root: Path) -> None:
-    document = {"format": FORMAT, "id": str(uuid_module.uuid4())}
+def _write_description(root: Path, place: Place) -> bool:
+    document = {"format": REPOSITORY_FORMAT, "id": str(uuid_module.uuid4()), "places": [place.to_json()]}
     final = root / REPOSITORY_FILE
     part = root / f"{REPOSITORY_FILE}{PART}{document['id']}"
     descriptor = os.open(str(part), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
@@ -893,13 +1216,14 @@ def _write_description(root: Path) -> None:
         # Unlike rename, link does not replace what another has made meanwhile.
         os.link(str(part), str(final))
     except (FileExistsError, FileNotFoundError):
-        return
+        return False
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
             raise
         os.rename(str(part), str(final))  # a file system without hard links
     finally:
         _unlink(part)
+    return True
 
 
 def _unlink(path: Path) -> None:
@@ -909,7 +1233,7 @@ def _unlink(path: Path) -> None:
         return
 
 
-def _read_json(path: Path, what: str, shape: Shape, remedy: str) -> Dict[str, Any]:
+def _read_json(path: Path, what: str, shape: Shape, remedy: str, newest: int = FORMAT) -> Dict[str, Any]:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -919,11 +1243,11 @@ def _read_json(path: Path, what: str, shape: Shape, remedy: str) -> Dict[str, An
     try:
         document = json.loads(data.decode("utf-8"))
         version = document.get("format") if isinstance(document, dict) else None
-        if isinstance(version, int) and not isinstance(version, bool) and version > FORMAT:
+        if isinstance(version, int) and not isinstance(version, bool) and version > newest:
             raise RepositoryError(
                 "The repository was written by a newer version",
                 subject=str(path),
-                reason=f"it has format {version}, this version knows format {FORMAT}",
+                reason=f"it has format {version}, this version knows format {newest}",
                 remedy="Upgrade the collection openvadp.backup",
             )
         shape(document, "")

@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
@@ -86,6 +87,17 @@ class VmLock:
             finally:
                 os.close(descriptor)
 
+    @property
+    def lost(self) -> bool:
+        """Whether the file that is locked is no longer the one that others will lock: somebody removed it."""
+        if self._descriptor is None:
+            return True
+        try:
+            there, ours = os.stat(str(self.path), follow_symlinks=False), os.fstat(self._descriptor)
+        except OSError:
+            return True
+        return (there.st_dev, there.st_ino) != (ours.st_dev, ours.st_ino)
+
     def _holder(self) -> Dict[str, Any]:
         return {
             "run_id": self.run_id,
@@ -110,6 +122,39 @@ class VmLock:
             subject=str(self.path.parent),
             reason=f"the lock is held by {who}",
             remedy="Wait until it has ended; the lock goes with its process",
+            retryable=True,
+            details={"holder": holder},
+        )
+
+
+class RepositoryLock(VmLock):
+    """The lock of who changes repository.json. It is held for moments, so taking it waits for a while."""
+
+    def __init__(self, path: Path, what: str, wait_seconds: float = 30) -> None:
+        super().__init__(path, "", what)
+        self._wait_seconds = wait_seconds
+
+    def __enter__(self) -> RepositoryLock:
+        deadline = time.monotonic() + self._wait_seconds
+        while True:
+            try:
+                super().__enter__()
+            except LockedError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(0.05)
+                continue
+            if not self.lost:
+                return self
+            self.__exit__(None, None, None)
+
+    def _locked(self, holder: Dict[str, Any]) -> LockedError:
+        who = "{what}, process {pid} on {host}, since {since}".format(**holder) if holder else "another process"
+        return LockedError(
+            "The repository's description is being changed",
+            subject=str(self.path.parent),
+            reason=f"the lock is held by {who}",
+            remedy="Run again; the lock goes with its process",
             retryable=True,
             details={"holder": holder},
         )

@@ -143,6 +143,15 @@ class Run:
         """The run's id."""
         return str(self.data["run_id"])
 
+    @property
+    def at_work(self) -> bool:
+        """Whether a process of this machine's present boot has the number of the one that began it, and is not us.
+
+        False proves nothing: the run may go on by other processes, or on another machine.
+        """
+        pid = int(self.data["pid"])
+        return self.data["boot_id"] == boot_id() and pid != os.getpid() and os.path.exists(f"/proc/{pid}")
+
     def intents(self, what: Optional[str] = None) -> List[Dict[str, Any]]:
         """Copies of the intents that are open, oldest first."""
         with self._mutex:

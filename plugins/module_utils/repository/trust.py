@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Optional, Sequence
 
 from ..datapath.image import atomic_write
@@ -25,6 +26,7 @@ from .shapes import (
     list_of,
     nullable,
     one_of,
+    parse_time,
     record,
     text,
     time,
@@ -66,7 +68,11 @@ def prefix_of(change_id: Optional[str]) -> Optional[str]:
 
 def marks(store: VmStore) -> List[Dict[str, Any]]:
     """The marks of a VM: [{key, uuid, since, reason, change_id_prefixes}], oldest first, settled ones too."""
-    path = store.trust_path
+    found = [entry for path in store.trust_paths for entry in _marks_in(store, path)]
+    return sorted(found, key=lambda entry: parse_time(entry["since"]))
+
+
+def _marks_in(store: VmStore, path: Path) -> List[Dict[str, Any]]:
     try:
         document = json.loads(path.read_bytes().decode("utf-8"))
         _TRUST(document, "")
@@ -109,7 +115,8 @@ def mark(
         "reason": reason,
         "change_id_prefixes": sorted(prefix for prefix in known if prefix is not None),
     }
-    others = [other for other in marks(store) if not (other["key"] == key and other["uuid"] == uuid)]
+    noted = _marks_in(store, store.trust_path)
+    others = [other for other in noted if not (other["key"] == key and other["uuid"] == uuid)]
     _write(store, others + [entry])
     return entry
 
@@ -159,21 +166,23 @@ def waiting_for_reset(
 
 def forget_settled(store: VmStore) -> None:
     """Remove the marks that a full point has settled: the points that prove it may go one day. Under the VM's lock."""
-    found = marks(store)
-    if found:
-        points = store.points()
-        left = [entry for entry in found if not settled(entry, points)]
-        if left != found:
-            _write(store, left)
+    points: Optional[List[Dict[str, Any]]] = None
+    for path in store.trust_paths:
+        found = _marks_in(store, path)
+        if found:
+            points = store.points() if points is None else points
+            left = [entry for entry in found if not settled(entry, points)]
+            if left != found:
+                _write(store, left, path)
 
 
 def _same(one: Optional[str], other: Optional[str]) -> bool:
     return one is None or other is None or one == other
 
 
-def _write(store: VmStore, entries: List[Dict[str, Any]]) -> None:
+def _write(store: VmStore, entries: List[Dict[str, Any]], path: Optional[Path] = None) -> None:
     store.require_lock("mark a disk")
-    path = store.trust_path
+    path = path or store.trust_path
     document = {"format": FORMAT, "vm_uuid": store.uuid, "not_trusted": entries}
     try:
         _TRUST(document, "")

@@ -120,7 +120,7 @@ def restore_point(request: RestoreRequest, check_mode: bool) -> Dict[str, Any]:
         vm = _find_target(session, point, request)
         if not check_mode:
             own = point.repository.vm(vm.instance_uuid)
-            if own.path.is_dir():
+            if own.is_known:
                 clear_leftovers(session, vm, own)
         targets, proxy = _look(session, vm, point, request)
         if check_mode or not request.changed_only:
@@ -179,7 +179,7 @@ def _restore_locked(
                     sysfs_dir=request.sysfs_dir,
                     wire_compression=request.wire_compression,
                     nfc_host_limit=request.nfc_host_limit,
-                    stage_dir=store.path,
+                    stage_dir=store.work_path,
                 )
                 return _restore(point, targets, store, context, request, progress, changes, proven)
         finally:
@@ -214,7 +214,7 @@ def _journal_store(point: Point, vm: VmRef, targets: List[DiskTarget]) -> VmStor
     if own.uuid == point.store.uuid:
         return point.store
     tracked = any(target.disk.change_id is not None for target in targets)
-    return own if tracked or own.path.is_dir() else point.store
+    return own if tracked or own.is_known else point.store
 
 
 def _look(session: Session, vm: VmRef, point: Point, request: RestoreRequest) -> Tuple[List[DiskTarget], ProxyFacts]:

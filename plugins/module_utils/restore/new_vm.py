@@ -417,7 +417,7 @@ def _controller(disk: PointDisk, saved: _Saved) -> str:
 
 def _clear_crashed(session: Session, point: Point, name: str, request: RestoreRequest) -> None:
     """Take away what crashed restores of this machine under this name left; their own locks say that they are dead."""
-    for store in point.repository.vms():
+    for store in point.repository.stores():
         if not any(_is_same(intent, point, name) for run in store.runs() for intent in run.intents()):
             continue
         try:
@@ -604,7 +604,7 @@ class _Restore:
             sysfs_dir=request.sysfs_dir,
             wire_compression=request.wire_compression,
             nfc_host_limit=request.nfc_host_limit,
-            stage_dir=self.store.path,
+            stage_dir=self.store.work_path,
         )
 
     def _pairs(self, vm: VmRef, config: Any) -> List[Tuple[PointDisk, Disk]]:

@@ -59,7 +59,7 @@ class Import:
         :raises VadpError: there is no room to pack a disk; the machine was not made.
         """
         for disk in self.point.disks:
-            require_room(self.store.path, [disk], self.point)
+            require_room(self.store.work_path, [disk], self.point)
         with import_machine(self.session, placement, spec, io_timeout=self.request.io_timeout) as lease:
             yield find_vm(self.session, moid=lease.entity._moId), lease
             lease.complete()
@@ -70,7 +70,7 @@ class Import:
         for source, disk in pairs:
             begun = time.monotonic()
             self.run.update(self.intent, half_written=[disk.key])
-            stage = self.store.path / f"restore-{source.key}{PART}{self.run.run_id}"
+            stage = self.store.work_path / f"restore-{source.key}{PART}{self.run.run_id}"
             try:
                 self._pack(source, stage)
                 size = self._send(source, disk, stage, lease)

@@ -146,7 +146,7 @@ def verify_by_boot(request: BootRequest, check_mode: bool) -> Dict[str, Any]:
     :param check_mode: the point is checked, and what would be booted is told.
     :returns: as :func:`..repository.report.verify`, with ``boot``; None there if the point was not fit to be booted.
     """
-    repository = Repository.open(request.repository, writable=not check_mode)
+    repository = Repository.open(request.repository)
     store = repository.find_vm(vm_uuid=request.vm_uuid, vm_name=request.vm_name)
     program = require_program(PROGRAM)
     require_program("prlimit")

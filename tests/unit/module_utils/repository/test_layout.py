@@ -25,6 +25,7 @@ from ansible_collections.openvadp.backup.plugins.module_utils.repository.layout 
     moment_of,
     new_point_name,
 )
+from ansible_collections.openvadp.backup.plugins.module_utils.repository.places import place_of
 from ansible_collections.openvadp.backup.plugins.module_utils.repository.runs import Run, new_run_id
 
 from .conftest import KEY, PREFIX, UUID, World, disk_entry
@@ -52,7 +53,11 @@ def test_open_makes_a_repository_of_an_empty_folder_once(tmp_path: Path) -> None
     first = Repository.open(str(tmp_path), create=True)
     assert Repository.open(str(tmp_path)).id == first.id == Repository.open(str(tmp_path), create=True).id
     assert sorted(os.listdir(str(tmp_path))) == ["lost+found", "repository.json"]
-    assert json.loads((tmp_path / "repository.json").read_text()) == {"format": 1, "id": first.id}
+    assert json.loads((tmp_path / "repository.json").read_text()) == {
+        "format": 2,
+        "id": first.id,
+        "places": [place_of(str(tmp_path)).to_json()],
+    }
     assert not layout.is_empty_folder(str(tmp_path))
     # And one after the naming: for vadp_recover to remove.
     assert first.part_files() == []
@@ -79,7 +84,8 @@ def test_two_who_create_a_repository_agree_on_its_id(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content, error, words",
     [
-        ('{"format": 2, "id": "x"}', RepositoryError, "newer version.*format 2"),
+        ('{"format": 3, "id": "x"}', RepositoryError, "newer version.*format 3"),
+        ('{"format": 2, "id": "00000000-0000-0000-0000-000000000001"}', DamagedError, "lacks 'places'"),
         ('{"format": 1}', DamagedError, "lacks 'id'"),
         ('{"format": true, "id": "00000000-0000-0000-0000-000000000001"}', DamagedError, "format"),
         ("[]", DamagedError, "no object"),
@@ -444,3 +450,25 @@ def test_the_folder_of_a_vm_that_was_never_backed_up_can_go(tmp_path: Path) -> N
     store.remove_unused()
     assert not store.path.exists() and repository.vms() == []
     store.remove_unused()
+
+
+def test_files_of_a_run_that_is_seen_at_work_are_no_leftovers(world: World) -> None:
+    """Whoever removes a lock by hand frees it, and the run goes on."""
+    child = subprocess.Popen(["sleep", "60"])
+    try:
+        with world.store.lock(new_run_id(), "test"):
+            run = world.store.create_run("p1")
+            ended = world.store.create_run("p2")
+            run._change(pid=child.pid)
+            ended._change(pid=child.pid, boot_id="00000000-0000-0000-0000-000000000000")
+            folder = world.store.make_disk_folder(KEY)
+            parts = [folder / f"{name}.part-{of.run_id}" for name, of in (("p1.qcow2", run), ("p2.qcow2", ended))]
+            for path in parts:
+                path.touch()
+            assert world.store.part_files() == parts[1:]
+            child.kill()
+            child.wait()
+            assert world.store.part_files() == parts
+    finally:
+        child.kill()
+        child.wait()
