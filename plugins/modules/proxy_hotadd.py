@@ -11,7 +11,9 @@ description:
   - Attaches the disks of a snapshot to the virtual machine that the module runs on, the backup proxy, and finds their
     block devices there. So they can be read without VDDK, while the virtual machine that they are of runs.
   - Detaches them again. The files are never touched by that. Detach disks before their snapshot is removed.
-  - Devices are found by the UUID of the disk, never by their order.
+  - Devices are found by the UUID of the disk, never by their order, and asked themselves what they are.
+  - A disk is not attached while another one of the same UUID is, as clones made in the vSphere client have it; this
+    module does not wait for that one.
   - M(openvadp.backup.vadp_disk_export) and M(openvadp.backup.vadp_disk_restore) attach disks by themselves where the
     transport is V(hotadd). This module is for those who read disks by other means.
 author:

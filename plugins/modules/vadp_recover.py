@@ -98,6 +98,21 @@ options:
         and to detach what it has attached.
       - If not given, the folder that the nbdkit VDDK plugin was built for is used.
     type: path
+  proxy_name:
+    description:
+      - Name of a proxy's virtual machine. Then nothing is recovered; the module tells, in RV(attached) and
+        RV(announced), which disks of other virtual machines vCenter shows attached to it, and which the records of this
+        repository say may be attached to it at any moment, over all virtual machines of the repository.
+      - Ask this before a proxy is destroyed, from a playbook that destroys it too. Destroying a virtual machine deletes
+        the files of all its disks, those of others that are attached to it included.
+      - Instead of O(name), O(uuid) and O(moid).
+    type: str
+  proxy_uuid:
+    description: BIOS UUID of such a proxy, see O(proxy_name).
+    type: str
+  proxy_moid:
+    description: Managed object id of such a proxy, see O(proxy_name).
+    type: str
   device_dir:
     description:
       - Folder in which the disks that are attached to this machine have links by their ids.
@@ -135,9 +150,100 @@ EXAMPLES = r"""
     repository: /backup
     begin: true
   register: begun
+
+- name: Look whether a proxy has disks of others attached
+  openvadp.backup.vadp_recover:
+    hostname: vcenter.example.com
+    username: backup@vsphere.local
+    password: "{{ vcenter_password }}"
+    proxy_name: proxy01
+    repository: /backup
+  register: proxy
+  until: proxy is not failed and not proxy.attached and not proxy.announced
+  retries: 60
+  delay: 60
+
+- name: Destroy the proxy, now that nothing is attached
+  community.vmware.vmware_guest:
+    hostname: vcenter.example.com
+    username: admin@vsphere.local
+    password: "{{ admin_password }}"
+    name: proxy01
+    state: absent
+    force: true
 """
 
 RETURN = r"""
+attached:
+  description:
+    - Disks that vCenter shows attached to the proxy and that are not its own, with O(proxy_name) and its like.
+    - A disk counts as the proxy's own if it lies in a folder with the name of the proxy's, is not attached
+      nonpersistently, and no record of the repository names it.
+  returned: when a proxy is named
+  type: list
+  elements: dict
+  contains:
+    label:
+      description: Label of the disk on the proxy.
+      type: str
+      sample: Hard disk 2
+    device_key:
+      description: Its device key there.
+      type: int
+      sample: 2001
+    file:
+      description: Its file.
+      type: str
+      sample: '[vmfs01] app01/app01.vmdk'
+    disk_uuid:
+      description: Its UUID; null where vCenter knows none.
+      type: str
+      sample: 6000C29e-8a1f-2c9b-6d0e-3f5a7b9c1d2e
+    mode:
+      description: How it is attached.
+      type: str
+      sample: independent_nonpersistent
+    vm_name:
+      description: Name of the virtual machine that lives in the file's folder; null where none does.
+      type: str
+      sample: app01
+    vm_moid:
+      description: Its managed object id.
+      type: str
+      sample: vm-101
+    vm_uuid:
+      description: Instance UUID of the virtual machine in whose records the disk stands; null where it is in none.
+      type: str
+      sample: 503f1d2e-3c4b-5a69-7887-96a5b4c3d2e1
+    run_id:
+      description: The run that attached it, as recorded; null where no record of this repository names it.
+      type: str
+      sample: 4f1c9a7be2d80356a1b2c3d4e5f60718
+announced:
+  description:
+    - Disks that a run of this repository has recorded for the proxy but vCenter does not show, and UUIDs of disks that
+      a run has reserved on the proxy for VDDK. A run that works may attach them at any moment; of one that was cut,
+      M(openvadp.backup.vadp_recover) for its virtual machine removes the record.
+  returned: when a proxy is named
+  type: list
+  elements: dict
+  contains:
+    file:
+      description: The file; null where only a UUID is known.
+      type: str
+      sample: '[vmfs01] app01/app01.vmdk'
+    disk_uuid:
+      description: The disk's UUID.
+      type: str
+      sample: 6000C29e-8a1f-2c9b-6d0e-3f5a7b9c1d2e
+    run_id:
+      description: The run.
+      type: str
+      sample: 4f1c9a7be2d80356a1b2c3d4e5f60718
+    vm_uuid:
+      description: Instance UUID of the virtual machine; null where only the proxy tells of it.
+      type: str
+      sample: 503f1d2e-3c4b-5a69-7887-96a5b4c3d2e1
 recovered:
   description: What was found and removed (in check mode, would be), in that order. The run begun does not count.
   returned: success
@@ -246,6 +352,7 @@ from typing import Any, Dict
 
 from ansible.module_utils.basic import AnsibleModule
 
+from ..module_utils.backup.proxy_report import ProxyRequest, report
 from ..module_utils.backup.recover import RecoverRequest, recover_vm
 from ..module_utils.runner import (
     Options,
@@ -274,19 +381,29 @@ OPTIONS = Options(
         point=dict(type="str"),
         access=dict(type="bool", default=False),
         export=dict(type="dict", options=EXPORT),
+        proxy_name=dict(type="str"),
+        proxy_uuid=dict(type="str"),
+        proxy_moid=dict(type="str"),
         vddk_libdir=dict(type="path"),
         device_dir=dict(type="path", default="/dev/disk/by-id"),
         sysfs_dir=dict(type="path", default="/sys"),
-    )
+    ),
+    required_one_of=[("name", "uuid", "moid", "proxy_name", "proxy_uuid", "proxy_moid")],
+    mutually_exclusive=[("name", "uuid", "moid", "proxy_name", "proxy_uuid", "proxy_moid")],
 )
 
 
 def body(module: AnsibleModule) -> Dict[str, Any]:
+    proxy = ProxyRequest.from_params(module.params)
+    if proxy is not None:
+        return report(proxy)
     return recover_vm(RecoverRequest.from_params(module.params), module.check_mode)
 
 
 def main() -> None:
-    options = connection_options() + vm_options() + repository_options() + repository_write_options() + OPTIONS
+    # A proxy may be named instead of a virtual machine.
+    options = connection_options() + Options(vm_options().argument_spec)
+    options += repository_options() + repository_write_options() + OPTIONS
     run_module(options, body, libraries=["pyVmomi", "blake3"])
 
 

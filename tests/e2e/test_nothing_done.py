@@ -37,7 +37,11 @@ def test_a_play_that_does_nothing_fails(backups: Backups, playbook: str, argumen
     name = f"openvadp.backup.{playbook}"
     outcome = backups.ansible.run(name, hosts=["app01"], variables=_connection(backups, playbook), arguments=arguments)
     assert outcome.failed() and words in outcome.stdout + outcome.stderr, outcome
-    assert backups.simulator.last_call() == seen and list(backups.repository.iterdir()) == []
+    assert backups.simulator.last_call() == seen and _untouched(backups)
+
+
+def _untouched(backups: Backups) -> bool:
+    return [path.name for path in backups.repository.iterdir()] == ["repository.json"]
 
 
 def _connection(backups: Backups, playbook: str) -> Dict[str, Any]:
@@ -75,7 +79,7 @@ def test_a_variable_that_no_role_knows_is_refused(
     outcome = backups.ansible.run([play], hosts=["app01"], variables={**known, **variables})
     said = outcome.failed().stdout
     assert f"Role {role} does not know these variables" in said and words in said, outcome
-    assert backups.simulator.last_call() == seen and list(backups.repository.iterdir()) == []
+    assert backups.simulator.last_call() == seen and _untouched(backups)
 
 
 def test_a_library_that_is_named_and_absent_is_an_error(backups: Backups, simulator: Simulator) -> None:
@@ -83,7 +87,7 @@ def test_a_library_that_is_named_and_absent_is_an_error(backups: Backups, simula
     seen = simulator.last_call()
     outcome = backups.run("app01", vddk_libdir="/nonexistent/vddk")
     assert "The VDDK that is named can't be used: /nonexistent/vddk" in outcome.failed().stdout, outcome
-    assert simulator.changing_calls(seen) == [] and list(backups.repository.iterdir()) == []
+    assert simulator.changing_calls(seen) == [] and _untouched(backups)
     assert simulator.snapshots("app01") == []
 
 

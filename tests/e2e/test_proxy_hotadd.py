@@ -430,8 +430,7 @@ def test_a_device_that_does_not_appear_is_detached_again(
     error = servers[0].said["error"]
     for words in ("'Hard disk 1'", "proxy01", "within 1 s", "disk.EnableUUID"):
         assert words in error, error
-    # The device is in another folder than the one that was named, so nobody could delete it.
-    assert [item["stale"] for item in app01.attachments()] == [True]
+    assert app01.left() == []
     assert [item["what"] for item in app01.recover()["recovered"]] == []
 
 
@@ -459,6 +458,13 @@ def test_a_proxy_that_is_killed_with_a_disk_attached(
     servers[0].kill()
     assert len(app01.attachments()) == 2
     before = app01.simulator.last_call()
+    asked = {**app01.simulator.connection, "proxy_name": "proxy01", "repository": str(app01.repository)}
+    told = modules.done("vadp_recover", **asked)
+    assert [(disk["vm_name"], disk["run_id"], disk["mode"]) for disk in told["attached"]] == [
+        ("restore01", None, "independent_nonpersistent"),
+        ("app01", begun["id"], "independent_nonpersistent"),
+    ]
+    assert told["changed"] is False and told["announced"] == []
     listed = app01.recover(_ansible_check_mode=True)
     assert [(item["what"], item["action"]) for item in listed["recovered"] if item["what"] != "process"][:2] == [
         ("attachment", "would be detached"),
@@ -478,6 +484,8 @@ def test_a_proxy_that_is_killed_with_a_disk_attached(
     assert app01.simulator.disk("app01", 2000) == now
     assert app01.recover()["changed"] is False
     restore01.detach()
+    told = modules.done("vadp_recover", **asked)
+    assert told["attached"] == told["announced"] == []
 
 
 def test_a_proxy_that_is_reset_with_a_disk_attached_for_writing(
@@ -576,3 +584,93 @@ def test_a_restore_that_was_killed_is_made_again(app01: Proxy, restore01: Proxy,
     ]
     assert restore01.left() == []
     assert restore01.simulator.disk("restore01", 2000) == app01.simulator.disk("app01", 2000, snapshot)
+
+
+# Two machines whose disks have one UUID, as clones made in the vSphere client have
+
+
+class Twins:
+    """app01 and restore01, both off; their disks 2000 have one UUID, and different bytes. vCenter answers slowly."""
+
+    names = ("app01", "restore01")
+
+    def __init__(self, simulator: Simulator, modules: Modules) -> None:
+        self.simulator = simulator
+        self.modules = {name: Modules(simulator, modules.repository, name) for name in self.names}
+        uuid = simulator.vm("app01")["disks"][0]["uuid"]
+        simulator.control.call("set_disk_uuid", vm="restore01", disk=2000, uuid=uuid)
+        simulator.control.call("power", vm="app01", state="poweredOff")
+        for seed, name in enumerate(self.names):
+            simulator.write(name, 2000, 8 << 20, length=24 << 20, seed=500 + seed)
+
+    def at_once(self, module: str, options: Dict[str, Dict[str, Any]]) -> Dict[str, Dict[str, Any]]:
+        """Both look before one of them is answered."""
+        self.simulator.control.call("inject", target="call", name="ReconfigVM_Task", delay=2.0, count=2)
+        started = {name: self.modules[name].start(module, options[name]) for name in self.names}
+        results = {name: self.modules[name].result(process) for name, process in started.items()}
+        self.simulator.control.call("clear_injections")
+        return results
+
+
+@pytest.fixture
+def twins(own_simulator: Simulator, modules: Modules) -> Twins:
+    return Twins(own_simulator, modules)
+
+
+@pytest.mark.parametrize(
+    "ways",
+    [
+        ("proxy_hotadd", "proxy_hotadd"),
+        ("vddk", "vddk"),
+        pytest.param(("vddk", "proxy_hotadd"), marks=pytest.mark.soak),
+    ],
+)
+def test_two_disks_of_one_uuid_are_read_one_after_the_other(twins: Twins, app01: Proxy, ways: Tuple[str, str]) -> None:
+    snapshots = {name: modules.snapshot("one") for name, modules in twins.modules.items()}
+    options = {}
+    for way, (name, modules) in zip(ways, twins.modules.items()):
+        read = {"snapshot_moid": snapshots[name], "point": "one", "disks": ["2000"], "rate_limit": "16M"}
+        options[name] = _export(modules, app01, **read)
+        if way == "vddk":
+            options[name]["vddk_libdir"] = twins.simulator.facts["vddk_libdir"]
+    results = twins.at_once("vadp_disk_export", options)
+    assert not any(result["failed"] for result in results.values()), results
+    for name, modules in twins.modules.items():
+        assert modules.backups.disk(name, 2000, "one") == twins.simulator.disk(name, 2000, snapshots[name]), name
+    used = [result["disks"][0] for result in results.values()]
+    assert [(disk["transport"], disk["method"]) for disk in used] == [("hotadd", way) for way in ways]
+    assert app01.left() == []
+
+
+def test_two_disks_of_one_uuid_are_written_one_after_the_other(twins: Twins, app01: Proxy) -> None:
+    held = {name: twins.simulator.disk(name, 2000) for name in twins.names}
+    for modules in twins.modules.values():
+        snapshot = modules.snapshot("one")
+        modules.done("vadp_disk_export", **_export(modules, app01, snapshot_moid=snapshot, point="one", disks=["2000"]))
+        modules.remove_snapshot(snapshot)
+    options = {}
+    for seed, (name, modules) in enumerate(twins.modules.items()):
+        twins.simulator.write(name, 2000, 8 << 20, length=24 << 20, seed=600 + seed)
+        more = {"vm_name": name, "target": "in_place", "overwrite": True, "point": "one", "disks": [{"key": 2000}]}
+        options[name] = _export(modules, app01, rate_limit="16M", **more)
+    results = twins.at_once("vadp_disk_restore", options)
+    assert {name: twins.simulator.disk(name, 2000) for name in twins.names} == held
+    assert not any(result["failed"] for result in results.values()), results
+    assert app01.left() == []
+
+
+@pytest.mark.soak
+def test_where_another_transport_can_do_it_the_second_disk_takes_that(
+    twins: Twins, app01: Proxy, restore01: Proxy
+) -> None:
+    """After a minute: the disk of the same UUID stays attached."""
+    restore01.attach(disks=["2000"])
+    modules = twins.modules["app01"]
+    snapshot = modules.snapshot("one")
+    read: Dict[str, Any] = {"snapshot_moid": snapshot, "point": "one", "disks": ["2000"]}
+    options = dict(_export(modules, app01, **read), transports=["hotadd", "nbdssl"])
+    options["vddk_libdir"] = twins.simulator.facts["vddk_libdir"]
+    disk = modules.done("vadp_disk_export", **options)["disks"][0]
+    assert disk["transport"] == "nbdssl" and "has the same UUID" in str(disk["transport_reasons"]), disk
+    assert modules.backups.disk("app01", 2000, "one") == twins.simulator.disk("app01", 2000, snapshot)
+    assert len(app01.attachments()) == 1

@@ -193,11 +193,13 @@ class _Attempt:
 
     :param areas: what it has to read; None: all that holds data.
     :param begun: the disk is open, and its bytes may be on their way.
+    :param last: no other transport can be tried after it.
     """
 
     candidate: Candidate
     areas: Optional[Extents]
     begun: bool = False
+    last: bool = True
 
 
 def _read_disk(plan: DiskPlan, job: CopyJob, parts: _Parts, progress: DiskProgress) -> Tuple[CopyResult, Reading]:
@@ -218,7 +220,7 @@ def _read_disk(plan: DiskPlan, job: CopyJob, parts: _Parts, progress: DiskProgre
         if alike is not None:
             told[candidate.transport] = f"not tried: it goes the way of {alike}, which failed"
             continue
-        attempt = _Attempt(candidate, areas)
+        attempt = _Attempt(candidate, areas, last=number + 1 == len(candidates))
         try:
             result = _read_by(attempt, plan, job, parts, progress)
         except VadpError as error:
@@ -249,7 +251,15 @@ def _read_disk(plan: DiskPlan, job: CopyJob, parts: _Parts, progress: DiskProgre
 def _read_by(attempt: _Attempt, plan: DiskPlan, job: CopyJob, parts: _Parts, progress: DiskProgress) -> CopyResult:
     request = job.request
     context = replace(job.context, on_wait=progress.wait)
-    opening = open_disk(context, plan.disk, plan.facts, attempt.candidate, writable=False, stage=parts.stage)
+    opening = open_disk(
+        context,
+        plan.disk,
+        plan.facts,
+        attempt.candidate,
+        writable=False,
+        stage=parts.stage,
+        last=attempt.last,
+    )
 
     whole = plan.disk.capacity_bytes if plan.areas is None else plan.areas.total_bytes
     before = 0 if attempt.areas is None else whole - attempt.areas.total_bytes

@@ -10,7 +10,7 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence
 from ..errors import InputError, NotFoundError
 from ..libraries import vim
 from ..transport import hotadd, scsi_units
-from ..transport.guest_device import find_device, uuid_digits
+from ..transport.guest_device import find_device, guest_disks, uuid_digits
 from ..transport.hotadd import Attachment
 from ..vsphere.disks import Disk, disks_of
 from ..vsphere.inventory import VmRef
@@ -84,7 +84,8 @@ def _attached(session: Session, vm: VmRef, proxy: VmRef, wanted: Wanted, check_m
     there = {item.file for item in before}
     if check_mode:
         situation = hotadd.look(session, proxy, vm)
-        plan = hotadd.plan_attach(session, situation, disks, wanted.access, wanted.device_dir)
+        guests = guest_disks(wanted.sysfs_dir)
+        plan = hotadd.plan_attach(session, situation, disks, wanted.access, guests, wanted.device_dir)
         planned = {disk.file: slot for disk, slot in zip(plan.new, plan.placement.slots)}
         known = {item.file: _with_link(item, wanted) for item in plan.there}
         entries = [
@@ -115,7 +116,7 @@ def _attached(session: Session, vm: VmRef, proxy: VmRef, wanted: Wanted, check_m
     }
 
 
-def _unrecorded(_fields: Dict[str, Any]) -> int:
+def _unrecorded(_fields: Dict[str, Any], _known: Optional[int] = None) -> int:
     """Who attaches disks by the module detaches them by the module: there is no run that could crash."""
     return 0
 
@@ -154,13 +155,14 @@ def _detached(session: Session, vm: VmRef, proxy: VmRef, wanted: Wanted, check_m
             item = replace(item, key=disk.key, label=disk.label)
         if chosen is None or item.key in chosen:
             going.append(_with_link(item, wanted))
-    if not check_mode:
+    if going and not check_mode:
+        elsewhere = hotadd.is_elsewhere(session, proxy, wanted.sysfs_dir)
         hotadd.detach(
             session,
             proxy,
             going,
             sysfs_dir=wanted.sysfs_dir,
-            device_dir=wanted.device_dir,
+            device_dir=None if elsewhere else wanted.device_dir,
             timeout=hotadd.DEVICE_TIMEOUT,
         )
     return {

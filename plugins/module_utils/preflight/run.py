@@ -239,7 +239,14 @@ def _common_checks(
         if vddk is not None:
             yield vddk
         if planned.identity:
-            yield Check("proxy", OK, "this machine", planned.identity)
+            words = planned.identity
+            if planned.proxy_moid is not None:
+                # Destroying a machine deletes the disks of others that are attached to it (proofs 9).
+                words += (
+                    f". Before it is destroyed, vadp_recover with proxy_moid={planned.proxy_moid} has to report that"
+                    " nothing is attached"
+                )
+            yield Check("proxy", OK, "this machine", words)
     if request.repository is not None:
         yield from server_side.repository_checks(request.repository, machines)
 

@@ -650,8 +650,10 @@ def _is_transport(error: VadpError, begun: bool) -> bool:
 def _open(target: DiskTarget, job: _Job, candidate: Candidate, writable: bool) -> Iterator[Endpoint]:
     """The current leaf of a VM without snapshots (VADP facts 40)."""
     stage = job.context.stage_dir / f"restore-{target.disk.key}{PART}{job.run.run_id}"
+    # What was written is read back by the same transport, however long another disk is in the way.
+    last = not writable or candidate is target.transport.usable()[-1]
     with open_disk(
-        job.context, target.disk, target.facts, candidate, writable=writable, stage=stage
+        job.context, target.disk, target.facts, candidate, writable=writable, stage=stage, last=last
     ) as endpoint, job.run.recorded(endpoint.child):
         if endpoint.size_bytes != target.source.capacity_bytes:
             raise TransportError(

@@ -21,6 +21,7 @@ from .planner import (
     BY_IMPORT,
     BY_LEASE,
     BY_VDDK,
+    RESERVING,
     READ,
     DatastoreFacts,
     DiskFacts,
@@ -54,6 +55,8 @@ _PROXY_PATHS = (
 # datastores and at vCenter's level the operation itself tells.
 _READING = ("VirtualMachine.Provisioning.DiskRandomRead", "VirtualMachine.Provisioning.GetVmFiles")
 _WRITING = ("VirtualMachine.Provisioning.DiskRandomAccess", *_READING)
+# While VDDK attaches a disk, its UUID is reserved in an advanced parameter of the proxy.
+_RESERVING = ("VirtualMachine.Config.AdvancedConfig",)
 _ATTACHING = ("VirtualMachine.Config.AddExistingDisk", "VirtualMachine.Config.RemoveDisk")
 _EXPORTING = ("VApp.Export",)
 _IMPORTING = ("VApp.Import",)
@@ -309,7 +312,7 @@ def _missing_privileges(
         on_vm[BY_VDDK] = using_vddk
     if "https" in transports and direction == READ:
         on_vm[BY_LEASE] = _EXPORTING
-    on_proxy = {"hotadd": _ATTACHING} if machine is not None else {}
+    on_proxy = {"hotadd": _ATTACHING, RESERVING: _RESERVING} if machine is not None else {}
     on_pool = {BY_IMPORT: _IMPORTING} if "https" in transports and pool is not None else {}
     if session.key is None or not (on_vm or on_proxy or on_pool):
         return {}

@@ -5,8 +5,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Any, Dict, FrozenSet, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from dataclasses import dataclass, field, replace
+from typing import Any, Collection, Dict, FrozenSet, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from ..errors import TransportError, VsphereError
 from ..libraries import vim
@@ -15,13 +15,19 @@ from ..vsphere.inventory import VmRef
 from ..vsphere.session import Session
 from ..vsphere.snapshots import VM_PATHS, VmState, vm_state_of
 from . import scsi_units
-from .guest_device import find_device, is_dead, uuid_digits
+from .guest_device import GuestDisk, node_of, uuid_digits
+from .held_device import is_dead
 
 READ = "read"
 WRITE = "write"
 MODES = {READ: "independent_nonpersistent", WRITE: "persistent"}
 
+# What of ours says on the proxy that VDDK is attaching the disk of this UUID: value "1:<proxy's instance UUID>:<run>".
+RESERVATION_KEY = "openvadp.hotadd."
+RESERVATION_FORMAT = "1"
+
 _PROXY_PATHS = (
+    "config.changeVersion",
     "config.hardware.device",
     "config.extraConfig",
     "config.flags",
@@ -43,6 +49,10 @@ class Attachment:
     :param controller: key of the proxy's controller.
     :param device: the link of the proxy's block device; None where nobody looked for it.
     :param device_key: the disk's device key on the proxy.
+    :param capacity_bytes: 0 where only the file is known.
+    :param bus: of the proxy's controller; None where nobody looked.
+    :param parallel: whether that controller's units are the targets in the guest.
+    :param guest: the device, as this machine's kernel knows it; None where nobody looked for it.
     """
 
     key: int
@@ -54,13 +64,23 @@ class Attachment:
     device: Optional[str]
     device_key: int
     mode: str
+    capacity_bytes: int = 0
+    bus: Optional[int] = None
+    parallel: bool = True
+    guest: Optional[GuestDisk] = None
 
 
 class Obstacle(NamedTuple):
-    """Why a disk can't be attached, and what would change that."""
+    """Why a disk can't be attached, and what would change that.
+
+    :param passing: another disk of its UUID is attached, by somebody who will detach it.
+    :param look_again: it may only seem so, because vCenter and this machine were not looked at in the same moment.
+    """
 
     reason: str
     remedy: str
+    passing: bool = False
+    look_again: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +90,8 @@ class Situation:
     :param datastores: moids of the datastores that the proxy's host sees.
     :param source_datastores: (moid, kind) of the datastores of the VM, by name.
     :param vsan: whether the proxy itself lies on vSAN.
+    :param change_version: of the proxy's configuration: a change that names it is refused if there was another one.
+    :param reservations: disk UUID, 32 digits -> run for which VDDK is attaching it.
     """
 
     is_vcenter: bool
@@ -86,6 +108,8 @@ class Situation:
     source: VmState
     version: Optional[str]
     browser: Any
+    change_version: str = ""
+    reservations: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -133,7 +157,23 @@ def look(session: Session, proxy: VmRef, vm: VmRef) -> Situation:
         source=vm_state_of(source),
         version=own["config.version"],
         browser=own["environmentBrowser"],
+        change_version=own["config.changeVersion"] or "",
+        reservations=reservations_of(own["config.extraConfig"], proxy),
     )
+
+
+def reservations_of(extra_config: Any, proxy: VmRef) -> Dict[str, str]:
+    """Disk UUID -> run, of what is reserved on this proxy. Values that it has inherited as a clone don't count."""
+    found = {}
+    for option in extra_config or []:
+        if not option.key.lower().startswith(RESERVATION_KEY):
+            continue
+        version, _colon, rest = str(option.value).partition(":")
+        owner, _colon, run = rest.partition(":")
+        if version != RESERVATION_FORMAT or owner == proxy.instance_uuid.lower():
+            # What a newer version means by its own format is not known: it counts.
+            found[option.key[len(RESERVATION_KEY) :].lower()] = run
+    return found
 
 
 def _shows_uuids(extra_config: Any, flags: Any) -> bool:
@@ -175,7 +215,7 @@ def obstacles(situation: Situation, disk: Disk, access: str) -> List[Obstacle]:
         )
     if uuid_digits(disk.uuid) is None:
         found.append(Obstacle("vCenter knows no UUID of it, by which its device could be found", "Use nbdssl"))
-    return found + _same_uuid_obstacles(situation, disk) + _use_obstacles(situation, disk, access)
+    return found + same_uuid_obstacles(situation, disk) + _use_obstacles(situation, disk, access)
 
 
 def _datastore_obstacles(situation: Situation, disk: Disk) -> List[Obstacle]:
@@ -197,24 +237,44 @@ def _datastore_obstacles(situation: Situation, disk: Disk) -> List[Obstacle]:
     return found
 
 
-def _same_uuid_obstacles(situation: Situation, disk: Disk) -> List[Obstacle]:
+def same_uuid_obstacles(situation: Situation, disk: Disk) -> List[Obstacle]:
     """Two devices of one UUID can't be told apart (VADP facts 31)."""
     found = []
-    for device in situation.devices:
-        file = file_of(device)
-        if file in (None, disk.file):
+    for device in same_uuid(situation.devices, disk.uuid):
+        if file_of(device) == disk.file:
             continue
-        digits = uuid_digits(getattr(device.backing, "uuid", None))
-        if digits is not None and digits == uuid_digits(disk.uuid):
-            label = getattr(device.deviceInfo, "label", None) or str(device.key)
-            found.append(
-                Obstacle(
-                    f"disk '{label}' ({file}) of the proxy has the same UUID",
-                    "Detach that one if it was left over (vadp_recover, or proxy_hotadd with state=detached); a proxy"
-                    " must not be a clone of what it backs up",
-                )
+        label = getattr(device.deviceInfo, "label", None) or str(device.key)
+        found.append(
+            Obstacle(
+                f"disk '{label}' ({file_of(device)}) of the proxy has the same UUID",
+                "Wait until it is detached; detach it if it was left over (vadp_recover, or proxy_hotadd with"
+                " state=detached); a proxy must not be a clone of what it backs up",
+                passing=True,
             )
+        )
+    run = situation.reservations.get(uuid_digits(disk.uuid) or "")
+    if run is not None:
+        found.append(
+            Obstacle(
+                f"VDDK attaches a disk of the same UUID to the proxy for run {run}",
+                "Wait until that has ended; if it was cut, run vadp_recover for its virtual machine, or remove"
+                f" {RESERVATION_KEY}{uuid_digits(disk.uuid)} from the proxy's advanced parameters",
+                passing=True,
+            )
+        )
     return found
+
+
+def same_uuid(devices: Iterable[Any], disk_uuid: Optional[str]) -> List[Any]:
+    """The disks among a VM's devices that have this UUID."""
+    digits = uuid_digits(disk_uuid)
+    return [
+        device
+        for device in devices
+        if digits is not None
+        and isinstance(device, vim.vm.device.VirtualDisk)
+        and uuid_digits(getattr(device.backing, "uuid", None)) == digits
+    ]
 
 
 def _use_obstacles(situation: Situation, disk: Disk, access: str) -> List[Obstacle]:
@@ -250,11 +310,15 @@ def plan_attach(
     situation: Situation,
     disks: Sequence[Disk],
     access: str,
+    guests: Sequence[GuestDisk],
     device_dir: str,
     fresh: bool = False,
+    avoid: Collection[int] = (),
 ) -> Plan:
     """What has to be attached, and where. Touches nothing.
 
+    :param guests: the disks that this machine's kernel knows.
+    :param avoid: units that are not taken.
     :raises TransportError: with everything that speaks against it.
     """
     there = {item.file: item for item in attachments_of(situation.devices, [disk.file for disk in disks])}
@@ -270,13 +334,13 @@ def plan_attach(
                 )
             )
         elif item is None:
-            reasons += _device_obstacles(disk, device_dir)
+            reasons += _device_obstacles(situation, disk, guests, device_dir)
         if reasons:
             found[disk.label] = reasons
     new = [disk for disk in disks if disk.file not in there]
     if found:
         raise _obstructed(situation, disks, found)
-    placement = _place(session, situation, len(new))
+    placement = _place(session, situation, len(new), avoid)
     if placement is None:
         room = Obstacle(
             f"its SCSI controllers have room for {scsi_units.free_units(situation.devices)} more disks, not for"
@@ -294,6 +358,7 @@ def _obstructed(situation: Situation, disks: Sequence[Disk], found: Dict[str, Li
         for label, reasons in found.items()
         for obstacle in reasons
     ]
+    passing = all(obstacle.passing for reasons in found.values() for obstacle in reasons)
     remedies = list(dict.fromkeys(obstacle.remedy for reasons in found.values() for obstacle in reasons))
     return TransportError(
         "The disk can't be attached to the proxy" if not several else "The disks can't be attached to the proxy",
@@ -303,29 +368,76 @@ def _obstructed(situation: Situation, disks: Sequence[Disk], found: Dict[str, Li
         details={
             "obstacles": {label: [obstacle.reason for obstacle in reasons] for label, reasons in found.items()},
             "proxy": situation.proxy.moid,
+            "passing": passing,
+            "look_again": any(obstacle.look_again for reasons in found.values() for obstacle in reasons),
         },
+        retryable=passing,
     )
 
 
-def _device_obstacles(disk: Disk, device_dir: str) -> List[Obstacle]:
-    link = find_device(device_dir, disk.uuid)
-    if link is None or is_dead(link):
-        return []
+def is_listed(situation: Situation, guest: GuestDisk) -> bool:
+    """Whether vCenter shows a disk that this device can be: the UUID, and the unit where that tells the address."""
+    by_key = {device.key: device for device in situation.devices}
+    for device in situation.devices:
+        unit = device.unitNumber if isinstance(device, vim.vm.device.VirtualDisk) else None
+        digits = uuid_digits(getattr(device.backing, "uuid", None)) if unit is not None else None
+        if unit is None or (guest.digits is not None and digits not in (None, guest.digits)):
+            continue
+        if not tells_address(by_key.get(device.controllerKey)) or guest.unit == unit:
+            return True
+    return False
+
+
+def tells_address(controller: Any) -> bool:
+    """Whether the unit of a disk is its target in the guest; a SAS controller's targets are counted as they come."""
+    return not isinstance(controller, vim.vm.device.VirtualLsiLogicSASController)
+
+
+def in_the_way(situation: Situation, placement: scsi_units.Placement, guests: Sequence[GuestDisk]) -> List[GuestDisk]:
+    """Devices at the addresses that are about to be used, which vCenter does not list (proofs 23).
+
+    Which host in the guest is which controller is not known: one at that unit of any counts that has virtual disks.
+    """
+    units = {slot.unit for slot in placement.slots}
+    hosts = {guest.address[0] for guest in guests if guest.virtual}
     return [
-        Obstacle(
-            f"a device with its UUID is here already, {link}, though the proxy has no such disk",
-            "Name the virtual machine that this runs on as the proxy, and delete the device if it was left over",
-        )
+        guest
+        for guest in guests
+        if guest.unit in units and guest.address[0] in hosts and not is_listed(situation, guest)
     ]
 
 
-def _place(session: Session, situation: Situation, count: int) -> Optional[scsi_units.Placement]:
+def left_over(situation: Situation, guests: Sequence[GuestDisk], disk: Disk) -> List[GuestDisk]:
+    """Devices with this disk's UUID that vCenter does not list."""
+    digits = uuid_digits(disk.uuid)
+    return [guest for guest in guests if guest.digits == digits and not is_listed(situation, guest)]
+
+
+def _device_obstacles(situation: Situation, disk: Disk, guests: Sequence[GuestDisk], device_dir: str) -> List[Obstacle]:
+    found = []
+    for guest in left_over(situation, guests, disk):
+        node = node_of(guest.name, device_dir)
+        if node is not None and not is_dead(node, disk.uuid):
+            found.append(
+                Obstacle(
+                    f"a device with its UUID is here already, {node}, though the proxy has no such disk",
+                    "Name the virtual machine that this runs on as the proxy, and delete the device if it was left"
+                    " over",
+                    look_again=True,
+                )
+            )
+    return found
+
+
+def _place(
+    session: Session, situation: Situation, count: int, avoid: Collection[int] = ()
+) -> Optional[scsi_units.Placement]:
     """Places for new disks. vCenter is asked for what it takes at most only where fifteen a controller don't do."""
-    existing = scsi_units.free_units(situation.devices)
+    existing = scsi_units.free_units(situation.devices, avoid=avoid)
     units = scsi_units.SAFE_UNITS
     if existing < count and situation.browser is not None:
         units = read_pvscsi_units(session, situation.proxy, situation.browser, situation.version)
-    return scsi_units.place(situation.devices, count, units)
+    return scsi_units.place(situation.devices, count, units, avoid)
 
 
 def read_pvscsi_units(session: Session, proxy: VmRef, browser: Any, version: Optional[str]) -> int:
@@ -352,7 +464,8 @@ def read_pvscsi_units(session: Session, proxy: VmRef, browser: Any, version: Opt
 
 def attachments_of(devices: Iterable[Any], files: Iterable[str]) -> List[Attachment]:
     """The disks among the proxy's devices whose file is one of *files*."""
-    wanted = set(files)
+    wanted, known = set(files), list(devices)
+    by_key = {device.key: device for device in known}
     return [
         Attachment(
             key=0,
@@ -364,8 +477,10 @@ def attachments_of(devices: Iterable[Any], files: Iterable[str]) -> List[Attachm
             device=None,
             device_key=device.key,
             mode=getattr(device.backing, "diskMode", None) or "",
+            bus=getattr(by_key.get(device.controllerKey), "busNumber", None),
+            parallel=tells_address(by_key.get(device.controllerKey)),
         )
-        for device in devices
+        for device in known
         if file_of(device) in wanted
     ]
 
@@ -382,17 +497,8 @@ def file_of(device: Any) -> Optional[str]:
 
 
 def of_disk(item: Attachment, disk: Disk) -> Attachment:
-    return Attachment(
-        key=disk.key,
-        label=disk.label,
-        file=item.file,
-        disk_uuid=disk.uuid,
-        controller=item.controller,
-        unit=item.unit,
-        device=item.device,
-        device_key=item.device_key,
-        mode=item.mode,
-    )
+    """What is attached, as the disk of the VM that it is."""
+    return replace(item, key=disk.key, label=disk.label, disk_uuid=disk.uuid, capacity_bytes=disk.capacity_bytes)
 
 
 def named(items: Sequence[Any]) -> str:

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, ContextManager, Iterator, List, Mapping, Optional
 
 from ..datapath.processes import RuntimeDir
-from ..errors import DataPathError, RepositoryError, TransportError, VadpError
+from ..errors import DataPathError, TransportError, VadpError
 from . import budget
 from .endpoints import LAN_MODES, Endpoint, open_vddk
-from .hotadd import open_hotadd
-from .hotadd_plan import READ, WRITE
+from .hotadd import Patience, intent_of_vddk, is_over, open_hotadd, release, reserve
 from .https import open_folder, open_lease
 from .planner import BY_ATTACHING, BY_FOLDER, BY_LEASE, BY_VDDK, Candidate, DiskFacts, ProxyFacts
 from .san import allow_list
@@ -28,6 +27,11 @@ if TYPE_CHECKING:
     from ..vsphere.session import Session
 
 _HANDSHAKE = 14006
+
+# Seconds that a disk waits for another one of its UUID to be detached from the proxy: where another transport may read
+# it, and where none may.
+TWIN_SECONDS = 60
+LAST_TWIN_SECONDS = 3600
 
 
 @dataclass
@@ -68,16 +72,18 @@ def open_disk(
     *,
     writable: bool,
     stage: Path,
+    last: bool = True,
 ) -> ContextManager[Endpoint]:
     """Serve one disk as *candidate* of its plan says; errors of opening surface when the context is entered.
 
+    :param last: no other transport comes after this one, so what passes is waited for longer.
     :param stage: where a large temporary file of this disk may lie meanwhile.
     :raises TransportError: it can't be opened by this transport.
     """
     if candidate.method == BY_VDDK:
-        return _by_vddk(context, disk, facts, candidate.transport, writable)
+        return _by_vddk(context, disk, facts, candidate.transport, writable, last)
     if candidate.method == BY_ATTACHING:
-        return _by_attaching(context, disk, writable)
+        return _by_attaching(context, disk, writable, last)
     if candidate.method == BY_FOLDER and not writable:
         return _by_folder(context, disk)
     if candidate.method == BY_LEASE and not writable:
@@ -91,14 +97,16 @@ def open_disk(
 
 
 @contextlib.contextmanager
-def _by_vddk(context: OpenContext, disk: Disk, facts: DiskFacts, transport: str, writable: bool) -> Iterator[Endpoint]:
+def _by_vddk(
+    context: OpenContext, disk: Disk, facts: DiskFacts, transport: str, writable: bool, last: bool
+) -> Iterator[Endpoint]:
     if context.vddk is None:
         raise TransportError("VDDK is not there", subject=disk.file, reason=context.proxy.vddk_problem)
     extents = facts.datastore.extents if transport == "san" and facts.datastore is not None else ()
     with contextlib.ExitStack() as stack:
         slot, attached = None, None
         if transport == "hotadd" and context.proxy_vm is not None:
-            attached = stack.enter_context(_VddkAttachment(context, context.proxy_vm, disk, writable))
+            attached = stack.enter_context(_VddkAttachment(context, context.proxy_vm, disk, writable, last))
         if transport in LAN_MODES:
             slot = stack.enter_context(_connection(context, context.vddk, facts))
         endpoint = stack.enter_context(
@@ -124,28 +132,52 @@ def _by_vddk(context: OpenContext, disk: Disk, facts: DiskFacts, transport: str,
         yield endpoint
 
 
-class _VddkAttachment:
-    """What VDDK attaches by itself stands in the run's record until its server has ended in order and detached it."""
+def _patience(context: OpenContext, last: bool) -> Patience:
+    return Patience(LAST_TWIN_SECONDS if last else TWIN_SECONDS, context.cancel, context.on_wait)
 
-    def __init__(self, context: OpenContext, proxy: VmRef, disk: Disk, writable: bool) -> None:
+
+class _VddkAttachment:
+    """What VDDK attaches by itself: nobody of ours attaches another disk of that UUID meanwhile.
+
+    It stands in the run's record, and its UUID is reserved on the proxy, until the server has ended in order and
+    detached it.
+    """
+
+    def __init__(self, context: OpenContext, proxy: VmRef, disk: Disk, writable: bool, last: bool) -> None:
         self.endpoint: Optional[Endpoint] = None
         self._run = context.run
-        self._intent = context.run.record(
-            "attachment",
-            method=BY_VDDK,
-            proxy_moid=proxy.moid,
-            file=disk.file,
-            disk_uuid=disk.uuid,
-            vm_moid=context.vm.moid,
-            access=WRITE if writable else READ,
-        )
+        fields = intent_of_vddk(context.session, proxy, context.vm, disk, writable)
+        self._intent = context.run.record("attachment", **fields)
+        self._proxy, self._disk, self._context, self._last = proxy, disk, context, last
 
     def __enter__(self) -> _VddkAttachment:
+        context = self._context
+        try:
+            reserve(
+                context.session,
+                self._proxy,
+                self._disk,
+                vm=context.vm,
+                run_id=self._run.run_id,
+                device_dir=context.device_dir,
+                sysfs_dir=context.sysfs_dir,
+                patience=_patience(context, self._last),
+            )
+        except BaseException:
+            # Nothing was attached; what may be reserved is taken back by whoever finds the record.
+            with contextlib.suppress(VadpError):
+                release(context.session, self._proxy, self._disk.uuid, self._run.run_id)
+                self._run.done(self._intent)
+            raise
         return self
 
     def __exit__(self, *_exc: Any) -> None:
-        if self.endpoint is not None and self.endpoint.child.returncode == 0:
-            with contextlib.suppress(RepositoryError):  # a later change of the record says so too
+        session = self._context.session
+        with contextlib.suppress(VadpError):  # the record stays then, and the next recovery does it
+            # A server that did not end in order may have left the disk attached.
+            in_order = self.endpoint is not None and self.endpoint.child.returncode == 0
+            if in_order or is_over(session, self._proxy, self._disk.uuid):
+                release(session, self._proxy, self._disk.uuid, self._run.run_id)
                 self._run.done(self._intent)
 
 
@@ -175,7 +207,7 @@ def _connection(context: OpenContext, vddk: Vddk, facts: DiskFacts) -> ContextMa
     )
 
 
-def _by_attaching(context: OpenContext, disk: Disk, writable: bool) -> ContextManager[Endpoint]:
+def _by_attaching(context: OpenContext, disk: Disk, writable: bool, last: bool) -> ContextManager[Endpoint]:
     if context.proxy_vm is None:
         raise TransportError(
             "The disk can't be hot-added",
@@ -193,6 +225,7 @@ def _by_attaching(context: OpenContext, disk: Disk, writable: bool) -> ContextMa
         sysfs_dir=context.sysfs_dir,
         io_timeout=context.io_timeout,
         vm=context.vm,
+        patience=_patience(context, last),
     )
 
 

@@ -23,6 +23,8 @@ WRITE = "write"
 
 # How a transport does it: through VMware's library, or without it.
 BY_VDDK = "vddk"
+# Not a way, but what HotAdd by VDDK needs besides: a key of ``missing_privileges``.
+RESERVING = "reserving"
 BY_ATTACHING = "proxy_hotadd"
 BY_FOLDER = "folder"
 BY_LEASE = "export_lease"
@@ -340,7 +342,7 @@ def _hotadd(disk: DiskFacts, proxy: ProxyFacts, direction: str, first: bool) -> 
     if direction == WRITE:
         reasons += _not_at_rest(disk)
     notes = _hotadd_notes(disk, proxy)
-    by_vddk, by_us = _vddk(disk, proxy), []
+    by_vddk, by_us = _vddk(disk, proxy) + _privileges(proxy, RESERVING), []
     if proxy.vm is not None and proxy.vm.free_units < 1:
         taken = f"all SCSI units of '{proxy.vm.name}' are taken"
         by_vddk.append(taken)

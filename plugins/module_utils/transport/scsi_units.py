@@ -9,7 +9,7 @@ vCenter gives out the real ones, which are read back and never computed (VADP fa
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Set
+from typing import Any, Collection, Dict, Iterable, List, NamedTuple, Optional, Set
 
 from ..libraries import vim
 
@@ -41,7 +41,9 @@ class Placement:
     controllers: List[NewController]
 
 
-def place(devices: Iterable[Any], count: int, pvscsi_units: int = SAFE_UNITS) -> Optional[Placement]:
+def place(
+    devices: Iterable[Any], count: int, pvscsi_units: int = SAFE_UNITS, avoid: Collection[int] = ()
+) -> Optional[Placement]:
     """Places for *count* disks, or None if there aren't so many.
 
     Free units of PVSCSI controllers come first, then those of other controllers, then those that only newer PVSCSI
@@ -49,23 +51,24 @@ def place(devices: Iterable[Any], count: int, pvscsi_units: int = SAFE_UNITS) ->
 
     :param devices: ``config.hardware.device``.
     :param pvscsi_units: unit numbers of a PVSCSI controller, as :func:`pvscsi_units` reads them.
+    :param avoid: units that no controller's disk gets.
     """
     known = list(devices)
-    slots = _free_slots(known, pvscsi_units)[:count]
+    slots = _free_slots(known, pvscsi_units, avoid)[:count]
     controllers: List[NewController] = []
     for bus in _free_buses(known):
         if len(slots) == count:
             break
         added = NewController(key=-1 - len(controllers), bus=bus)
         controllers.append(added)
-        units = _usable(range(max(SAFE_UNITS, pvscsi_units)), {_RESERVED_UNIT})
+        units = _usable(range(max(SAFE_UNITS, pvscsi_units)), {_RESERVED_UNIT, *avoid})
         slots += [Slot(added.key, unit) for unit in units[: count - len(slots)]]
     return Placement(slots, controllers) if len(slots) == count else None
 
 
-def free_units(devices: Iterable[Any], pvscsi_units: int = SAFE_UNITS) -> int:
+def free_units(devices: Iterable[Any], pvscsi_units: int = SAFE_UNITS, avoid: Collection[int] = ()) -> int:
     """How many disks the controllers that are there still take."""
-    return len(_free_slots(list(devices), pvscsi_units))
+    return len(_free_slots(list(devices), pvscsi_units, avoid))
 
 
 def can_add_controller(devices: Iterable[Any]) -> bool:
@@ -85,7 +88,7 @@ def pvscsi_units(config_option: Any) -> int:
     return SAFE_UNITS
 
 
-def _free_slots(devices: List[Any], wide_units: int) -> List[Slot]:
+def _free_slots(devices: List[Any], wide_units: int, avoid: Collection[int] = ()) -> List[Slot]:
     taken: Dict[int, Set[int]] = {}
     for device in devices:
         if device.controllerKey is not None and device.unitNumber is not None:
@@ -97,7 +100,7 @@ def _free_slots(devices: List[Any], wide_units: int) -> List[Slot]:
         if not _takes_disks(controller):
             continue
         own = getattr(controller, "scsiCtlrUnitNumber", None)
-        used = taken.get(controller.key, set()) | {_RESERVED_UNIT if own is None else own}
+        used = taken.get(controller.key, set()) | {_RESERVED_UNIT if own is None else own, *avoid}
         narrow = [Slot(controller.key, unit) for unit in _usable(range(SAFE_UNITS), used)]
         if isinstance(controller, vim.vm.device.ParaVirtualSCSIController):
             first += narrow

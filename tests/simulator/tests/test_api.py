@@ -296,7 +296,8 @@ def test_chunked_requests_and_typed_answers_as_govc_wants_them(sim):
     retrieve = (
         '<RetrieveProperties><_this type="PropertyCollector">propertyCollector</_this><specSet>'
         "<propSet><type>VirtualMachine</type><pathSet>parent</pathSet><pathSet>datastore</pathSet>"
-        "<pathSet>config.hardware.memoryMB</pathSet><pathSet>config.extraConfig</pathSet></propSet>"
+        "<pathSet>config.hardware.memoryMB</pathSet><pathSet>config.extraConfig</pathSet>"
+        "<pathSet>config.cpuFeatureMask</pathSet></propSet>"
         '<objectSet><obj type="VirtualMachine">{}</obj></objectSet></specSet></RetrieveProperties>'
     ).format(sim.vm()._moId)
     status, text, unused = post(connection, retrieve, cookie.split(";")[0])
@@ -304,7 +305,8 @@ def test_chunked_requests_and_typed_answers_as_govc_wants_them(sim):
     assert '<val xsi:type="ManagedObjectReference" type="Folder">group-v7</val>' in text
     assert '<val xsi:type="ArrayOfManagedObjectReference"><ManagedObjectReference type="Datastore">' in text
     assert '<val xsi:type="xsd:int">1024</val>' in text
-    assert '<val xsi:type="ArrayOfOptionValue"></val>' in text
+    assert '<val xsi:type="ArrayOfOptionValue"><OptionValue>' in text
+    assert '<val xsi:type="ArrayOfHostCpuIdInfo"></val>' in text
 
 
 def test_what_is_not_understood_is_a_fault_on_a_living_connection(sim):

@@ -142,7 +142,7 @@ def test_a_device_stays_until_the_guest_deletes_it(sim: Started, proxy: Any) -> 
         link.read_bytes()
     assert [one["stale"] for one in sim.control.call("attachments")] == [True]
 
-    attach(proxy, file)  # the older device has the link
+    attach(proxy, file, unit=3)  # the older device has the link
     assert link.resolve() == first
     (Path(sim.info["sysfs_dir"]) / "class" / "block" / first.name / "device" / "delete").write_text("0\n")
     (Path(sim.info["sysfs_dir"]) / "class" / "block" / first.name / "device" / "delete").write_text("1\n")
@@ -152,9 +152,51 @@ def test_a_device_stays_until_the_guest_deletes_it(sim: Started, proxy: Any) -> 
 
     sysfs_delete(sim, link)  # first the guest, then the API: as it ought to be
     assert [one["deleted"] for one in sim.control.call("attachments")] == [True]
-    detach(proxy, disks(proxy.config)[disk.key])
+    detach(proxy, next(one for one in disks(proxy.config).values() if one.backing.fileName == file))
     assert sim.control.call("attachments") == []
     assert not [one for one in (sim.state / "dev").iterdir() if one.name.startswith((".sd", "sdb", "sdc"))]
+
+
+def test_a_device_that_stayed_hides_what_is_attached_at_its_address(sim: Started, proxy: Any) -> None:
+    first = attach(proxy, disks(sim.vm("restore01").config)[2000].backing.fileName, unit=5)
+    link = link_of(sim, first)
+    block = Path(sim.info["sysfs_dir"]) / "class" / "block" / link.resolve().name
+    told = {name: (block / "device" / name).read_bytes() for name in ("wwid", "vpd_pg83")}
+    digits = first.backing.uuid.replace("-", "").lower()
+    assert told["wwid"] == f"naa.{digits}\n".encode() and told["vpd_pg83"][8:].hex() == digits
+    assert (block / "device").resolve().name == "2:0:5:0" and int((block / "diskseq").read_text()) > 0
+    detach(proxy, first)
+
+    snap = snapshot(sim.vm("app01"))
+    second = attach(proxy, disks(snap.config)[2000].backing.fileName, unit=5)
+    held = sim.control.call("read_disk", vm="app01", disk=2000, snapshot=snap._moId)
+    # The name, the link and what the kernel remembers are the old disk's, the bytes are the new one's.
+    assert not link_of(sim, second).is_symlink() and sha256(link) == held["sha256"]
+    assert {name: (block / "device" / name).read_bytes() for name in told} == told
+    sysfs_delete(sim, link)
+    assert not block.exists()
+    detach(proxy, second)
+
+
+def test_a_reconfiguration_that_names_a_version_is_a_compare_and_set(sim: Started, proxy: Any) -> None:
+    seen = proxy.config.changeVersion
+    file = disks(sim.vm("restore01").config)[2000].backing.fileName
+    disk = attach(proxy, file)
+    assert proxy.config.changeVersion != seen
+    spec = vim.vm.ConfigSpec(changeVersion=seen, deviceChange=[DeviceSpec(operation="remove", device=disk)])
+    with pytest.raises(vim.fault.ConcurrentAccess):
+        done(proxy.ReconfigVM_Task(spec))
+    # Nor where somebody comes between the call and its task.
+    sim.control.call("set_settings", task_delay=1.0)
+    try:
+        spec.changeVersion = proxy.config.changeVersion
+        task = proxy.ReconfigVM_Task(spec)
+        sim.control.call("fill_units", vm="proxy01", leave=3)
+        with pytest.raises(vim.fault.ConcurrentAccess):
+            done(task)
+    finally:
+        sim.control.call("set_settings", task_delay=0.02)
+    assert disk.key in disks(proxy.config)
 
 
 def test_nonpersistent_writes_are_lost(sim: Started, proxy: Any) -> None:

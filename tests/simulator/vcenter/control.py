@@ -22,8 +22,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pyVmomi import vmodl
+from pyVmomi import vim, vmodl
 
+from .cloning import clone_vm
+from .methods.reconfigure import set_extra_config
 from .model import SimulatorError
 from .proxy import fill_units
 from .storage import StorageError
@@ -68,6 +70,9 @@ class ControlServer:
             "set_lun": simulator.proxy.set_lun,
             "proxy": simulator.proxy.set_identity,
             "fill_units": self._fill_units,
+            "set_disk_uuid": self._set_disk_uuid,
+            "clone_vm": self._clone_vm,
+            "set_extra_config": self._set_extra_config,
             "attachments": simulator.proxy.attachments,
             "make_tag": simulator.tags.make,
             "remove_tag": simulator.tags.remove,
@@ -249,6 +254,29 @@ class ControlServer:
 
     def _set_tools(self, vm: str, running: bool) -> None:
         self._simulator.set_tools(self._simulator.find_vm(vm), running)
+
+    def _set_disk_uuid(self, vm: str, disk: int, uuid: str) -> None:
+        """Another file with the same UUID, as clones made in the vSphere client and copies of an array have."""
+        machine, storage = self._simulator.find_vm(vm), self._simulator.storage
+        with machine.lock, self._simulator.lock:
+            for one in machine.disks:
+                if one.key == int(disk):
+                    one.backing.uuid = uuid
+                    storage.set_uuid(one.backing.fileName, uuid)
+            machine.touch()
+
+    def _clone_vm(self, vm: str, name: str, disk_uuids: str = "new", running: bool = False) -> str:
+        return clone_vm(self._simulator, vm, name, disk_uuids, running)
+
+    def _set_extra_config(self, vm: str, settings: dict[str, str]) -> dict[str, str]:
+        """As somebody in the vSphere client; an empty value takes a setting away. -> all settings"""
+        machine = self._simulator.find_vm(vm)
+        with machine.lock, self._simulator.lock:
+            options = [vim.option.OptionValue(key=key, value=value) for key, value in settings.items()]
+            set_extra_config(machine.config, options)
+            if settings:
+                machine.touch()
+            return {option.key: option.value for option in machine.config.extraConfig}
 
     def _fill_units(self, vm: str, leave: int | None = None, controllers: int = 4) -> dict[str, int]:
         return fill_units(self._simulator.find_vm(vm), leave, controllers)

@@ -25,6 +25,7 @@ import struct
 import threading
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from . import storage as storage_module
@@ -93,6 +94,7 @@ class Grant:
     machine: Any = None  # the VM whose disk it is
     user: Any = None
     node: Node | None = None  # by hotadd: the device here
+    device: Path | None = None  # what is read: it was looked for by the disk's UUID
 
 
 @dataclass
@@ -429,13 +431,13 @@ class NfcService:
 
     def _transfer(self, host: HostPort, grant: Grant, kind: int, offset: int, view: memoryview) -> memoryview:
         """Read or write an attached disk through its device. -> what was read."""
-        assert grant.node is not None
+        assert grant.node is not None and grant.device is not None
         if offset + len(view) > grant.capacity:
             raise Refused(VIX_OUTOFRANGE)
         if kind == WRITE and not grant.write:
             raise Refused(VIX_FILE_READ_ONLY)
         try:
-            with open(self.simulator.proxy.device(grant.node), "rb" if kind == READ else "r+b", buffering=0) as device:
+            with open(grant.device, "rb" if kind == READ else "r+b", buffering=0) as device:
                 device.seek(offset)
                 if kind == WRITE:
                     device.write(view)
@@ -755,6 +757,7 @@ class _Entry:
         expires = time.monotonic() + TICKET_SECONDS
         grant = Grant(ticket, name, path, vm.moid, write, info.capacity_bytes, opener, expires)
         grant.machine, grant.user, grant.node = vm, self._user, node
+        grant.device = None if node is None else simulator.proxy.found_by_uuid(node)
         service.add_grant(grant)
         self._tickets.append(ticket)
         simulator.record_call(self._user.name, "VixDiskLib_Open", vm.moid, changing=write)
@@ -762,7 +765,7 @@ class _Entry:
         uuid = " ".join(digits[at : at + 2] for at in range(0, len(digits), 2))
         return {
             "host": service.handed_out(name),
-            "device": str(simulator.proxy.dev_dir / node.name) if node is not None else "",
+            "device": str(grant.device) if node is not None else "",
             "ide": int(self._on_ide(vm, path, snapshot)),
             "ticket": ticket,
             "mode": mode,

@@ -6,7 +6,9 @@ The machine that tests run on takes the part of the VM ``proxy01``. Below the st
 
     devices/wwn-0x<uuid>, naa.<id>      links, as under /dev/disk/by-id; what ``device_dir`` of the start line names
     dev/sdb                             a hot-added disk; dev/sdaa: a LUN. ``../dev/...`` is where the links point
-    sys/class/block/sdb/device/delete   written "1": the guest forgets the disk; ``sysfs_dir`` is sys
+    sys/class/block/sdb/device          link to sys/devices/.../2:0:1:0: host, channel, target (the unit), LUN
+    .../delete                          written "1": the guest forgets the disk; ``sysfs_dir`` is sys
+    .../vpd_pg83, wwid, vendor, model   what the disk told when the guest found it; sys/class/block/sdb/diskseq
     sys/class/dmi/id, sys/class/net     who the machine is
 
 A hot-added disk holds the bytes of its chain. Nonpersistent: a sparse copy of them, thrown away with the device; only
@@ -19,8 +21,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import json
 import os
+import shutil
 import stat
 import struct
 import sys
@@ -65,12 +69,26 @@ class Node:
     ready: bool = False
     stale: bool = False  # detached, and still known to the guest
     deleted: bool = False  # still attached, and no longer known to the guest
+    bus: int = 0  # of the controller
+    unit: int = 0
+    shown: str | None = None  # the guest still takes it for a disk of this UUID, which was at its address before
+    diskseq: int = 0
     tmp: str | None = None  # attached by the VDDK double with this tmpDirectory, for this VM:
     vm: str | None = None
 
     @property
     def persistent(self) -> bool:
         return "nonpersistent" not in self.mode
+
+    @property
+    def told_uuid(self) -> str:
+        """What the guest knows it by."""
+        return self.shown or self.uuid
+
+    @property
+    def address(self) -> str:
+        """host:channel:target:lun, as Linux counts: a parallel controller's target is the unit."""
+        return f"{2 + self.bus}:0:{self.unit}:0"
 
     @property
     def file_name(self) -> str:
@@ -157,6 +175,7 @@ class ProxyMachine:
         self._lock = threading.RLock()
         self._found = threading.Condition(self._lock)
         self.nodes: list[Node] = []
+        self._diskseq = itertools.count(17)
         self._coming: list[Node] = []  # filled, and not yet found by the guest
         self.identity = "normal"
         self.hidden_luns: set[str] = set()
@@ -172,6 +191,7 @@ class ProxyMachine:
             kept = json.loads(self._state_path.read_text())
             self.identity, self.hidden_luns = kept["identity"], set(kept["hidden_luns"])
             known = [Node(**fields) for fields in kept["nodes"]]
+            self._diskseq = itertools.count(1 + max([16, *(node.diskseq for node in known)]))
         self._inotify = _libc.inotify_init1(os.O_CLOEXEC)
         if self._inotify < 0:
             raise OSError(ctypes.get_errno(), "inotify_init1")
@@ -340,7 +360,8 @@ class ProxyMachine:
                 for node in list(self.nodes):
                     self._forget(node)
             known = {node.key for node in self.nodes if not node.stale}
-            new = [self._reserve(disk) for key, disk in wanted.items() if key not in known]
+            buses = {one.key: one.busNumber for one in vm.config.hardware.device if _is_scsi(one)}
+            new = [self._reserve(disk, buses) for key, disk in wanted.items() if key not in known]
             unfinished = [one for one in self.nodes if not one.ready and one not in new and one not in self._coming]
             self._refresh_links()
             self._save()
@@ -367,11 +388,22 @@ class ProxyMachine:
                 self._save()
                 self._found.notify_all()
 
-    def _reserve(self, disk: Any) -> Node:
-        """A node whose bytes are still to come, under the lowest free name."""
+    def _reserve(self, disk: Any, buses: dict[int, int]) -> Node:
+        """A node whose bytes are still to come, under the lowest free name.
+
+        At an address where the guest still knows a disk that was detached, it finds no new one: what is attached there
+        now is behind the old device, under its name and by its UUID.
+        """
+        bus, unit = buses.get(disk.controllerKey, 0), disk.unitNumber
+        old = next((one for one in self.nodes if one.stale and (one.bus, one.unit) == (bus, unit)), None)
+        if old is not None:
+            self.nodes.remove(old)
         taken = {node.name for node in self.nodes}
-        name = next(name for name in _names() if name not in taken)
+        name = old.name if old is not None else next(name for name in _names() if name not in taken)
         node = Node(name, disk.key, disk.backing.fileName, disk.backing.uuid, disk.backing.diskMode, "copy")
+        node.bus, node.unit = bus, unit
+        node.diskseq = old.diskseq if old is not None else next(self._diskseq)
+        node.shown = old.told_uuid if old is not None else None
         info = self.simulator.storage.info(node.path)
         if info.parent is None and (node.persistent or info.allocated_bytes > LINKED_FROM):
             node.method = "link"
@@ -452,10 +484,10 @@ class ProxyMachine:
     def _refresh_links(self) -> None:
         """Of two devices with one id the older keeps the link, as long as the guest knows it."""
         for entry in self.device_dir.glob("wwn-0x*"):
-            if not any(link_name(node.uuid) == entry.name for node in self._shown()):
+            if not any(link_name(node.told_uuid) == entry.name for node in self._shown()):
                 entry.unlink()
         for node in reversed(self._shown()):
-            link = self.device_dir / link_name(node.uuid)
+            link = self.device_dir / link_name(node.told_uuid)
             temporary = link.with_name(f".{link.name}")
             temporary.unlink(missing_ok=True)
             temporary.symlink_to(f"../dev/{node.name}")
@@ -472,9 +504,12 @@ class ProxyMachine:
     def _write_block(self, name: str, size: int, present: bool) -> None:
         folder = self.sysfs_dir / "class" / "block" / name
         if not present:
-            for entry in (folder / "device" / "delete", folder / "size", folder / "ro"):
+            device = folder / "device"
+            if device.is_symlink():
+                shutil.rmtree(device.resolve(), ignore_errors=True)
+            for entry in (device, folder / "size", folder / "ro", folder / "diskseq"):
                 entry.unlink(missing_ok=True)
-            for child in (folder / "device", folder / "holders", folder):
+            for child in (folder / "holders", folder):
                 with contextlib.suppress(FileNotFoundError):
                     child.rmdir()
             return
@@ -487,14 +522,32 @@ class ProxyMachine:
             return
         status = (self.dev_dir / node.name).stat()
         self._write_block(node.name, status.st_size, present=True)
-        delete = self.sysfs_dir / "class" / "block" / node.name / "device" / "delete"
-        delete.parent.mkdir(exist_ok=True)
+        block = self.sysfs_dir / "class" / "block" / node.name
+        (block / "diskseq").write_text(f"{node.diskseq}\n")
+        host, _channel, target, _lun = node.address.split(":")
+        real = self.sysfs_dir / "devices" / f"host{host}" / f"target{host}:0:{target}" / node.address
+        real.mkdir(parents=True, exist_ok=True)
+        if not (block / "device").is_symlink():
+            (block / "device").symlink_to(os.path.relpath(real, block))
+        self._write_identity_of(node, real)
+        delete = block / "device" / "delete"
         delete.touch()
         delete.chmod(0o200)
         watch = _libc.inotify_add_watch(self._inotify, os.fsencode(delete), _IN_CLOSE_WRITE)
         if watch < 0:
             raise OSError(ctypes.get_errno(), "inotify_add_watch")
         self._watches[watch] = node.name
+
+    def _write_identity_of(self, node: Node, folder: Path) -> None:
+        """What INQUIRY told when the guest found the disk. Without disk.EnableUUID it tells no name."""
+        (folder / "vendor").write_text("VMware  \n")
+        (folder / "model").write_text("Virtual disk    \n")
+        machine = self.machine()
+        if machine is None or not enable_uuid(machine.config):
+            return
+        digits = node.told_uuid.replace("-", "").lower()
+        (folder / "wwid").write_text(f"naa.{digits}\n")
+        (folder / "vpd_pg83").write_bytes(bytes.fromhex(f"0083001401030010{digits}"))
 
     def _watch(self) -> None:
         """What is written to the `delete` files."""
@@ -557,6 +610,12 @@ class ProxyMachine:
     def device(self, node: Node) -> Path:
         return self.dev_dir / node.file_name
 
+    def found_by_uuid(self, node: Node) -> Path:
+        """The device that a disk's UUID leads to: of two with one the older, whichever was meant (VADP facts 31)."""
+        with self._lock:
+            same = [one for one in self._shown() if link_name(one.told_uuid) == link_name(node.uuid)]
+            return self.dev_dir / (same[0] if same else node).name
+
     # what a test does to it
 
     def attachments(self) -> list[dict[str, Any]]:
@@ -574,7 +633,7 @@ class ProxyMachine:
                     "uuid": node.uuid,
                     "mode": node.mode,
                     "device": str(self.dev_dir / node.name),
-                    "link": str(self.device_dir / link_name(node.uuid)),
+                    "link": str(self.device_dir / link_name(node.told_uuid)),
                     "bytes": node.method,
                     "stale": node.stale,
                     "deleted": node.deleted,

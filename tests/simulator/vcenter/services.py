@@ -120,6 +120,8 @@ class Settings:
     folder_ranges: bool = True
     folder_cuts: int = 0
     rest_api: bool = True  # False: a vCenter before 7.0 U2
+    esxi: bool = False  # True: the service is the one of a host, which a client logs in to directly
+    snapshot_settings: bool = True  # False: extraConfig is not filled in the configuration of snapshots
 
     def set(self, values: dict[str, Any]) -> dict[str, Any]:
         known = {one.name for one in fields(self)}

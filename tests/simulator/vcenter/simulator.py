@@ -138,7 +138,12 @@ class Simulator:
             user.name: {"password": user.password, "privileges": sorted(user.privileges)}
             for user in self.users.values()
         }
-        meta = {"format": FORMAT, "counter": self._counter, "users": users}
+        meta = {
+            "format": FORMAT,
+            "counter": self._counter,
+            "users": users,
+            "instance_uuid": self.instance_uuid,
+        }
         write_atomically(self._meta_path, json.dumps(meta), 0o600)
 
     def _load_meta(self, passwords: dict[str, str]) -> None:
@@ -146,6 +151,8 @@ class Simulator:
         if meta["format"] != FORMAT:
             raise SimulatorError(f"{self.state_dir} was made by another version of the simulator")
         self._counter = meta["counter"]
+        # A copy of the state folder is a replica, with this vCenter's identity (copies.py gives it another).
+        self.instance_uuid = meta["instance_uuid"]
         for name, kept in meta["users"].items():
             self.users[name].password = passwords.get(name) or kept["password"]
             self.users[name].privileges = set(kept["privileges"])
@@ -399,6 +406,9 @@ class Simulator:
                     "change_tracking": bool(vm.config.changeTrackingEnabled),
                     "consolidation_needed": vm.consolidation_needed,
                     "prepared": list(vm.access),
+                    "template": vm.is_template,
+                    "extra_config": {option.key: option.value for option in vm.config.extraConfig},
+                    "change_version": vm.config.changeVersion,
                     "snapshots": self.snapshots(vm),
                     "disks": [
                         {

@@ -820,6 +820,13 @@ class Storage:
                 self._stop_tracking(disk.tracking_id)
                 self._start_tracking(disk)
 
+    def set_uuid(self, path: str, uuid: str) -> None:
+        """Give a disk the UUID of another one."""
+        with self._structure.alone():
+            disk = self._disk(path)
+            disk.uuid = uuid
+            self._save(disk)
+
     def spoil_tracking(self, path: str) -> None:
         """From now on changes get lost without a word, until a reset: what a restore does (VADP facts 12)."""
         with self._structure.alone():

@@ -81,7 +81,15 @@ def new_config(
         vPMCEnabled=False,
         vFlashCacheReservation=0,
         changeVersion="1",
+        extraConfig=[
+            vim.option.OptionValue(key="nvram", value=f"{vmx.rsplit('/', 1)[-1][: -len('.vmx')]}.nvram"),
+            *(vim.option.OptionValue(key=key, value=value) for key, value in _SETTINGS.items()),
+        ],
     )
+
+
+# Advanced settings that every VM has from its making.
+_SETTINGS = {"svga.present": "TRUE", "pciBridge0.present": "TRUE", "hpet0.present": "TRUE"}
 
 
 def _default_devices() -> list[Any]:

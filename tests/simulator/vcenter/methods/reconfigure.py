@@ -110,8 +110,7 @@ def reconfigure(context: Context, vm: VirtualMachine, spec: Any) -> Any:
     for change in spec.deviceChange:
         if change.fileOperation and change.operation == "add":
             context.require("Datastore.AllocateSpace", vm)
-    if spec.changeVersion and spec.changeVersion != vm.config.changeVersion:
-        raise vim.fault.ConcurrentAccess()
+    _compare(vm, spec)
     if vm.is_template and (spec.deviceChange or spec.changeTrackingEnabled is not None):
         raise vmodl.fault.NotSupported(msg="The operation is not supported on a template.")
 
@@ -123,9 +122,16 @@ def start(context: Any, vm: VirtualMachine, spec: Any) -> Any:
 
     def body(task: Task) -> None:
         with vm.lock:
+            _compare(vm, spec)  # another one may have been carried out since the call
             apply(vm, spec)
 
     return context.simulator.tasks.start(context, context.method, vm, body, vm)
+
+
+def _compare(vm: VirtualMachine, spec: Any) -> None:
+    """A change version in the specification is a condition (VADP facts 54)."""
+    if spec.changeVersion and spec.changeVersion != vm.config.changeVersion:
+        raise vim.fault.ConcurrentAccess()
 
 
 def apply(vm: VirtualMachine, spec: Any) -> None:
@@ -188,10 +194,10 @@ def check_tracking(vm: VirtualMachine, spec: Any) -> None:
 
 
 def set_extra_config(config: Any, options: Any) -> None:
-    """An empty value takes an option away."""
+    """An empty value takes an option away (VADP facts 53). Names are those of a .vmx: their case does not matter."""
     for option in options:
         for known in list(config.extraConfig):
-            if known.key == option.key:
+            if known.key.lower() == option.key.lower():
                 config.extraConfig.remove(known)
         if option.value not in (None, ""):
             config.extraConfig.append(vim.option.OptionValue(key=option.key, value=option.value))

@@ -41,6 +41,16 @@ CONTENT = {
     "storageResourceManager": "StorageResourceManager",
     "guestOperationsManager": "guestOperationsManager",
 }
+# Those that a host does not have.
+VCENTER_ONLY = (
+    "customFieldsManager",
+    "extensionManager",
+    "alarmManager",
+    "scheduledTaskManager",
+    "virtualDiskManager",
+    "storageResourceManager",
+    "dvSwitchManager",
+)
 
 
 @service("ServiceInstance")
@@ -71,8 +81,13 @@ class ServiceInstance(Managed):
             licenseProductName="VMware VirtualCenter Server",
             licenseProductVersion="8.0",
         )
+        if self.simulator.settings.esxi:  # it has no instance UUID (VADP facts 55)
+            about.apiType, about.instanceUuid, about.productLineId = "HostAgent", None, "embeddedEsx"
+            about.name, about.fullName = "VMware ESXi", "VMware ESXi 8.0.3 build-24022510"
         content = vim.ServiceInstanceContent(rootFolder=vim.Folder("group-d1"), about=about)
         for name, moid in CONTENT.items():
+            if self.simulator.settings.esxi and name in VCENTER_ONLY:
+                continue
             setattr(content, name, content._GetPropertyInfo(name).type(moid))
         return content
 

@@ -29,7 +29,10 @@ class SnapshotObject(Managed):
         self.record = record
 
     def p_config(self) -> Any:
-        return self.of_vm._with_backings(self.record.config, current=False)
+        config = self.of_vm._with_backings(self.record.config, current=False)
+        if not self.of_vm.simulator.settings.snapshot_settings:
+            config.extraConfig = []
+        return config
 
     def p_vm(self) -> Any:
         return self.of_vm.ref

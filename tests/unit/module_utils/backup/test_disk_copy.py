@@ -63,6 +63,7 @@ class World:
         self.refused: Dict[str, VadpError] = {}
         self.opened: List[str] = []
         self.tried: List[str] = []
+        self.last: List[bool] = []
         self.readings: Dict[int, Reading] = {}
         self.children: List[Child] = []
 
@@ -73,9 +74,18 @@ class World:
 
     @contextmanager
     def open(
-        self, context: OpenContext, disk: Disk, facts: DiskFacts, candidate: Candidate, *, writable: bool, stage: Path
+        self,
+        context: OpenContext,
+        disk: Disk,
+        facts: DiskFacts,
+        candidate: Candidate,
+        *,
+        writable: bool,
+        stage: Path,
+        last: bool,
     ) -> Iterator[Endpoint]:
         assert not writable
+        self.last.append(last)
         self.opened.append(disk.file)
         self.tried.append(candidate.transport)
         if candidate.transport in self.refused:
@@ -321,6 +331,7 @@ def test_when_all_transports_fail_each_says_why(world: World) -> None:
     text = str(caught.value)
     assert "by any of the transports" in text and "hotadd: No unit: all taken" in text and "https: No lease" in text
     assert "Hard disk 1" in text and not world.store.part_files()
+    assert world.last == [False, True]  # what passes is waited for longer where nothing else comes
 
 
 def test_nbd_is_not_tried_where_nbdssl_could_not_reach_the_host(world: World) -> None:

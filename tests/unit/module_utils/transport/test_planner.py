@@ -158,6 +158,8 @@ READING = [
     Case("hotadd", disk(datastore=None), PROXY, "where the disk lies is not known"),
     Case("hotadd", disk(), proxy(missing_privileges={"hotadd": ("x.Y", "a.B")}), "lacks the privileges a.B, x.Y"),
     Case("hotadd", disk(), proxy(missing_privileges={"vddk": ("a.B",)}), method="proxy_hotadd"),
+    # Without it a disk's UUID can't be reserved while VDDK attaches it.
+    Case("hotadd", disk(), proxy(missing_privileges={"reserving": ("a.B",)}), method="proxy_hotadd"),
     # NBD and NBDSSL
     Case("nbdssl", disk(), PROXY, method="vddk"),
     Case("nbdssl", disk(), proxy(is_vcenter=False, vm=None, luns={}, plugins=frozenset()), method="vddk"),
