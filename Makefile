@@ -59,7 +59,7 @@ soak-short:
 soak:
 	@tests/setup.sh soak
 	SOAK_DEBIAN13=1 SOAK_MINUTES=$${SOAK_MINUTES:-15} SOAK_KILLS=$${SOAK_KILLS:-300} SOAK_CHILD_KILLS=$${SOAK_CHILD_KILLS:-60} \
-	    SOAK_PLAYBOOK_KILLS=$${SOAK_PLAYBOOK_KILLS:-10} SOAK_FLIPS=$${SOAK_FLIPS:-500} \
+	    SOAK_PLAYBOOK_KILLS=$${SOAK_PLAYBOOK_KILLS:-10} SOAK_FLIPS=$${SOAK_FLIPS:-500} SOAK_RECORDS=$${SOAK_RECORDS:-2000} \
 	    SOAK_FILES=$${SOAK_FILES:-10000} SOAK_FILE_SYSTEMS=$${SOAK_FILE_SYSTEMS:-20} \
 	    SOAK_SEED=$${SOAK_SEED:-$$(date +%s)} $(PYTHON) -m pytest -q --timeout 0 tests/soak tests/unit/module_utils/restore/files
 	$(PYTHON) -m pytest -q -n 2 --dist loadfile -m soak tests/e2e

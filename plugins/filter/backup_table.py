@@ -93,6 +93,18 @@ _STATES = {
 }
 
 
+_NUMBERS = ("capacity_bytes", "bytes_read", "bytes_stored", "seconds")
+
+
+def _readable(result: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A result without the words that Ansible puts in place of numbers which are like the password."""
+    disks = []
+    for disk in result.get("disks") or []:
+        strange = [name for name in _NUMBERS if isinstance(disk.get(name), str)]
+        disks.append({**disk, **dict.fromkeys(strange)} if strange else disk)
+    return {**result, "disks": disks}
+
+
 def backup_table(results: Sequence[Mapping[str, Any]], width: int = 140) -> List[str]:
     """The lines of the table.
 
@@ -101,6 +113,7 @@ def backup_table(results: Sequence[Mapping[str, Any]], width: int = 140) -> List
     :param width: columns for the text below the table.
     """
     require_results(results, "backup_table", "role vm_backup leaves in vm_backup_result")
+    results = [_readable(result) for result in results]
     notes = Notes()
     rows: List[Row] = []
     below: List[str] = []

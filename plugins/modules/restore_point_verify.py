@@ -32,6 +32,11 @@ attributes:
     details: With O(level=boot) each run boots the point again, and replaces the screenshot and the log of the last one.
       They are no part of the point, so that is no change.
 options:
+  run_id:
+    description:
+      - Id of the run that made the point, in place of O(vm_uuid) or O(vm_name), and O(point).
+      - Exactly one of O(run_id), O(vm_uuid) and O(vm_name) is required.
+    type: str
   level:
     description:
       - V(structure) compares each file with its hash, which finds every changed bit, and checks that the images are
@@ -292,6 +297,7 @@ from ..module_utils.runner import Options, repository_options, repository_vm_opt
 
 OPTIONS = Options(
     dict(
+        run_id=dict(type="str"),
         level=dict(type="str", choices=["structure", "data", "boot"], default="structure"),
         fail_on_damage=dict(type="bool", default=True),
         boot_pattern=dict(type="str"),
@@ -303,12 +309,17 @@ OPTIONS = Options(
         boot_accelerator=dict(type="str", choices=list(ACCELERATORS), default=AUTO),
         boot_overlay_dir=dict(type="path", default="/var/tmp"),
         boot_overlay_limit=dict(type="int", default=8192),
-    )
+    ),
+    required_one_of=[("vm_uuid", "vm_name", "run_id")],
+    mutually_exclusive=[("vm_uuid", "run_id"), ("vm_name", "run_id")],
 )
 
 
 def body(module: AnsibleModule) -> Dict[str, Any]:
-    params = module.params
+    params = dict(module.params)
+    if params["run_id"] is not None:
+        found, manifest = Repository.open(params["repository"]).find_point_of(params["run_id"])
+        params.update(vm_uuid=found.uuid, point=manifest["point"])
     request = BootRequest.from_params(params)
     if params["level"] == BOOT:
         result = verify_by_boot(request, module.check_mode)
@@ -322,7 +333,9 @@ def body(module: AnsibleModule) -> Dict[str, Any]:
 
 
 def main() -> None:
-    run_module(repository_options() + repository_vm_options() + OPTIONS, body, libraries=["blake3", "nbd"])
+    run_module(
+        repository_options() + repository_vm_options(required=False) + OPTIONS, body, libraries=["blake3", "nbd"]
+    )
 
 
 if __name__ == "__main__":

@@ -45,11 +45,23 @@ options:
   snapshot_moid:
     description:
       - Managed object id of the snapshot, such as V(snapshot-47).
-      - Exactly one of O(snapshot_moid) and O(snapshot_name) is required, for a template none of them.
+      - Exactly one of O(snapshot_moid), O(snapshot_name) and O(run_id) is required, for a template none of them.
     type: str
   snapshot_name:
     description: Name of the snapshot. Two snapshots of one name are an error that lists both.
     type: str
+  run_id:
+    description:
+      - Id of a run that M(openvadp.backup.vadp_recover) has begun. Its record says which virtual machine, which
+        snapshot and which point are meant, and the snapshot has to carry the run's marker.
+      - The options that name the virtual machine count only where the record is of another server.
+    type: str
+  force:
+    description:
+      - Whether another run that is at work on the virtual machine is taken for over. A warning says which.
+      - Without it the module fails until that run has ended, or its deadline has passed.
+    type: bool
+    default: false
   point:
     description:
       - Name of the restore point. If it exists, nothing is done, whatever the other options say.
@@ -312,6 +324,8 @@ OPTIONS = Options(
     dict(
         snapshot_moid=dict(type="str"),
         snapshot_name=dict(type="str"),
+        run_id=dict(type="str"),
+        force=dict(type="bool", default=False),
         point=dict(type="str"),
         mode=dict(type="str", choices=list(MODES), default="auto"),
         disks=dict(type="list", elements="str"),
@@ -320,7 +334,7 @@ OPTIONS = Options(
         compression=dict(type="str", choices=list(COMPRESSIONS), default="zstd"),
         parallel_disks=dict(type="int", default=2),
     ),
-    mutually_exclusive=[("snapshot_moid", "snapshot_name")],
+    mutually_exclusive=[("snapshot_moid", "snapshot_name", "run_id")],
 )
 TRANSPORTS = ["san", "hotadd", "nbdssl", "nbd", "https"]
 

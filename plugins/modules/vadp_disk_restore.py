@@ -171,6 +171,20 @@ options:
         machine hold.
     type: bool
     default: false
+  force:
+    description:
+      - Whether another run that is at work on the virtual machine is taken for over, with O(target=in_place) and
+        O(target=new_vm). Without it the module fails until that run has ended, or its deadline has passed.
+    type: bool
+    default: false
+  safety_run_id:
+    description:
+      - With O(target=in_place), nothing is overwritten unless the run of this id has made a restore point of the
+        virtual machine that is written, in this repository. Its files have to be there, and it has to hold the disks as
+        they are now.
+      - Role P(openvadp.backup.vm_restore#role) gives the id of the backup that makes the safety point. The guard is
+        here because tasks of a role are passed over where a play ignores errors.
+    type: str
   changed_only:
     description:
       - Whether only what changed since the point is written, with O(target=in_place).
@@ -300,9 +314,10 @@ notes:
     C(VirtualMachine.Provisioning.DiskRandomRead) and C(VirtualMachine.Provisioning.GetVmFiles). O(changed_only=true)
     also takes C(VirtualMachine.State.CreateSnapshot), C(VirtualMachine.State.RemoveSnapshot) and
     C(VirtualMachine.Config.ChangeTracking); without them the whole disks are written.
-  - For O(target=new_vm) also C(VirtualMachine.Inventory.Create) and C(VirtualMachine.Inventory.Delete) on the folder,
-    C(VirtualMachine.Config.AddNewDisk), C(VirtualMachine.Config.AddRemoveDevice),
-    C(VirtualMachine.Config.AdvancedConfig), C(VirtualMachine.Config.EditDevice) and
+  - For O(target=new_vm) also C(VirtualMachine.Inventory.Create) and C(VirtualMachine.Inventory.Unregister) on the
+    folder, C(VirtualMachine.Config.AddNewDisk), C(VirtualMachine.Config.RemoveDisk),
+    C(VirtualMachine.Config.AddRemoveDevice), C(VirtualMachine.Config.AdvancedConfig),
+    C(VirtualMachine.Config.EditDevice) and
     C(VirtualMachine.Config.Settings) there, C(Resource.AssignVMToPool) on the resource pool, C(Network.Assign) on
     networks, C(Datastore.AllocateSpace), C(Datastore.Browse) and C(Datastore.FileManagement) on datastores, and
     C(VirtualMachine.Interact.PowerOn) to start it. For tags C(InventoryService.Tagging.AttachTag) on them and
@@ -601,6 +616,8 @@ def options() -> Options:
         disks=dict(type="list", elements="dict", options=DISK, default=[]),
         overwrite=dict(type="bool", default=False),
         changed_only=dict(type="bool", default=False),
+        force=dict(type="bool", default=False),
+        safety_run_id=dict(type="str"),
         verify=dict(type="bool", default=True),
         rate_limit=dict(type="str"),
         cluster=dict(type="str"),

@@ -9,15 +9,21 @@ short_description: Remove what crashed backups left of a virtual machine
 version_added: 0.1.0
 description:
   - Removes what earlier runs of this repository left of a virtual machine. These are, in this order, processes on this
-    machine, disks that are still attached to a proxy, snapshots that carry this repository's id (with what their
-    removal may have left), temporary ones of M(openvadp.backup.vm_change_tracking), prepared access (see
-    M(openvadp.backup.vadp_access)), the virtual machine itself where a restore was making it and did not come to its
-    end, and temporary files, also of a M(openvadp.backup.restore_point_verify) that was killed while it booted a point.
-  - What others made is never touched. The virtual machine is locked meanwhile, so a run that is still at work is not
-    disturbed, and the module fails.
+    machine, disks that are still attached to a proxy, snapshots (with what their removal may have left), prepared
+    access (see M(openvadp.backup.vadp_access)), the virtual machine itself where a restore was making it and did not
+    come to its end, and temporary files, also of a M(openvadp.backup.restore_point_verify) that was killed while it
+    booted a point.
+  - What others made is never touched. The records of runs say where to look, and no more, for they may be copied or
+    written by anybody. A process is ended if the kernel says that the run has started it. A snapshot is removed if its
+    description names this repository and a run that is recorded here. A virtual machine is removed if it carries the
+    mark of that restore, was never started, and has just the disks that it was made with. What can't be proved is told
+    by a warning, together with the command that removes it.
+  - A run that is at work is not disturbed, and the module fails. It is at work until its deadline, which each module of
+    it renews every minute, or until its process is known to be dead. So a run that was killed in the middle of a play
+    is over after ten minutes at most, or with O(force=true).
   - Where the repository is in a place that it does not list, what is found is only reported, with a warning that names
     O(adopt), and no run is begun. Its records may be those of the original.
-  - With O(begin=true) it then begins a run, and returns name and description for its snapshot.
+  - With O(begin=true) it then begins a run, in which other modules follow. With O(run_id) alone it ends that run.
 author:
   - openvadp maintainers (@openvadp)
 extends_documentation_fragment:
@@ -35,7 +41,7 @@ attributes:
     support: none
   idempotent:
     support: partial
-    details: With O(begin=true) each run begins another one, unless the point exists.
+    details: With O(begin=true) each call begins another run, unless the point exists.
 options:
   begin:
     description: Whether a run is begun, as role P(openvadp.backup.vm_backup#role) does.
@@ -46,6 +52,22 @@ options:
       - Name of the restore point that the run is to make, with O(begin=true). If it exists, no run is begun.
       - If not given, one that is made of the time.
     type: str
+  run_id:
+    description:
+      - With O(begin=true), the id of the run that is begun, 32 random hexadecimal digits. The controller chooses it,
+        and gives it to the modules that follow. Then there is a record of the run also where the point exists already.
+      - Otherwise the run that is ended. What it left is removed, and that of no other run, and RV(run) says what it has
+        come to.
+      - Without a record of it here (the folder was restored from a copy, say), a snapshot of the virtual machine that
+        carries the marker of this repository and this run is removed. It is for you to know that the run is over.
+    type: str
+  force:
+    description:
+      - Whether runs that are at work are taken for over. What they left is removed, though they may go on and fail.
+        Warnings say which runs these were.
+      - With O(run_id), what that run may have left on a machine that is gone is forgotten, too.
+    type: bool
+    default: false
   access:
     description:
       - Whether Storage vMotion of the virtual machine is held off for the run that is begun, with O(begin=true). The
@@ -171,6 +193,15 @@ EXAMPLES = r"""
     name: proxy01
     state: absent
     force: true
+
+- name: End that run
+  openvadp.backup.vadp_recover:
+    hostname: vcenter.example.com
+    username: backup@vsphere.local
+    password: "{{ vcenter_password }}"
+    name: app01
+    repository: /backup
+    run_id: "{{ begun.run.id }}"
 """
 
 RETURN = r"""
@@ -272,14 +303,14 @@ report_only:
   type: bool
   sample: false
 run:
-  description: The run that was begun; null without O(begin=true).
+  description: The run that was begun, or ended; null without O(begin=true) and O(run_id).
   returned: success
   type: dict
   contains:
     id:
       description: Id of the run.
       type: str
-      sample: 20261122T084203.417123Z-3f9a2b1c
+      sample: 3f9a2b1c7d5e4a0b9a3c2f1e0d9c8b7a
     repository_id:
       description: Id of the repository; empty in check mode if it does not exist yet.
       type: str
@@ -297,9 +328,18 @@ run:
       type: str
       sample: 20261122T084203Z
     complete:
-      description: Whether the point exists, so that there is nothing to do and no run was begun.
+      description:
+        - With O(begin=true), whether the point exists, so that there is nothing to do.
+        - Of a run that is ended, whether a point of it (or the one that was there before) is in the repository with all
+          its files.
       type: bool
       sample: false
+    snapshot_gone:
+      description: >-
+        Of a run that is ended, whether vCenter shows neither a snapshot of it nor disks that need consolidation; null
+        with O(begin=true).
+      type: bool
+      sample: true
     snapshot_name:
       description: Name for the run's snapshot.
       type: str
@@ -379,6 +419,8 @@ OPTIONS = Options(
     dict(
         begin=dict(type="bool", default=False),
         point=dict(type="str"),
+        run_id=dict(type="str"),
+        force=dict(type="bool", default=False),
         access=dict(type="bool", default=False),
         export=dict(type="dict", options=EXPORT),
         proxy_name=dict(type="str"),

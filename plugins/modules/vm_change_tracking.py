@@ -38,6 +38,14 @@ options:
     type: str
     choices: [enabled, disabled, reset]
     default: enabled
+  repository:
+    description: Folder of the repository that O(run_id) was begun in.
+    type: path
+  run_id:
+    description:
+      - Id of a run that M(openvadp.backup.vadp_recover) has begun. The temporary snapshot of a stun cycle carries it,
+        so that the recovery of that run removes what a crash leaves. The record of the run names the virtual machine.
+    type: str
   activate:
     description:
       - Whether a running virtual machine is stunned for a moment, by a snapshot that is removed at once, so that the
@@ -106,6 +114,7 @@ change_tracking:
 
 from ansible.module_utils.basic import AnsibleModule
 
+from ..module_utils.backup.run_steps import ensure_tracking
 from ..module_utils.runner import Options, connection_options, run_module, vm_options
 from ..module_utils.vsphere.change_tracking import ensure
 from ..module_utils.vsphere.inventory import find_vm, vm_selection
@@ -115,16 +124,23 @@ OPTIONS = Options(
     dict(
         state=dict(type="str", choices=["enabled", "disabled", "reset"], default="enabled"),
         activate=dict(type="bool", default=True),
+        repository=dict(type="path"),
+        run_id=dict(type="str"),
         timeout=dict(type="int", default=3600),
-    )
+    ),
+    required_together=[("repository", "run_id")],
 )
 
 
 def body(module: AnsibleModule) -> dict:
     params = module.params
     timeout = check_timeout(params["timeout"])
+    named = vm_selection(params)
     with Session.connect(Connection.from_params(params)) as session:
-        vm = find_vm(session, **vm_selection(params))
+        if params["run_id"] is not None:
+            run = (params["repository"], params["run_id"], named)
+            return ensure_tracking(session, *run, params["state"], params["activate"], timeout, module.check_mode)
+        vm = find_vm(session, **named)
         return ensure(session, vm, params["state"], params["activate"], timeout, module.check_mode)
 
 

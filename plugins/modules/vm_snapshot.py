@@ -37,12 +37,23 @@ options:
   snapshot_name:
     description:
       - Name of the snapshot. Two snapshots of one name are an error that lists both.
-      - Exactly one of O(snapshot_name) and O(snapshot_moid) is required.
+      - Exactly one of O(snapshot_name), O(snapshot_moid) and O(run_id) is required.
     type: str
   snapshot_moid:
     description:
       - Managed object id of the snapshot, which is unique, such as V(snapshot-47).
       - With O(state=present) the snapshot must be there.
+    type: str
+  repository:
+    description: Folder of the repository that O(run_id) was begun in.
+    type: path
+  run_id:
+    description:
+      - Id of a run that M(openvadp.backup.vadp_recover) has begun. What it is about stands in the run's record. That is
+        which virtual machine, and the name, the description and later on the managed object id of the snapshot.
+      - The snapshot is known by that id and by the run's marker in its description, and never by its name. With a
+        snapshot of somebody else under the name, it gets another one. For a template nothing is done.
+      - The options that name the virtual machine count only where the record is of another server.
     type: str
   description:
     description: Description of the snapshot that is made.
@@ -69,7 +80,11 @@ options:
     type: bool
     default: true
   timeout:
-    description: Seconds that making or removing the snapshot may last.
+    description:
+      - Seconds that making or removing the snapshot may last.
+      - If it is not made by then, its task is cancelled, and waited for a little longer. What is still under way then
+        is written down in the run's record, where the next recovery looks for it. Without O(run_id) the message says
+        so.
     type: int
     default: 3600
 notes:
@@ -218,6 +233,7 @@ consolidated:
 
 from ansible.module_utils.basic import AnsibleModule
 
+from ..module_utils.backup.run_steps import ensure_snapshot
 from ..module_utils.runner import Options, connection_options, run_module, vm_options
 from ..module_utils.vsphere.inventory import find_vm, vm_selection
 from ..module_utils.vsphere.session import Connection, Session
@@ -228,6 +244,8 @@ OPTIONS = Options(
         state=dict(type="str", choices=["present", "absent"], default="present"),
         snapshot_name=dict(type="str"),
         snapshot_moid=dict(type="str"),
+        repository=dict(type="path"),
+        run_id=dict(type="str"),
         description=dict(type="str"),
         quiesce=dict(type="str", choices=["required", "preferred", "never"], default="preferred"),
         memory=dict(type="bool", default=False),
@@ -235,15 +253,20 @@ OPTIONS = Options(
         consolidate=dict(type="bool", default=True),
         timeout=dict(type="int", default=3600),
     ),
-    required_one_of=[("snapshot_name", "snapshot_moid")],
-    mutually_exclusive=[("snapshot_name", "snapshot_moid")],
+    required_one_of=[("snapshot_name", "snapshot_moid", "run_id")],
+    mutually_exclusive=[("snapshot_name", "snapshot_moid", "run_id"), ("description", "run_id")],
+    required_together=[("repository", "run_id")],
 )
 
 
 def body(module: AnsibleModule) -> dict:
     wanted = Wanted.from_params(module.params)
+    named = vm_selection(module.params)
     with Session.connect(Connection.from_params(module.params)) as session:
-        vm = find_vm(session, **vm_selection(module.params))
+        if module.params["run_id"] is not None:
+            repository, run_id = module.params["repository"], module.params["run_id"]
+            return ensure_snapshot(session, repository, run_id, named, wanted, module.check_mode)
+        vm = find_vm(session, **named)
         return ensure(session, vm, wanted, module.check_mode)
 
 

@@ -31,9 +31,16 @@ class Simulator:
     ``facts`` is its JSON line, ``control`` the client of its control socket.
     """
 
-    def __init__(self, state: Path, vms: str = "minimal") -> None:
+    def __init__(self, state: Path, vms: str = "minimal", passwords: Optional[Dict[str, str]] = None) -> None:
+        """:param passwords: by user name; others get random ones."""
         self.state = state
         self.vms = vms
+        self.options: List[str] = []
+        if passwords:
+            secret = state.with_suffix(".passwords")
+            secret.touch(mode=0o600)
+            secret.write_text(json.dumps(passwords))
+            self.options = ["--passwords", str(secret)]
         self.log_path = state.with_suffix(".log")
         self.start()
 
@@ -41,7 +48,7 @@ class Simulator:
         """Start it, or start it again with the state that it left; *port* is vCenter's, 0 takes a free one."""
         self._log = self.log_path.open("ab")
         self._process = subprocess.Popen(
-            [str(SIMULATOR / "run"), "--state", str(self.state), "--vms", self.vms, "--port", str(port)],
+            [str(SIMULATOR / "run"), "--state", str(self.state), "--vms", self.vms, "--port", str(port), *self.options],
             stdout=subprocess.PIPE,
             stderr=self._log,
             cwd=str(ROOT),

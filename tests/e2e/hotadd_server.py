@@ -41,7 +41,7 @@ def serve(wanted: Dict[str, Any]) -> None:
         store = Repository.open(wanted["repository"], create=True).vm(vm.instance_uuid)
         with store.lock(wanted["run_id"], "test"):
             run = store.run(wanted["run_id"]) or store.create_run(
-                None, vm_moid=vm.moid, vm_name=vm.name, run_id=wanted["run_id"]
+                None, vm_moid=vm.moid, vm_name=vm.name, run_id=wanted["run_id"], server_uuid=session.server_uuid
             )
             with RuntimeDir(run.run_id) as run_dir:
                 with open_hotadd(

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import threading
@@ -143,7 +144,10 @@ def test_the_next_run_makes_up_for_a_crash(own_simulator: Simulator, backups: Ba
     own_simulator.control.call("nfc", delay=0)
     left = prepared(own_simulator)
     assert len(left) == 1
-    outcome = backups.run(VM, point="one", mode="full", disks=["2001"]).ok()
+    # Until its deadline nobody knows that the first one is dead.
+    refused = backups.run(VM, point="one", mode="full", disks=["2001"]).failed()
+    assert "is at work" in refused.result("fail")["msg"] and len(prepared(own_simulator)) == 1
+    outcome = backups.run(VM, point="one", mode="full", disks=["2001"], force=True).ok()
     found = outcome.results("vadp_recover")[0]["recovered"]
     kinds = [item["what"] for item in found]
     assert {"what": "access", "id": left[0], "action": "ended"} in found, found
@@ -164,6 +168,8 @@ def test_what_cannot_be_ended_now_is_ended_later(modules: Modules, own_simulator
     libdir = own_simulator.facts["vddk_libdir"]
     options = dict(modules.named, repository=str(repository))
     begun = modules.done("vadp_recover", **options, begin=True, point="one", access=True, vddk_libdir=libdir)
+    # Nobody waits for the run's deadline here.
+    options["force"] = True
     assert begun["run"]["access"] == {"prepared": True, "reason": None} and not begun.get("warnings"), begun
     identity = prepared(own_simulator)
     assert len(identity) == 1 and begun["run"]["id"] in identity[0]
@@ -190,6 +196,8 @@ def test_what_vddk_attached_is_detached_before_the_snapshot_goes(
     libdir = facts["vddk_libdir"]
     named = dict(modules.named, repository=str(repository))
     run = modules.done("vadp_recover", **named, begin=True, point="one", access=True, vddk_libdir=libdir)["run"]
+    # Nobody waits for the run's deadline here.
+    named["force"] = True
     own_simulator.write(VM, 2001, 0, length=8 * MIB)
     moid = modules.snapshot(run["snapshot_name"], run["snapshot_description"])
     options = modules.export_options(snapshot_moid=moid, point="one", mode="full", disks=["2001"], **devices)
@@ -218,13 +226,18 @@ def test_a_snapshot_of_change_tracking_that_a_crash_left_is_removed(
     """The backup goes on over it, and its point is complete: vm_change_tracking never comes to it again."""
     foreign = modules.snapshot("before the upgrade", "made by hand")
     named = dict(modules.named, repository=str(repository))
-    modules.done("vadp_recover", **named, begin=True, point="one")
-    left = modules.snapshot(
-        "openvadp change tracking 0a1b2c3d", '{"by": "openvadp.backup", "purpose": "change tracking"}'
-    )
+    run = modules.done("vadp_recover", **named, begin=True, point="one")["run"]
+    # Nobody waits for the run's deadline here.
+    named["force"] = True
+    marker = {"by": "openvadp.backup", "purpose": "change tracking"}
+    # One without ids is nobody's whose run could be known: it is told of, and the next vm_change_tracking removes it.
+    nobodys = modules.snapshot("openvadp change tracking 0a1b2c3e", json.dumps(marker))
+    marker.update(repository_id=run["repository_id"], run_id=run["id"])
+    left = modules.snapshot("openvadp change tracking 0a1b2c3d", json.dumps(marker))
     listed = modules.done("vadp_recover", **named, _ansible_check_mode=True)
     assert [item["action"] for item in listed["recovered"]] == ["would be removed"]
     found = modules.done("vadp_recover", **named)
     assert [(item["what"], item["id"]) for item in found["recovered"]] == [("snapshot", left)]
-    assert [item["moid"] for item in own_simulator.snapshots(VM)] == [foreign]
+    assert nobodys in str(found["warnings"])
+    assert [item["moid"] for item in own_simulator.snapshots(VM)] == [foreign, nobodys]
     assert not modules.done("vadp_recover", **named)["changed"]

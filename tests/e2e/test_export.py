@@ -67,7 +67,8 @@ class Modules:
         return self.run("vadp_disk_export", self.export_options(**options), check, diff)
 
     def recover(self, check: bool = False, **options: Any) -> Dict[str, Any]:
-        options = dict(self.named, repository=str(self.repository), **options)
+        # What was begun here goes on for all that anybody can know; the tests don't wait for its deadline.
+        options = dict(self.named, repository=str(self.repository), force="begin" not in options, **options)
         result = self.run("vadp_recover", options, check)
         assert not result["failed"], result
         return result

@@ -8,11 +8,13 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any, Callable, Dict, Optional
 
+from ansible_collections.openvadp.backup.plugins.module_utils.backup import run_steps
 from ansible_collections.openvadp.backup.plugins.module_utils.backup.export import export_point
 from ansible_collections.openvadp.backup.plugins.module_utils.backup.recover import RecoverRequest, recover_vm
 from ansible_collections.openvadp.backup.plugins.module_utils.backup.request import ExportRequest
 from ansible_collections.openvadp.backup.plugins.module_utils.errors import VadpError
 from ansible_collections.openvadp.backup.plugins.module_utils.repository.layout import Repository, VmStore
+from ansible_collections.openvadp.backup.plugins.module_utils.repository.runs import new_run_id
 from ansible_collections.openvadp.backup.plugins.module_utils.restore import in_place, to_file
 from ansible_collections.openvadp.backup.plugins.module_utils.restore.request import RestoreRequest
 from ansible_collections.openvadp.backup.plugins.module_utils.vsphere import change_tracking, snapshot_state
@@ -58,15 +60,17 @@ class Job:
 
     # The steps of role vm_backup
 
-    def recover(self, begin: bool = False, point: Optional[str] = None) -> Dict[str, Any]:
-        request = RecoverRequest(Connection(**self.connection), self.vm, self.repository, begin, point)
+    def recover(self, begin: bool = False, point: Optional[str] = None, **options: Any) -> Dict[str, Any]:
+        request = RecoverRequest(Connection(**self.connection), self.vm, self.repository, begin, point, **options)
         return recover_vm(request, check_mode=False)
 
-    def track(self) -> None:
+    def track(self, run_id: str) -> None:
         """Change tracking on, where it can be; the role goes on with full backups where it can't."""
         with self.connect() as session:
             try:
-                change_tracking.ensure(session, find_vm(session, **self.vm), "enabled", True, _TIMEOUT, False)
+                run_steps.ensure_tracking(
+                    session, self.repository, run_id, self.vm, "enabled", True, _TIMEOUT, check_mode=False
+                )
             except VadpError:
                 return
 
@@ -74,18 +78,19 @@ class Job:
         with self.connect() as session:
             change_tracking.ensure(session, find_vm(session, **self.vm), "reset", True, _TIMEOUT, False)
 
-    def snapshot(self, present: bool, **named: Any) -> Dict[str, Any]:
-        """A snapshot is there (*named* by name and description), or is not (*named* by moid)."""
+    def snapshot(self, present: bool, run_id: Optional[str] = None, **named: Any) -> Dict[str, Any]:
+        """A snapshot is there (*named* by name and description, or a run's own), or is not (*named* by moid)."""
         wanted = dict(name=None, moid=None, description="")
         wanted.update(named)
         options = dict(quiesce="never", memory=False, remove_children=False, consolidate=True, timeout=_TIMEOUT)
         with self.connect() as session:
             vm = find_vm(session, **self.vm)
-            return snapshot_state.ensure(
-                session, vm, snapshot_state.Wanted(present=present, **wanted, **options), False
-            )
+            asked = snapshot_state.Wanted(present=present, **wanted, **options)
+            if run_id is not None:
+                return run_steps.ensure_snapshot(session, self.repository, run_id, self.vm, asked, False)
+            return snapshot_state.ensure(session, vm, asked, False)
 
-    def export(self, point: str, snapshot_moid: str, mode: str = "auto", **options: Any) -> Dict[str, Any]:
+    def export(self, point: str, snapshot_moid: Optional[str], mode: str = "auto", **options: Any) -> Dict[str, Any]:
         request = ExportRequest(
             connection=Connection(**self.connection),
             vm=self.vm,
@@ -102,26 +107,33 @@ class Job:
         return export_point(request, check_mode=False)
 
     def back_up(
-        self, point: str, mode: str = "auto", while_frozen: Optional[Callable[[], None]] = None
+        self,
+        point: str,
+        mode: str = "auto",
+        while_frozen: Optional[Callable[[], None]] = None,
+        force: bool = False,
     ) -> Optional[Dict[str, Any]]:
         """All of role vm_backup: the manifest, or None if the point was complete.
 
+        :param force: after a kill that nobody but the test knows of.
         :param while_frozen: called between the snapshot and the export.
         """
-        run = self.recover(begin=True, point=point)["run"]
+        run_id = new_run_id()
+        run = self.recover(begin=True, point=point, run_id=run_id, force=force)["run"]
         if run["complete"]:
+            self.recover(run_id=run_id)
             return None
-        made: Dict[str, Any] = {}
         try:
-            self.track()
-            made = self.snapshot(True, name=run["snapshot_name"], description=run["snapshot_description"])
+            self.track(run_id)
+            self.snapshot(True, run_id=run_id)
             if while_frozen is not None:
                 while_frozen()
-            return dict(self.export(run["point"], made["snapshot"]["moid"], mode)["point"])
+            return dict(self.export(point, None, mode, run_id=run_id)["point"])
         finally:
-            if made:
-                self.snapshot(False, moid=made["snapshot"]["moid"])
-            self.recover()
+            try:
+                self.snapshot(False, run_id=run_id)
+            finally:
+                self.recover(run_id=run_id)
 
     # Role vm_restore
 

@@ -35,6 +35,8 @@ SEED = int(os.environ.get("SOAK_SEED", "1"))
 
 # A lane that waits for the end of processes costs nothing.
 LANES = 6
+# How often a lane looks whether a run that may go on is left alone.
+REFUSALS = 2
 # Longer chains only take longer to verify.
 MOST_POINTS = 6
 
@@ -67,6 +69,7 @@ class Lane:
         self.world = world
         self.server = server
         self.machine: Optional[Machine] = None
+        self.refusals = 0
 
     def machine_for(self, kind: str) -> Machine:
         """A machine without points for a first backup, else one with at least one point."""
@@ -84,9 +87,25 @@ class Lane:
             self.machine = None
 
     def back_up(self, point: str) -> None:
-        """A backup that is not disturbed."""
+        """A backup that is not disturbed.
+
+        Until its deadline nobody can know of a run of several modules that it is dead: without force it is left alone.
+        """
         assert self.machine is not None
-        run = self.server.start(self.machine.job, "back_up", self.machine.tmpdir, point=point)
+        busy = (
+            [run.run_id for run in self.machine.job.store.runs() if run.data["controller"]]
+            if (self.machine.store_folder.is_dir())
+            else []
+        )
+        if busy and self.refusals < REFUSALS:
+            self.refusals += 1
+            before = self.machine.state["snapshots"]
+            refused = self.server.start(self.machine.job, "back_up", self.machine.tmpdir, point=point)
+            error = refused.result().error
+            assert error is not None and busy[0] in str(error), f"it was not refused: {error}"
+            refused.wait_until_alone()
+            assert self.machine.state["snapshots"] == before
+        run = self.server.start(self.machine.job, "back_up", self.machine.tmpdir, point=point, force=bool(busy))
         result = run.result()
         assert result.error is None, f"the rerun failed: {result.error}"
         run.wait_until_alone()
@@ -197,7 +216,7 @@ class Lane:
         assert machine is not None
         point = f"p{attempt.number}"
         at = random.Random(attempt.number).randrange(1, 250)
-        run = self.server.start(machine.job, "back_up", machine.tmpdir, kill_at=at, point=point)
+        run = self.server.start(machine.job, "back_up", machine.tmpdir, kill_at=at, point=point, force=True)
         run.result()
         run.wait_until_alone()
         if point in machine.visible_points() and point not in machine.points:
@@ -447,6 +466,9 @@ def kill_in_a_playbook(world: World, folder: Path, at: int) -> bool:
     if not visible:
         machine.scribble(at + 1)
         frozen = machine.content()
+    if point.killed and list(machine.store_folder.glob("runs/*.json")):
+        # The role cleared up where it could; else nobody knows until the deadline that the run is over.
+        variables["vm_backup_force"] = True
     run({}).ok()
     machine.points["night"] = frozen
     machine.compare_point("night")

@@ -219,7 +219,7 @@ class BackupModel(RuleBasedStateMachine):
         must = {key: self.must_be(key) for key in KEYS}
         refusal: Optional[Exception] = None
         try:
-            machine.job.back_up(point, mode, write)
+            machine.job.back_up(point, mode, write, force=self.crashed)
         except (RepositoryError, VsphereError) as error:
             assert mode in (INCREMENTAL, DIFFERENTIAL), f"mode {mode} failed: {error}"
             refusal = error
@@ -282,7 +282,7 @@ class BackupModel(RuleBasedStateMachine):
             return
         refused = False
         try:
-            self.machine.job.export(point, frozen.moid, mode)
+            self.machine.job.export(point, frozen.moid, mode, force=self.crashed)
         except (RepositoryError, VsphereError) as error:
             assert mode == INCREMENTAL, f"mode {mode} failed: {error}"
             refused = True
@@ -323,12 +323,12 @@ class BackupModel(RuleBasedStateMachine):
         self.count(f"crash, then {then}" if run.point.killed else "crash that came too late", -0.5)
         self.guest(meanwhile)
         if then == "recover":
-            machine.job.recover()
+            machine.job.recover(force=True)
             self.crashed = False
         elif then == "same snapshot" and not new:
             ours = [item["moid"] for item in machine.state["snapshots"] if item["name"] == f"openvadp {point}"]
             if ours:
-                machine.job.export(point, ours[0])
+                machine.job.export(point, ours[0], force=self.crashed)
                 self.keep(point, frozen)
                 self.forget()
 
@@ -367,11 +367,13 @@ class BackupModel(RuleBasedStateMachine):
             return
         machine.power("poweredOff")
         if where <= CALLS_OF_A_RESTORE:
-            run = self.server.start(machine.job, "restore_in_place", machine.tmpdir, kill_at=where, point=point)
+            run = self.server.start(
+                machine.job, "restore_in_place", machine.tmpdir, kill_at=where, point=point, force=self.crashed
+            )
             run.result()
             run.wait_until_alone()
             self.ours.add(run.keeper)
-        machine.job.restore_in_place(point)
+        machine.job.restore_in_place(point, force=self.crashed)
         machine.power("poweredOn")
         machine.disks = {key: bytearray(held) for key, held in machine.points[point].items()}
         machine.compare_with_simulator()
@@ -401,7 +403,7 @@ class BackupModel(RuleBasedStateMachine):
             BackupModel.failed = True
             return
         if self.crashed:
-            machine.job.recover()
+            machine.job.recover(force=True)
             self.crashed = False
         self.nothing_is_left()
         self.what_is_visible_is_whole()

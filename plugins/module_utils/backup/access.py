@@ -93,7 +93,7 @@ def prepare(session: Session, run: Run, vm: VmRef, libdir: Optional[str]) -> Dic
     vddk, reason = _usable(session, libdir)
     if vddk is None:
         return {"prepared": False, "reason": reason}
-    identity = f"openvadp {run.run_id}"
+    identity = _identity(run)
     intent = run.record("access", vm_moid=vm.moid, identity=identity)
     try:
         run_access("prepare", session, vm, vddk, identity)
@@ -103,6 +103,10 @@ def prepare(session: Session, run: Run, vm: VmRef, libdir: Optional[str]) -> Dic
             run.done(intent)
         return {"prepared": False, "reason": str(error)}
     return {"prepared": True, "reason": None}
+
+
+def _identity(run: Run) -> str:
+    return f"openvadp {run.run_id}"
 
 
 def _usable(session: Session, libdir: Optional[str]) -> Tuple[Optional[Vddk], Optional[str]]:
@@ -137,6 +141,8 @@ def end(
     for run in runs:
         for intent in run.intents("access"):
             identity = str(intent["identity"])
+            if identity != _identity(run):
+                continue  # nothing that this run has prepared
             if not check_mode and not _ended(session, vm, run, intent, identity, libdir):
                 continue
             found.append((identity, "ended"))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import threading
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from types import SimpleNamespace
@@ -19,10 +20,11 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from ..datapath.processes import RuntimeDir, run_tool
 from ..datapath.progress import Progress
-from ..errors import InputError, NotFoundError, RepositoryError, VsphereError
+from ..errors import InputError, NotFoundError, RepositoryError, VadpError, VsphereError
 from ..repository import trust
 from ..repository.half_written import describe, half_written
 from ..repository.layout import Repository, VmStore, file_entry, new_point_name
+from ..repository.run_files import files_of
 from ..repository.runs import Run, new_run_id
 from ..repository.shapes import format_time
 from ..transport.facts import disk_facts, proxy_facts
@@ -37,6 +39,7 @@ from ..vsphere.snapshots import Snapshot, VmState, pick_snapshot, snapshot_disks
 from .disk_copy import CopyJob, Reading, copy_disks
 from .disk_plan import DiskPlan, not_to_be_trusted, plan_disks, skipped_result
 from .request import ExportRequest
+from .run_steps import is_of_run, run_vm
 from .selection import Selection, select_disks
 from .template import (
     TemplateState,
@@ -71,13 +74,20 @@ class Source:
 
 @dataclass(frozen=True)
 class Work:
-    """What the steps under the VM's lock have in common. :param source: with its snapshot, unless it is a template."""
+    """What the steps under the VM's lock have in common.
+
+    :param source: with its snapshot, unless it is a template.
+    :param stack: what is ended when the lock is let go of.
+    :param cancel: nothing more is written once it is set.
+    """
 
     session: Session
     source: Source
     store: VmStore
     request: ExportRequest
     facts: Facts
+    stack: ExitStack
+    cancel: threading.Event
 
 
 @dataclass(frozen=True)
@@ -97,8 +107,8 @@ def export_point(request: ExportRequest, check_mode: bool) -> Dict[str, Any]:
     """
     request.check()
     with Session.connect(request.connection) as session:
-        vm = find_vm(session, **request.vm)
         repository = Repository.open_to_write(request.repository, request.create, request.adopt, check_mode)
+        vm, request = _of_the_run(session, repository, request, check_mode)
         store = repository.vm(vm.instance_uuid) if repository else None
         if store is not None and request.point is not None:
             manifest = store.point(request.point)
@@ -117,8 +127,58 @@ def export_point(request: ExportRequest, check_mode: bool) -> Dict[str, Any]:
         if store is None:
             store = Repository.open(request.repository, create=True).vm(vm.instance_uuid)
         store.repository.note_machine()
-        with store.lock(new_run_id(), "vadp_disk_export"):
-            return _export(Work(session, source, store, request, facts))
+        with store.lock(request.run_id or new_run_id(), "vadp_disk_export"), ExitStack() as stack:
+            source.warnings.extend(store.refuse_busy(_run_id_of(source, store, request), request.force))
+            return _export(Work(session, source, store, request, facts, stack, threading.Event()))
+
+
+def _of_the_run(
+    session: Session, repository: Optional[Repository], request: ExportRequest, check_mode: bool
+) -> Tuple[VmRef, ExportRequest]:
+    """The VM, and the request with what the record of its run says: which snapshot, which point."""
+    if request.run_id is None:
+        return find_vm(session, **request.vm), request
+    if repository is None or (check_mode and not _has_run(repository, request.run_id)):
+        # In check mode no run was begun, so that there is no snapshot of it.
+        vm = find_vm(session, **request.vm)
+        return vm, request if vm.template else replace(request, snapshot_name="openvadp (not made yet)")
+    store, run = repository.find_run(request.run_id)
+    vm = run_vm(session, store, run) or find_vm(session, **request.vm)
+    if vm.instance_uuid.lower() != store.uuid:
+        raise RepositoryError(
+            "The run is another virtual machine's", subject=request.run_id, reason=f"it is of {store.shown}"
+        )
+    point = run.data["point"] if request.point is None else request.point
+    if vm.template or run.data.get("complete_before"):
+        return vm, replace(request, point=point)
+    moids = [item.get("moid") for item in run.intents("snapshot") if item.get("vm_moid") == vm.moid]
+    if (
+        len(moids) != 1
+        or moids[0] is None
+        or any(item.get("server_uuid") != session.server_uuid for item in run.intents("snapshot"))
+    ):
+        raise RepositoryError(
+            "The run has no snapshot to read",
+            subject=f"{request.run_id} of {vm}",
+            reason="its record names none of this server",
+            remedy="Make it by vm_snapshot with the same repository and run_id",
+        )
+    return vm, replace(request, snapshot_moid=str(moids[0]), snapshot_name=None, point=point)
+
+
+def _has_run(repository: Repository, run_id: str) -> bool:
+    try:
+        repository.find_run(run_id)
+    except RepositoryError:
+        return False
+    return True
+
+
+def _run_id_of(source: Source, store: VmStore, request: ExportRequest) -> Optional[str]:
+    """The run that this export is a part of, whose record may well be busy."""
+    marker = _own_marker(source, store) or {}
+    found = request.run_id or marker.get("run_id")
+    return None if found is None else str(found)
 
 
 def _facts(session: Session, source: Source, request: ExportRequest) -> Facts:
@@ -311,6 +371,8 @@ def _export(work: Work) -> Dict[str, Any]:
     source.warnings.extend(untold)
     tools = _tools(work.facts.proxy.vddk)
     run, shared = _run_for(work, point)
+    work.stack.enter_context(run.working(work.cancel))
+    work.stack.enter_context(session.remembering(run.remember_task))
     _mark_untrusted(store, source)
     run.set_snapshot(*_identity(source))
     entries = _finished(store, run, plans)
@@ -340,7 +402,12 @@ def _export(work: Work) -> Dict[str, Any]:
             "tools": tools,
             "warnings": source.warnings,
         }
+        run.require_held()
         sealed = _commit(store, run, manifest, config, nvram, clock)
+    except VadpError:
+        # Whatever came of it: who lost the run says so.
+        run.require_held()
+        raise
     finally:
         if sealed is None:
             _abandon(run, shared)
@@ -379,19 +446,38 @@ def _run_for(work: Work, point: str) -> Tuple[Run, bool]:
     the very same snapshot; else a new one. A template's is that which vadp_recover began for the point, too.
     """
     store, source = work.store, work.source
+    if work.request.run_id is not None:
+        begun = store.run(work.request.run_id)
+        if begun is None or begun.old:
+            raise RepositoryError("The run is over", subject=work.request.run_id, remedy="Begin another one")
+        _require_marker(source, store, begun)
+        return begun, True
     marker = _own_marker(source, store)
     if marker is not None:
         run = store.run(str(marker.get("run_id")))
-        if run is not None and run.data["point"] == point:
+        if run is not None and not run.old and run.data["point"] == point:
             return run, True
     for run in store.runs():
+        if run.old:
+            continue
         same = run.matches_snapshot(*_identity(source))
         if source.template is not None and run.data["snapshot"] is None and not run.intents():
             same = True
-        # A lock can be removed by hand: what a process is at work on is not taken over.
-        if same and run.data["point"] == point and not run.intents("snapshot") and not run.at_work:
+        if same and run.data["point"] == point and not run.intents("snapshot"):
             return run, False
-    return store.create_run(point, vm_moid=source.vm.moid, vm_name=source.vm.name), False
+    server_uuid = work.session.server_uuid
+    return store.create_run(point, vm_moid=source.vm.moid, vm_name=source.vm.name, server_uuid=server_uuid), False
+
+
+def _require_marker(source: Source, store: VmStore, run: Run) -> None:
+    """:raises RepositoryError: the snapshot that the record names was not made by this run (proofs 8)."""
+    if source.snapshot is not None and not is_of_run(source.snapshot, store.repository.id, run.run_id):
+        raise RepositoryError(
+            "The snapshot is not the one that this run has made",
+            subject=f"{source.snapshot} of {source.vm}",
+            reason=f"it does not carry the marker of run {run.run_id}",
+            remedy="Begin another run",
+        )
 
 
 def _mark_untrusted(store: VmStore, source: Source) -> None:
@@ -430,14 +516,31 @@ def _finished(store: VmStore, run: Run, plans: Sequence[DiskPlan]) -> Dict[int, 
 
 
 def _remove_strangers(store: VmStore, run: Run, point: str, entries: Dict[int, Dict[str, Any]]) -> None:
-    """Remove what an earlier attempt left under this point's or this run's name and this one does not use."""
+    """Remove what earlier attempts at this point left and this one does not use, as far as a record says whose it is.
+
+    :raises RepositoryError: files of a point of this name are there that nobody has recorded. A point whose manifest
+        was lost looks like that.
+    """
     RuntimeDir.leftovers(run.run_id, remove=True)
-    for path in store.part_files():  # who wrote them is dead: we hold the lock
-        path.unlink()
+    now = store.now()
+    earlier = [
+        other
+        for other in store.runs()
+        if other.run_id == run.run_id or (not other.old and other.data["point"] == point and other.busy(now) is None)
+    ]
     used = {path for key in entries for path in (store.layer_path(key, point), store.hashes_path(key, point))}
-    for path in store.uncommitted_files():
-        if path.stem == point and path not in used:
+    for path in files_of(store, earlier)[0]:
+        if path not in used:
             path.unlink()
+    strange = [path for path in store.uncommitted_files() if path.stem == point and path not in used]
+    if strange:
+        raise RepositoryError(
+            "The restore point's name can't be used",
+            subject=point,
+            reason=f"there are files of that name which no run has recorded, such as {strange[0]}: the manifest of that"
+            " point may be lost",
+            remedy="Choose another name; if the files are of no use, remove them",
+        )
 
 
 def _copy(
@@ -447,7 +550,7 @@ def _copy(
     request, proxy = work.request, work.facts.proxy
     at_once = max(1, min(request.parallel_disks, len(plans)))
     with RuntimeDir(run.run_id) as run_dir, Progress(request.progress_file) as progress:
-        cancel = threading.Event()
+        cancel = work.cancel
         context = OpenContext(
             session=work.session,
             vm=work.source.vm,

@@ -11,7 +11,7 @@ from typing import Any, Dict, List, Mapping, Optional
 
 from ..errors import InputError
 from ..repository.chain import MODES
-from ..repository.layout import check_point_name
+from ..repository.layout import check_point_name, check_run_id
 from ..transport.request import DEVICE_DIR, SYSFS_DIR, check_transport_options
 from ..vsphere.inventory import vm_selection
 from ..vsphere.session import Connection
@@ -46,6 +46,8 @@ class ExportRequest:
 
     :param vm: the options that name the VM, as :func:`..vsphere.inventory.find_vm` takes them.
     :param snapshot_moid: neither it nor the name is given for a template, which has no snapshots.
+    :param run_id: of a run that was begun: it says which snapshot, and which point.
+    :param force: other runs that are at work on the VM are taken for over.
     :param rate_limit: bytes a second, for all disks together.
     """
 
@@ -54,6 +56,8 @@ class ExportRequest:
     repository: str
     snapshot_moid: Optional[str] = None
     snapshot_name: Optional[str] = None
+    run_id: Optional[str] = None
+    force: bool = False
     point: Optional[str] = None
     mode: str = "auto"
     disks: Optional[List[str]] = None
@@ -99,6 +103,8 @@ class ExportRequest:
         for name, value, choices in (("mode", self.mode, MODES), ("compression", self.compression, COMPRESSIONS)):
             if value not in choices:
                 raise InputError(f"The option {name} has no such value", subject=value)
+        if self.run_id is not None:
+            check_run_id(self.run_id)
         if self.snapshot_moid is not None and self.snapshot_name is not None:
             raise InputError("The snapshot is named twice", remedy="Give either snapshot_moid or snapshot_name")
         if self.disks is not None and not self.disks:

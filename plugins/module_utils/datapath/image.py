@@ -23,7 +23,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tu
 from urllib.parse import quote
 
 from ..errors import DamagedError, DataPathError
-from .processes import Child, run_tool, tool_result
+from .processes import Child, run_prefix, run_tool, tool_result
 
 CLUSTER_BYTES = 65536
 
@@ -426,7 +426,8 @@ def atomic_write(path: str, data: str | bytes, mode: int = 0o644) -> None:
     :param mode: the file's permissions, whatever the umask.
     """
     path = os.path.abspath(path)
-    part = f"{path}.part-{uuid.uuid4().hex[:12]}"
+    # With a run's id, who recovers that run knows whose it is.
+    part = f"{path}.part-{run_prefix()}{uuid.uuid4().hex[:12]}"
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         with os.fdopen(descriptor, "wb") as stream:

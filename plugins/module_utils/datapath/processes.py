@@ -38,8 +38,33 @@ _PACKAGES = dict.fromkeys(("qemu-img", "qemu-nbd"), "qemu-utils (Debian, Ubuntu)
 _PACKAGES.update(setpriv="util-linux", prlimit="util-linux", timeout="coreutils")
 _PACKAGES["qemu-system-x86_64"] = "qemu-system-x86 (Debian, Ubuntu) or qemu-system-x86-core (Fedora)"
 
+# Every child of a run carries the run's id in its environment from its start on: by this the kernel itself tells a
+# later recovery whose it is (proofs 7).
+RUN_VARIABLE = "OPENVADP_RUN_ID"
+_carried: Dict[str, str] = {}
+
 # A variable that can carry a password does not go to a child.
 _SECRET = re.compile(r"^VMWARE_|PASSW|SECRET|TOKEN|CREDENTIAL", re.IGNORECASE)
+
+
+@contextlib.contextmanager
+def children_of(run_id: str) -> Iterator[None]:
+    """Children that are started meanwhile, by whatever thread, are known as those of the run *run_id*."""
+    before = _carried.get(RUN_VARIABLE)
+    _carried[RUN_VARIABLE] = run_id
+    try:
+        yield
+    finally:
+        if before is None:
+            _carried.pop(RUN_VARIABLE, None)
+        else:
+            _carried[RUN_VARIABLE] = before
+
+
+def run_prefix() -> str:
+    """What the names of unfinished files begin with that are made in a run: its id and a dash, or nothing."""
+    run_id = _carried.get(RUN_VARIABLE)
+    return "" if run_id is None else f"{run_id}-"
 
 
 class RuntimeDir:
@@ -149,8 +174,10 @@ def _lock_folder(path: str) -> Optional[int]:
 
 def _environment(extra: Optional[Mapping[str, str]] = None) -> Dict[str, str]:
     env = {name: value for name, value in os.environ.items() if not _SECRET.search(name)}
+    env.pop(RUN_VARIABLE, None)
     env.update(LANG="C", LC_ALL="C")
     env.update(extra or {})
+    env.update(_carried)
     return env
 
 

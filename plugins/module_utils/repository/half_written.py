@@ -13,6 +13,7 @@ from typing import Any, Dict, List
 from ..errors import RepositoryError
 from .layout import Repository, VmStore
 from .runs import Run
+from .shapes import parse_time
 
 
 def restores_of(run: Run, vm_uuid: str) -> List[Dict[str, Any]]:
@@ -34,7 +35,7 @@ def half_written(repository: Repository, vm_uuid: str) -> List[Dict[str, Any]]:
     :raises RepositoryError: a record of that machine's own runs can't be understood.
     """
     found = [entry for store in stores_of(repository, vm_uuid) for entry in _in(store, vm_uuid)]
-    newest = {entry["key"]: entry for entry in sorted(found, key=lambda entry: str(entry["run_id"]))}
+    newest = {entry["key"]: entry for entry in sorted(found, key=lambda entry: parse_time(str(entry["started"])))}
     return [newest[key] for key in sorted(newest)]
 
 

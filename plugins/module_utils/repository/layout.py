@@ -13,6 +13,7 @@ import json
 import os
 import re
 import uuid as uuid_module
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
@@ -20,13 +21,13 @@ from typing import Any, Collection, Dict, List, Optional, Sequence, Tuple, Type
 
 from ..datapath.hashes import hash_file
 from ..datapath.image import Qcow2Header, atomic_write, fsync_dir, read_header
-from ..errors import DamagedError, InputError, RepositoryError
+from ..errors import DamagedError, InputError, LockedError, RepositoryError
 from . import adoption, places, state, trust
 from . import manifest as manifests
 from .chain import StoreFacts
 from .lock import RepositoryLock, VmLock
 from .places import Place, UnknownPlace
-from .runs import Run, new_run_id
+from .runs import Run, file_system_time, new_run_id
 from .shapes import (
     POINT_CHARACTERS,
     POINT_PATTERN,
@@ -171,6 +172,15 @@ def check_uuid(value: str) -> str:
             remedy="It looks like 500c1a2b-7d5e-0a4b-9a3c-2f1e0d9c8b7a",
         )
     return lowered
+
+
+def check_run_id(value: str) -> str:
+    """*value* itself, if it can be the id of a run. InputError otherwise."""
+    if not isinstance(value, str) or re.fullmatch(RUN_ID_PATTERN, value) is None:
+        raise InputError(
+            "This is no id of a run", subject=repr(value)[:200], remedy="It has 32 random digits of 0-9 and a-f"
+        )
+    return value
 
 
 def check_key(key: int) -> int:
@@ -499,6 +509,54 @@ class Repository:
                 remedy="Name it by vm_uuid",
             )
         return found[0]
+
+    def find_run(self, run_id: str) -> Tuple[VmStore, Run]:
+        """The run of that id, and the VM that it is of.
+
+        :raises InputError: it can't be the id of a run. :raises RepositoryError: it has no record here.
+        """
+        check_run_id(run_id)
+        found = [
+            (store, run)
+            for store in self.vms()
+            for run in [store.run(run_id)]
+            if run is not None and (run.data["repository_id"], run.data["vm_uuid"]) == (self.id, store.uuid)
+        ]
+        if len(found) != 1:
+            raise RepositoryError(
+                "The repository holds no record of this run" if not found else "Two records have the id of one run",
+                subject=run_id,
+                reason="it is over, or was begun in another repository"
+                if not found
+                else ", ".join(store.shown for store, _run in found),
+                remedy="Begin a run with vadp_recover and begin: true, and give its id to the modules that follow",
+            )
+        return found[0]
+
+    def find_point_of(self, run_id: str) -> Tuple[VmStore, Dict[str, Any]]:
+        """The point that a run has made, of whatever VM. What was written last is looked at first.
+
+        :raises InputError: it can't be the id of a run. :raises RepositoryError: it has made none.
+        """
+        check_run_id(run_id)
+        folders = [(_changed_at(store.path / "points"), store) for store in self.vms()]
+        for _moment, store in sorted(folders, key=lambda item: item[0], reverse=True):
+            paths = [store.manifest_path(name) for name in store.point_names()]
+            for path in sorted(paths, key=_changed_at, reverse=True):
+                try:
+                    if run_id.encode() not in path.read_bytes():
+                        continue
+                except OSError:
+                    continue  # removed since it was listed, or told by whoever needs it
+                manifest = store.point(path.stem)
+                if manifest is not None and manifest["run_id"] == run_id:
+                    return store, manifest
+        raise RepositoryError(
+            "There is no restore point of this run",
+            subject=run_id,
+            reason="no manifest names it",
+            remedy="See restore_point_info",
+        )
 
     def _no_vm(self, named: str) -> RepositoryError:
         known = [store.shown for store in self.vms()]
@@ -892,6 +950,44 @@ class VmStore:
         """The repository's records where they are told and not acted upon, oldest first; else none."""
         return [] if self.repository.may_write else _runs_in(self._inside("runs"))
 
+    def now(self, write: bool = True) -> datetime:
+        """The time of the repository's file system, which is what deadlines are compared with.
+
+        :param write: a file is written for that. Else, or where none can be written, it is this machine's.
+        """
+        with suppress(OSError):
+            if write:
+                return file_system_time(self._work("runs"))
+        return datetime.now(timezone.utc)
+
+    def busy(self, run: Run) -> Optional[str]:
+        """Why a run is not over; None if it is. A free lock does not say that: between two modules it is free."""
+        return run.busy(self.now())
+
+    def refuse_busy(self, own: Optional[str] = None, force: bool = False, write: bool = True) -> List[str]:
+        """Nothing is done beside a run that is at work on this VM.
+
+        :param own: the id of the run that asks.
+        :param write: as of :meth:`now`.
+        :param force: it is done all the same. :returns: a sentence for each run that was passed over so.
+        :raises LockedError: another run is busy.
+        """
+        now = self.now(write)
+        found = [(run, run.busy(now)) for run in self.runs() if run.run_id != own]
+        busy = [(run, reason) for run, reason in found if reason is not None]
+        if busy and not force:
+            run, reason = busy[0]
+            raise LockedError(
+                "Another run works on this VM",
+                subject=self.shown,
+                reason=reason,
+                remedy=f"Wait until it has ended. If it is certain that nothing of it lives, end it by vadp_recover"
+                f" with run_id={run.run_id}, or take no notice of it with force: true",
+                retryable=True,
+                details={"holder": {name: run.data[name] for name in ("run_id", "host", "pid", "deadline")}},
+            )
+        return [f"force: {reason}, and it was taken for over." for _run, reason in busy]
+
     def run(self, run_id: str) -> Optional[Run]:
         """The run of that id among :meth:`runs`, None if it is over (or never was)."""
         if _RUN_FILE.fullmatch(f"{run_id}.json") is None:
@@ -911,11 +1007,18 @@ class VmStore:
         vm_moid: Optional[str] = None,
         vm_name: Optional[str] = None,
         run_id: Optional[str] = None,
+        *,
+        controller: bool = False,
+        server_uuid: Optional[str] = None,
+        sequence: Optional[int] = None,
+        complete_before: bool = False,
     ) -> Run:
         """Begin a run: its record is on the disk when this returns. Under the lock.
 
         :param point: the name of the point that it is to make; None if it makes none (a restore).
-        :param run_id: where the lock was taken under a name already.
+        :param run_id: where the lock was taken under a name already, or the controller has chosen one.
+        :param controller: other modules follow in this run.
+        :param complete_before: the point exists already, so that nothing is left to do but to show it.
         """
         self.require_lock("begin a run")
         return Run.create(
@@ -926,6 +1029,10 @@ class VmStore:
             vm_moid=vm_moid,
             vm_name=vm_name,
             point=None if point is None else check_point_name(point),
+            controller=controller,
+            server_uuid=server_uuid,
+            sequence=sequence,
+            complete_before=complete_before,
         )
 
     def commit_point(self, manifest: Dict[str, Any]) -> Dict[str, Any]:
@@ -977,6 +1084,28 @@ class VmStore:
         trust.forget_settled(self)
         return sealed
 
+    def stored_problems(self, manifest: Dict[str, Any]) -> List[str]:
+        """What is wrong with a point's files, as far as sizes and headers tell; restore_point_verify reads all."""
+        point, found = str(manifest["point"]), []
+        stored = [(self.config_path(point), manifest["configuration"])]
+        if manifest["nvram"] is not None:
+            stored.append((self.nvram_path(point), manifest["nvram"]))
+        for disk in manifest["disks"]:
+            parent = None if disk["parent"] is None else self.point(disk["parent"])
+            problem = self._layer_problem(point, disk, parent)
+            if problem is not None:
+                found.append(f"{self.layer_path(disk['key'], point)}: {problem}")
+            stored.append((self.hashes_path(disk["key"], point), disk["hashes"]))
+        for path, entry in stored:
+            problem = stored_problem(path, entry)
+            if problem is not None:
+                found.append(f"{path}: {problem}")
+        return found
+
+    def point_of(self, run_id: str) -> Optional[Dict[str, Any]]:
+        """The manifest of the point that a run has made; None if it made none."""
+        return next((manifest for manifest in self.points() if manifest["run_id"] == run_id), None)
+
     def _check_stored(self, path: Path, stored: Dict[str, Any]) -> None:
         problem = stored_problem(path, stored)
         if problem:
@@ -1017,20 +1146,14 @@ class VmStore:
         return found
 
     def part_files(self) -> List[Path]:
-        """Unfinished files (``<final name>.part-<id>``) anywhere in the VM's folder that nobody writes any more.
-
-        Under the lock each is a leftover: only the lock's holder writes. But a lock can be removed by hand, so those of
-        a run whose process is seen at work are none.
-        """
-        kept = tuple(PART + run.run_id for run in self.runs() if run.at_work)
+        """Unfinished files (``<final name>.part-<id>``) anywhere in the VM's folder, whosoever they are."""
         folders = [self.work_path, self._work("runs")]
         if self.repository.may_write:
             folders += [self._inside("points"), *(folder for folder, dummy in self._data_folders())]
         found = []
         for folder in folders:
             if folder.is_dir():
-                names = [name for name in sorted(os.listdir(str(folder))) if _PART_FILE.fullmatch(name)]
-                found += [folder / name for name in names if not name.endswith(kept)]
+                found += [folder / name for name in sorted(os.listdir(str(folder))) if _PART_FILE.fullmatch(name)]
         return found
 
     def _data_folders(self) -> List[Tuple[Path, Tuple[str, ...]]]:
@@ -1098,6 +1221,13 @@ def _runs_in(*folders: Path) -> List[Run]:
                 except FileNotFoundError:
                     continue  # it ended meanwhile
     return sorted(found, key=lambda run: (parse_time(run.data["started"]), run.run_id))
+
+
+def _changed_at(path: Path) -> float:
+    try:
+        return os.stat(str(path)).st_mtime
+    except OSError:
+        return 0.0
 
 
 def file_entry(path: Path) -> Dict[str, Any]:

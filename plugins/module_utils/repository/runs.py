@@ -3,7 +3,10 @@
 """The record of a run: what it is about to leave behind, written down before it does so.
 
 A run that crashes leaves its record; who recovers reads there what may be left: snapshot, attachments, processes,
-temporary files. Each change is on the disk before the call that makes it returns.
+temporary files, tasks. Each change is on the disk before the call that makes it returns.
+
+A record is a hint, and authorises nothing (proofs 6 to 10). It has a deadline, which whoever works renews: before that
+the run is busy, and nobody else's to clear up. All of these times are those of the repository's file system.
 """
 
 from __future__ import annotations
@@ -13,103 +16,169 @@ import os
 import secrets
 import socket
 import threading
+import time as clock
 from contextlib import contextmanager, suppress
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional
 
 from ..datapath.image import atomic_write, fsync_dir
-from ..datapath.processes import Child
+from ..datapath.processes import Child, children_of, start_time
+from ..datapath.proof import boot_id, machine_id, owner_is_dead, pid_namespace
 from ..errors import DamagedError, RepositoryError
 from .manifest import check_disk
 from .shapes import (
+    NEW_RUN_ID_PATTERN,
     POINT_PATTERN,
     RUN_ID_PATTERN,
     UUID_PATTERN,
     ShapeError,
+    boolean,
     format_time,
     integer,
     list_of,
     mapping,
     nullable,
     one_of,
+    parse_time,
     record,
     text,
     time,
     to_json,
 )
 
-FORMAT = 1
-INTENTS = ("snapshot", "process", "attachment", "access", "temporary_file", "restore")
+FORMAT = 2
+INTENTS = ("snapshot", "process", "attachment", "access", "temporary_file", "restore", "task")
 
+# Whoever works renews the deadline each minute. Between two modules of one run Ansible may take its time.
+RENEW_SECONDS = 60
+WORK_SECONDS = 180
+PAUSE_SECONDS = 600
+
+_COMMON = {
+    "repository_id": text(UUID_PATTERN),
+    "vm_uuid": text(UUID_PATTERN),
+    "vm_moid": nullable(text()),
+    "vm_name": nullable(text()),
+    "point": nullable(text(POINT_PATTERN)),
+    "started": time,
+    "host": text(),
+    "pid": integer(1),
+    "boot_id": text(UUID_PATTERN),
+    "intents": list_of(record({"id": integer(1), "what": one_of(*INTENTS), "recorded": time})),
+    "snapshot": nullable(
+        record(
+            {"moid": nullable(text()), "created": time, "change_ids": mapping(r"[0-9]+", nullable(text()))},
+            {"version": text()},
+        )
+    ),
+    "finished_disks": mapping(r"[0-9]+", check_disk),
+}
 _RUN = record(
     {
+        **_COMMON,
         "format": one_of(FORMAT),
-        "run_id": text(RUN_ID_PATTERN),
-        "repository_id": text(UUID_PATTERN),
-        "vm_uuid": text(UUID_PATTERN),
-        "vm_moid": nullable(text()),
-        "vm_name": nullable(text()),
-        "point": nullable(text(POINT_PATTERN)),
-        "started": time,
-        "host": text(),
-        "pid": integer(1),
-        "boot_id": text(UUID_PATTERN),
-        "intents": list_of(record({"id": integer(1), "what": one_of(*INTENTS), "recorded": time})),
-        "snapshot": nullable(
-            record(
-                {"moid": nullable(text()), "created": time, "change_ids": mapping(r"[0-9]+", nullable(text()))},
-                {"version": text()},
-            )
-        ),
-        "finished_disks": mapping(r"[0-9]+", check_disk),
-    }
+        "run_id": text(NEW_RUN_ID_PATTERN),
+        "machine": text(),
+        "pid_started": integer(0),
+        "pid_namespace": text(),
+        "server_uuid": nullable(text()),
+        "deadline": time,
+        "controller": boolean,
+        "sequence": nullable(integer(1)),
+    },
+    {"complete_before": boolean},
 )
+_OLD_RUN = record({**_COMMON, "format": one_of(1), "run_id": text(RUN_ID_PATTERN)})
 
 
-def new_run_id(now: Optional[datetime] = None) -> str:
-    """A name for a run: sorts by time, and no two are equal (``20261122T084203.417123Z-3f9a2b1c``)."""
-    moment = (now or datetime.now(timezone.utc)).astimezone(timezone.utc)
-    return f"{moment:%Y%m%dT%H%M%S.%fZ}-{secrets.token_hex(4)}"
+def new_run_id() -> str:
+    """A name for a run that nobody can guess, and no two are equal: 128 random bits, in hexadecimal."""
+    return secrets.token_hex(16)
 
 
-def boot_id() -> str:
-    """The id of this machine's present boot: a process id of another boot means nothing."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+def file_system_time(folder: Path) -> datetime:
+    """What time it is for the file system of *folder*, to the second: that of a file which was just written there.
+
+    Machines that share a repository need not agree on the time; this one is the same for all of them.
+
+    :raises OSError: nothing can be written there.
+    """
+    path = folder / f"clock.part-{secrets.token_hex(8)}"
+    descriptor = os.open(str(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with suppress(OSError):  # a full disk has a time as well: the file was made now
+            os.write(descriptor, b"\n")
+            os.fsync(descriptor)
+        seconds = os.fstat(descriptor).st_mtime
+    finally:
+        os.close(descriptor)
+        with suppress(FileNotFoundError):  # whoever recovers takes it for what a crash left
+            os.unlink(str(path))
+    return datetime.fromtimestamp(seconds, timezone.utc)
+
+
+def _started_now() -> str:
+    # Microseconds: runs are ordered by this, and several may begin within a second.
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def _owner() -> Dict[str, Any]:
+    """This process, as a record names it."""
+    pid = os.getpid()
+    return {
+        "host": socket.gethostname(),
+        "machine": machine_id(),
+        "pid": pid,
+        "pid_started": start_time(pid) or 0,
+        "boot_id": boot_id(),
+        "pid_namespace": pid_namespace(),
+    }
 
 
 class Run:
     """One run and its record ``runs/<run id>.json``. Safe for the threads of one process.
 
-    ``data`` is the record: {format, run_id, repository_id, vm_uuid, vm_moid, vm_name, point, started, host, pid,
-    boot_id, intents [{id, what, recorded, ...}], snapshot {moid, created, change_ids {key: id}} (a template's has a
-    version and no moid), finished_disks {key: manifest entry}}. Change it through the methods only.
+    ``data`` is the record: {format, run_id, repository_id, vm_uuid, vm_moid, vm_name, server_uuid, point, sequence,
+    started, deadline, controller, host, machine, pid, pid_started, pid_namespace, boot_id, intents [{id, what,
+    recorded, ...}], snapshot {moid, created, change_ids {key: id}} (a template's has a version and no moid),
+    finished_disks {key: manifest entry}}. Change it through the methods only.
     """
 
     def __init__(self, path: Path, data: Dict[str, Any]) -> None:
         self.path = path
         self.data = data
         self._mutex = threading.RLock()
+        self._lost: Optional[str] = None
 
     @classmethod
-    def create(cls, folder: Path, run_id: str, **fields: Any) -> Run:
+    def create(cls, folder: Path, run_id: str, *, controller: bool = False, **fields: Any) -> Run:
         """Begin a run: its record is on the disk when this returns.
 
-        :param fields: repository_id, vm_uuid, vm_moid, vm_name, point.
+        :param controller: other modules follow in this run: it goes on when the process that begins it has ended.
+        :param fields: repository_id, vm_uuid, vm_moid, vm_name, point; server_uuid and sequence where they are known.
         """
         data = {
             "format": FORMAT,
             "run_id": run_id,
-            "started": format_time(datetime.now(timezone.utc)),
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "boot_id": boot_id(),
+            "started": _started_now(),
+            "controller": controller,
+            "server_uuid": None,
+            "sequence": None,
             "intents": [],
             "snapshot": None,
             "finished_disks": {},
         }
+        data.update(_owner())
         data.update(fields)
         run = cls(folder / f"{run_id}.json", data)
+        if os.path.lexists(str(run.path)):
+            raise RepositoryError(
+                "The run was begun before",
+                subject=run_id,
+                remedy="Give each run an id of its own, 32 random hex digits",
+            )
+        run.data["deadline"] = run._deadline(PAUSE_SECONDS if controller else WORK_SECONDS)
         run._save()
         return run
 
@@ -126,7 +195,7 @@ class Run:
                     reason=f"it has format {version}, this version knows format {FORMAT}",
                     remedy="Upgrade the collection openvadp.backup",
                 )
-            _RUN(data, "")
+            (_OLD_RUN if version == 1 else _RUN)(data, "")
             if path.name != data["run_id"] + ".json":
                 raise ShapeError("run_id", f"is {data['run_id']}, not that of the file")
         except (ValueError, RecursionError) as error:
@@ -143,14 +212,122 @@ class Run:
         """The run's id."""
         return str(self.data["run_id"])
 
-    @property
-    def at_work(self) -> bool:
-        """Whether a process of this machine's present boot has the number of the one that began it, and is not us.
+    # Whose it is, and whether it is over (proofs 6)
 
-        False proves nothing: the run may go on by other processes, or on another machine.
+    @property
+    def old(self) -> bool:
+        """A record of format 1, which has no deadline and no proof: it is told of, and never acted upon."""
+        return bool(self.data["format"] == 1)
+
+    @property
+    def here(self) -> bool:
+        """Its process ids are those of this boot and this PID namespace: the kernel can be asked."""
+        return bool(
+            not self.old and self.data["boot_id"] == boot_id() and self.data["pid_namespace"] == pid_namespace()
+        )
+
+    @property
+    def of_an_ended_boot(self) -> bool:
+        """It ran on this machine, before it was restarted: nothing of it lives."""
+        return bool(not self.old and self.data["machine"] == machine_id() and self.data["boot_id"] != boot_id())
+
+    @property
+    def deadline(self) -> datetime:
+        """Until then it is busy, by the time of the repository's file system."""
+        return parse_time(str(self.data["deadline"]))
+
+    def busy(self, now: datetime) -> Optional[str]:
+        """Why this run is not over; None if it is, and what it left may be looked at.
+
+        :param now: :func:`file_system_time` of the repository.
         """
-        pid = int(self.data["pid"])
-        return self.data["boot_id"] == boot_id() and pid != os.getpid() and os.path.exists(f"/proc/{pid}")
+        data = self.data
+        if self.old:
+            return None
+        # A run of several modules goes on between them, so that a dead process says nothing.
+        if not data["controller"] and owner_is_dead(
+            data["boot_id"], data["pid_namespace"], data["pid"], data["pid_started"]
+        ):
+            return None
+        if now >= self.deadline:
+            return None
+        return (
+            f"run {self.run_id} (process {data['pid']} on {data['host']}, begun {data['started']}) is at work until"
+            f" {data['deadline']} at least"
+        )
+
+    def over(self) -> None:
+        """Nobody works in this run any more."""
+        with self._mutex:
+            self._change(deadline=self._deadline(0))
+
+    @contextmanager
+    def working(self, cancel: Optional[threading.Event] = None) -> Iterator[None]:
+        """This process works in the run meanwhile, and says so each minute; its children carry the run's id.
+
+        :param cancel: is set when the run can't be renewed in time, or was taken from us: nothing may be written then.
+        """
+        with self._mutex:
+            self._lost = None
+            self._change(deadline=self._deadline(WORK_SECONDS), **_owner())
+        ended = threading.Event()
+        known = clock.monotonic()
+        renewer = threading.Thread(
+            target=self._keep_renewing, args=(ended, cancel, known), name="run-deadline", daemon=True
+        )
+        renewer.start()
+        try:
+            with children_of(self.run_id):
+                yield
+        finally:
+            ended.set()
+            renewer.join()
+            with self._mutex:
+                if self.path.exists() and self._lost is None:
+                    # The deadline that is there ends it as well, only later.
+                    with suppress(RepositoryError):
+                        seconds = PAUSE_SECONDS if self.data["controller"] else 0
+                        self._change(deadline=self._deadline(seconds))
+
+    def _keep_renewing(self, ended: threading.Event, cancel: Optional[threading.Event], known: float) -> None:
+        while not ended.wait(RENEW_SECONDS):
+            asked = clock.monotonic()
+            try:
+                with self._mutex:
+                    if ended.is_set():
+                        return
+                    if not self.path.exists():
+                        self._lost = "its record was removed, so somebody took it for over"
+                    else:
+                        self._change(deadline=self._deadline(WORK_SECONDS))
+                        known = asked
+            except RepositoryError as error:
+                if clock.monotonic() - known >= WORK_SECONDS - RENEW_SECONDS:
+                    self._lost = f"its record could not be renewed in time: {error.reason}"
+            if self._lost is not None:
+                if cancel is not None:
+                    cancel.set()
+                return
+
+    def require_held(self) -> None:
+        """:raises RepositoryError: the run was lost meanwhile, so that nothing may be written any more."""
+        if self._lost is not None or not self.path.exists():
+            raise RepositoryError(
+                "The run is no longer ours, and nothing more is written",
+                subject=self.run_id,
+                reason=self._lost or "its record was removed, so somebody took it for over",
+                remedy="See that the repository's file system answers and has free space, then run again",
+                retryable=True,
+            )
+
+    def _deadline(self, seconds: int) -> str:
+        try:
+            moment = file_system_time(self.path.parent) + timedelta(seconds=seconds)
+        except OSError as error:
+            raise _unwritable(self.path, error) from None
+        return format_time(moment)
+
+    # Intents
 
     def intents(self, what: Optional[str] = None) -> List[Dict[str, Any]]:
         """Copies of the intents that are open, oldest first."""
@@ -160,7 +337,7 @@ class Run:
     def record(self, what: str, **fields: Any) -> int:
         """Write down that something is about to be left behind.
 
-        :param what: snapshot, process, attachment, access, temporary_file or restore.
+        :param what: snapshot, process, attachment, access, temporary_file, restore or task.
         :returns: the intent's id, for :meth:`update` and :meth:`done`.
         """
         if what not in INTENTS:
@@ -171,6 +348,14 @@ class Run:
             entry = dict(fields, id=number, what=what, recorded=format_time(datetime.now(timezone.utc)))
             self._change(intents=self.data["intents"] + [entry])
             return number
+
+    def remember_task(self, task: Dict[str, Any]) -> None:
+        """A task of vCenter goes on, or may do so, though nobody waits for it: the next recovery looks for its end.
+
+        :param task: as ``Session.remembering`` tells it. What can't be written now can't be remembered.
+        """
+        with suppress(RepositoryError):
+            self.record("task", **task)
 
     def update(self, intent: int, **fields: Any) -> None:
         """Add what has become known about an intent (a process id, a snapshot's moid)."""
@@ -189,6 +374,12 @@ class Run:
             self._find(intent)
             self.data = dict(self.data, intents=[known for known in self.data["intents"] if known["id"] != intent])
             self._save()
+
+    def set_server(self, server_uuid: Optional[str]) -> None:
+        """Say which server the managed object ids of this run are of."""
+        with self._mutex:
+            if self.data["server_uuid"] != server_uuid:
+                self._change(server_uuid=server_uuid)
 
     @contextmanager
     def recorded(self, child: Child) -> Iterator[None]:
@@ -260,6 +451,8 @@ class Run:
                 self.path.unlink()
             except FileNotFoundError:
                 return
+            except OSError as error:
+                raise _unwritable(self.path, error) from None
             fsync_dir(str(self.path.parent))
 
     def _find(self, intent: int) -> None:
@@ -276,18 +469,28 @@ class Run:
             raise
 
     def _save(self) -> None:
+        if self.old:
+            raise RepositoryError(
+                "A run's record of format 1 is not changed",
+                subject=str(self.path),
+                remedy="Remove what it names by hand, then the file",
+            )
         try:
             _RUN(self.data, "")
             atomic_write(str(self.path), to_json(self.data))
         except ShapeError as error:
             raise RepositoryError("A run's record is not complete", subject=str(self.path), reason=str(error)) from None
         except OSError as error:
-            raise RepositoryError(
-                "A run's record can't be written",
-                subject=str(self.path),
-                reason=error.strerror,
-                remedy="See that the repository is mounted, writable and has free space",
-            ) from None
+            raise _unwritable(self.path, error) from None
+
+
+def _unwritable(path: Path, error: OSError) -> RepositoryError:
+    return RepositoryError(
+        "A run's record can't be written",
+        subject=str(path),
+        reason=error.strerror,
+        remedy="See that the repository is mounted, writable and has free space",
+    )
 
 
 def _by_text_key(change_ids: Mapping[int, Optional[str]]) -> Dict[str, Optional[str]]:

@@ -18,7 +18,9 @@ Shape = Callable[[Any, str], None]
 POINT_CHARACTERS = 128
 POINT_PATTERN = rf"[A-Za-z0-9][A-Za-z0-9._+-]{{0,{POINT_CHARACTERS - 1}}}"
 UUID_PATTERN = r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
-RUN_ID_PATTERN = r"[0-9]{8}T[0-9]{6}\.[0-9]{6}Z-[0-9a-f]{8}"
+# 128 random bits. Older manifests and records have ids that are made of the time.
+NEW_RUN_ID_PATTERN = r"[0-9a-f]{32}"
+RUN_ID_PATTERN = rf"(?:{NEW_RUN_ID_PATTERN}|[0-9]{{8}}T[0-9]{{6}}\.[0-9]{{6}}Z-[0-9a-f]{{8}})"
 TIME_PATTERN = r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?Z"
 BLAKE3_PATTERN = r"[0-9a-f]{64}"
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 from ..datapath.extents import Extents
 from ..errors import AuthenticationError, ConnectionLostError, PrivilegeError, VadpError, VsphereError
@@ -120,9 +120,13 @@ def plan_changes(session: Session, vm: VmRef, point: Point, store: VmStore, run:
     if not unknown:
         return found
     name = f"openvadp restore {point.name}"[:_NAME_LIMIT]
-    run.record("snapshot", name=name, vm_moid=vm.moid)
+    intent = run.record("snapshot", name=name, vm_moid=vm.moid)
+
+    def made(moid: str) -> None:
+        run.update(intent, moid=moid, server_uuid=session.server_uuid)
+
     try:
-        found.update(_asked(session, vm, point, store, run, name, unknown))
+        found.update(_asked(session, vm, point, store, run, name, unknown, made))
     except BaseException:
         # What brought us here is what has to be told.
         with suppress(VadpError):
@@ -197,10 +201,19 @@ def _untracked(
     return tracking_obstacle(same, point.manifest, points, marks)
 
 
-def _asked(session: Session, vm: VmRef, point: Point, store: VmStore, run: Run, name: str, pairs: Pairs) -> ChangesOf:
+def _asked(
+    session: Session,
+    vm: VmRef,
+    point: Point,
+    store: VmStore,
+    run: Run,
+    name: str,
+    pairs: Pairs,
+    on_made: Callable[[str], None],
+) -> ChangesOf:
     description = marker_text(store.repository.id, run.run_id, point.name)
     try:
-        made = create_snapshot(session, vm, name, description, quiesce="never")
+        made = create_snapshot(session, vm, name, description, quiesce="never", on_made=on_made)
     except (AuthenticationError, ConnectionLostError):
         raise
     except VsphereError as error:
@@ -236,13 +249,14 @@ def clear_leftovers(session: Session, vm: VmRef, store: VmStore) -> None:
     """Remove the snapshot that a killed restore of this virtual machine left: no disk is written below one."""
     if any(_may_have_left(run) for run in store.runs()):
         with store.lock(new_run_id(), "vadp_disk_restore"):
+            now = store.now()
             for run in store.runs():
-                if _may_have_left(run):
+                if _may_have_left(run) and run.busy(now) is None:
                     _remove_snapshots(session, vm, store, run)
 
 
 def _may_have_left(run: Run) -> bool:
-    return run.data["point"] is None and bool(run.intents("snapshot"))
+    return not run.old and run.data["point"] is None and bool(run.intents("snapshot"))
 
 
 def _remove_snapshots(session: Session, vm: VmRef, store: VmStore, run: Run) -> None:

@@ -11,6 +11,7 @@ journal.
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from ..errors import DataPathError, InputError, LockedError, TransportError, Vad
 from ..libraries import vim
 from ..repository import half_written, journal, trust
 from ..repository.layout import PART, VmStore
+from ..repository.run_files import remove_files_of
 from ..repository.runs import Run, new_run_id
 from ..transport.endpoints import Endpoint
 from ..transport.facts import disk_facts, proxy_facts
@@ -40,6 +42,7 @@ from .changed_only import Changes, ChangesOf, clear_leftovers, journal_of, known
 from .point import Point, PointDisk, checked_beside, open_point, require_intact
 from .readback import differing_areas, first_difference
 from .request import RestoreRequest
+from .safety import require_safety_point
 
 # Of an entry until the result is made of it: whether the disk was, or would be, written to.
 _CHANGED = "changed"
@@ -121,6 +124,7 @@ def restore_point(request: RestoreRequest, check_mode: bool) -> Dict[str, Any]:
         if not check_mode:
             own = point.repository.vm(vm.instance_uuid)
             if own.is_known:
+                own.refuse_busy(force=request.force)
                 clear_leftovers(session, vm, own)
         targets, proxy = _look(session, vm, point, request)
         if check_mode or not request.changed_only:
@@ -146,9 +150,15 @@ def _restore_locked(
     """
     store = _journal_store(point, vm, targets)
     run_id = new_run_id()
-    with store.lock(run_id, "vadp_disk_restore"):
+    with store.lock(run_id, "vadp_disk_restore"), ExitStack() as stack:
+        store.refuse_busy(force=request.force)
+        safety = point.repository.vm(vm.instance_uuid)
+        same = point.name if safety.uuid == point.store.uuid else ""
+        require_safety_point(safety, request.safety_run_id, [target.disk for target in targets], same)
         # What a restore that crashed left attached is in the way.
         for earlier in store.runs():
+            if earlier.old:
+                continue
             recover(
                 session,
                 earlier,
@@ -156,7 +166,10 @@ def _restore_locked(
                 device_dir=request.device_dir,
                 check_mode=False,
             )
-        run = store.create_run(None, vm_moid=vm.moid, vm_name=vm.name, run_id=run_id)
+        run = store.create_run(None, vm_moid=vm.moid, vm_name=vm.name, run_id=run_id, server_uuid=session.server_uuid)
+        cancel = threading.Event()
+        stack.enter_context(run.working(cancel))
+        stack.enter_context(session.remembering(run.remember_task))
         try:
             changes: ChangesOf = {}
             if request.changed_only:
@@ -180,12 +193,14 @@ def _restore_locked(
                     wire_compression=request.wire_compression,
                     nfc_host_limit=request.nfc_host_limit,
                     stage_dir=store.work_path,
+                    cancel=cancel,
                 )
                 return _restore(point, targets, store, context, request, progress, changes, proven)
         finally:
             # As long as every disk is either what it was or wholly restored, and nothing is attached, there is
             # nothing to remember.
-            if not (_half_written(run) or run.intents("attachment") or run.intents("snapshot")):
+            open_ended = run.intents("attachment") or run.intents("snapshot") or run.intents("task")
+            if not (_half_written(run) or open_ended):
                 run.remove()
 
 
@@ -409,11 +424,8 @@ def is_transport_failure(error: VadpError) -> bool:
 
 
 def _forget_earlier(store: VmStore, vm: VmRef, run: Run, keys: List[int]) -> None:
-    """What crashed restores left whose disks are all whole again. Their processes are dead: we hold the lock."""
+    """What crashed restores left whose disks are all whole again."""
     _forget_healed(store, vm, run, keys)
-    for part in store.part_files():
-        with contextlib.suppress(FileNotFoundError):
-            part.unlink()
     # As long as the repository knew nothing of this machine, what was left stands with the machine of the point.
     for other in half_written.stores_of(store.repository, vm.instance_uuid):
         if other.uuid != store.uuid:
@@ -423,15 +435,17 @@ def _forget_earlier(store: VmStore, vm: VmRef, run: Run, keys: List[int]) -> Non
 
 
 def _forget_healed(store: VmStore, vm: VmRef, run: Run, keys: List[int]) -> None:
+    now = store.now()
     for other in store.runs():
-        if other.run_id == run.run_id or other.data["point"] is not None:
+        if other.run_id == run.run_id or other.data["point"] is not None or other.old or other.busy(now) is not None:
             continue
         intents = other.intents()
         ours = all(intent["what"] in ("restore", "process") for intent in intents)
         restores = [intent for intent in intents if intent["what"] == "restore"]
         healed = all(intent.get("vm_uuid") == vm.instance_uuid for intent in restores)
         healed = healed and set(_half_written(other)) <= set(keys)
-        if ours and healed:
+        if ours and healed and not (other.intents("process") and not (other.here or other.of_an_ended_boot)):
+            remove_files_of(store, [other])
             RuntimeDir.leftovers(other.run_id, remove=True)
             other.remove()
 
@@ -679,6 +693,7 @@ def _write(
             io_timeout=job.request.io_timeout,
             align_bytes=_SECTOR_BYTES,
             zeros="drop" if job.fresh else "write",
+            cancel=job.context.cancel,
         )
     except DataPathError as error:
         raise disk.explain(error) from error

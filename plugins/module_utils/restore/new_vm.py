@@ -11,7 +11,7 @@ configurations -> start it, if that is wanted -> the run is over. What fails on 
 from __future__ import annotations
 
 import json
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Set, Tuple
@@ -29,7 +29,9 @@ from ..errors import (
     VadpError,
     VsphereError,
 )
+from ..libraries import vim
 from ..repository.layout import VmStore
+from ..repository.run_files import remove_files_of
 from ..repository.runs import Run, new_run_id
 from ..repository.verify import point_problems
 from ..transport.facts import datastore_facts, proxy_facts
@@ -137,13 +139,23 @@ def restore_point(request: RestoreRequest, check_mode: bool) -> Dict[str, Any]:
             store = point.repository.vm(planned.wishes.instance_uuid)
             run_id = new_run_id()
             try:
-                with store.lock(run_id, "vadp_disk_restore"):
+                with store.lock(run_id, "vadp_disk_restore"), ExitStack() as stack:
                     # The check of the point may have taken long.
                     planned = _look(session, point, saved, name, request, planned.wishes.instance_uuid)
-                    run = store.create_run(None, vm_name=name, run_id=run_id)
+                    run = store.create_run(None, vm_name=name, run_id=run_id, server_uuid=session.server_uuid)
+                    stack.enter_context(run.working())
+                    stack.enter_context(session.remembering(run.remember_task))
+                    _put_mark(planned.machine.spec, new_machine.new_mark(store.repository.id, run_id))
                     return _Restore(session, point, saved, planned, store, run, request, progress).do()
             finally:
                 store.remove_unused()
+
+
+def _put_mark(spec: Any, mark: Tuple[str, str]) -> None:
+    """Without this mark nobody of ours ever removes the machine (proofs 10)."""
+    key, value = mark
+    others = [option for option in spec.extraConfig or [] if str(option.key).lower() != key]
+    spec.extraConfig = [*others, vim.option.OptionValue(key=key, value=value)]
 
 
 # Before the first write
@@ -422,18 +434,17 @@ def _clear_crashed(session: Session, point: Point, name: str, request: RestoreRe
             continue
         try:
             with store.lock(new_run_id(), "vadp_disk_restore"):
-                for run in store.runs():
+                store.refuse_busy(force=request.force)
+                runs = [run for run in store.runs() if not run.old and run.data["repository_id"] == point.repository.id]
+                for run in runs:
                     recover(session, run, sysfs_dir=request.sysfs_dir, device_dir=request.device_dir, check_mode=False)
                     for intent in run.intents("restore"):
                         if _is_same(intent, point, name):
-                            new_machine.remove_leftover(session, intent, check_mode=False)
-                            run.done(intent["id"])
-                    if not run.intents("restore"):
+                            _remove_leftover(session, store, run, intent)
+                    if not (run.intents("restore") or run.intents("task")):
                         RuntimeDir.leftovers(run.run_id, remove=True)
                         run.remove()
-                for part in store.part_files():
-                    with suppress(FileNotFoundError):
-                        part.unlink()
+                remove_files_of(store, runs)
         except LockedError as error:
             raise LockedError(
                 "Another run makes this virtual machine",
@@ -444,6 +455,20 @@ def _clear_crashed(session: Session, point: Point, name: str, request: RestoreRe
                 details=error.details,
             ) from error
         store.remove_unused()
+
+
+def _remove_leftover(session: Session, store: VmStore, run: Run, intent: Mapping[str, Any]) -> None:
+    """:raises VsphereError: what is left of the name is not proved to be what a restore made."""
+    mark = new_machine.new_mark(store.repository.id, run.run_id)
+    removal = new_machine.remove_leftover(session, intent, mark, run.data["server_uuid"], check_mode=False)
+    if removal is not None and not removal.settled:
+        raise VsphereError(
+            "A virtual machine of an earlier restore is there, and was left as it is",
+            subject=removal.name,
+            reason=removal.action.split(": ", 1)[-1],
+            remedy="Or restore under another name",
+        )
+    run.done(intent["id"])
 
 
 def _is_same(intent: Mapping[str, Any], point: Point, name: str) -> bool:
@@ -514,6 +539,7 @@ class _Restore:
                 entry["transport_reasons"] = [
                     f"https: {why}" if line.startswith("https: ") else line for line in entry["transport_reasons"]
                 ]
+        self._unmark(vm)
         self.run.update(self.intent, complete=True)
         try:
             if self.request.power_on:
@@ -540,7 +566,28 @@ class _Restore:
 
     def _made(self, vm: VmRef) -> None:
         self.vm = vm
-        self.run.update(self.intent, vm_moid=vm.moid)
+        self._record(vm)
+
+    def _recorded(self) -> Dict[str, Any]:
+        (intent,) = [item for item in self.run.intents("restore") if item["id"] == self.intent]
+        return intent
+
+    def _record(self, vm: VmRef) -> None:
+        """What proves later on that it is still the machine that was made here."""
+        config = new_machine.config_of(self.session, vm)
+        self.run.update(self.intent, vm_moid=vm.moid, made_disks=new_machine.made_disks(config))
+
+    def _unmark(self, vm: VmRef) -> None:
+        """From now on nobody of ours removes the machine, whatever a record says."""
+        key, _value = new_machine.new_mark(self.store.repository.id, self.run.run_id)
+        spec = vim.vm.ConfigSpec(extraConfig=[vim.option.OptionValue(key=key, value="")])
+        try:
+            new_machine.reconfigure(self.session, vm, spec)
+        except VsphereError as error:
+            self.warnings.append(
+                f"The advanced setting {key} of {vm}, which says that it is being restored, was not removed:"
+                f" {error.reason or error.what}. Remove it in the vSphere client"
+            )
 
     def _lease(self, held: bool) -> None:
         self.leased = held
@@ -655,9 +702,14 @@ class _Restore:
         if vm is None:
             return self._undone(last)
         if last and self.request.on_failure == KEEP and not self.leased:
+            self._unmark(vm)
             error.remedy = _with(error.remedy, f"{vm} is kept, as on_failure says, and is not whole")
             self._over()
             return False
+        with suppress(VadpError):
+            # Where its making was not told to us, only now it can be recorded what it is.
+            if self._recorded().get("vm_moid") != vm.moid:
+                self._record(vm)
         if self.run.intents("attachment"):
             # It can't be deleted while the proxy has one of its disks.
             with suppress(VadpError):
@@ -668,14 +720,18 @@ class _Restore:
                     device_dir=self.request.device_dir,
                     check_mode=False,
                 )
+        intent = self._recorded()
+        mark = new_machine.new_mark(self.store.repository.id, self.run.run_id)
+        server = self.run.data["server_uuid"]
         try:
-            new_machine.destroy(self.session, vm, self.leased)
+            rest = new_machine.remove_failed(self.session, intent, mark, server, self.leased)
         except VadpError as left:
             error.remedy = _with(
                 error.remedy, f"{vm} is half restored and could not be removed ({left.reason}): run the restore again"
             )
             return False
-        error.remedy = _with(error.remedy, "The machine that was half restored was removed")
+        stay = f", but these files of it stay: {', '.join(rest)}" if rest else ""
+        error.remedy = _with(error.remedy, f"The machine that was half restored was removed{stay}")
         return self._undone(last)
 
     def _undone(self, last: bool) -> bool:
@@ -683,13 +739,13 @@ class _Restore:
             self._over()
         else:
             self._lease(False)
-            self.run.update(self.intent, vm_moid=None, half_written=[])
+            self.run.update(self.intent, vm_moid=None, made_disks=None, half_written=[])
         return True
 
     def _over(self) -> None:
         with suppress(RepositoryError):
             self.run.done(self.intent)
-            if not self.run.intents("attachment"):
+            if not (self.run.intents("attachment") or self.run.intents("task")):
                 self.run.remove()
 
 

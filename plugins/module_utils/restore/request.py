@@ -10,6 +10,7 @@ from typing import Any, Dict, List, Mapping, Optional
 
 from ..datapath.image import FORMATS
 from ..errors import InputError
+from ..repository.layout import check_run_id
 from ..transport.request import DEVICE_DIR, SYSFS_DIR, check_transport_numbers, check_transport_options
 from ..vsphere.session import Connection
 
@@ -52,6 +53,8 @@ class RestoreRequest:
 
     :param vm: the options that name the VM to write to, as :func:`..vsphere.inventory.find_vm` takes them.
     :param rate_limit: bytes a second, for in_place and new_vm.
+    :param force: other runs that are at work on the VM are taken for over.
+    :param safety_run_id: nothing is overwritten unless this run has made a point of the VM, for in_place.
     :param cluster: this and what follows is of the new machine, for new_vm.
     """
 
@@ -65,6 +68,8 @@ class RestoreRequest:
     disks: List[DiskChoice] = field(default_factory=list)
     overwrite: bool = False
     changed_only: bool = False
+    force: bool = False
+    safety_run_id: Optional[str] = None
     verify: bool = True
     progress_file: Optional[str] = None
     connection: Optional[Connection] = None
@@ -129,6 +134,10 @@ class RestoreRequest:
             raise InputError(
                 "A disk is listed twice in disks", subject=", ".join(map(str, twice)), remedy="Name each disk once"
             )
+        if self.safety_run_id is not None:
+            check_run_id(self.safety_run_id)
+            if self.target != IN_PLACE:
+                raise InputError("The option safety_run_id is for target=in_place")
         if self.changed_only and self.target != IN_PLACE:
             raise InputError("The option changed_only is for target=in_place")
         if self.target != NEW_VM:

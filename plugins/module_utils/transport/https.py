@@ -439,12 +439,17 @@ def open_lease(
     run.done(intent)
 
 
-def recover_leases(session: Session, run: Run, *, check_mode: bool) -> List[Dict[str, str]]:
+def recover_leases(
+    session: Session, run: Run, *, check_mode: bool, vm_moid: Optional[str] = None
+) -> List[Dict[str, str]]:
     """End the leases of a crashed run that may still hold the VM; before its snapshots are removed.
 
-    A lease belongs to the session that made it. Where the server gives it to us it is aborted. Else it ends by itself
-    when nobody has called for its time-out (300 s): what it holds up until then is tried again for as long.
+    A lease belongs to the session that made it. Where the server gives it to us, and says that it holds just that VM,
+    it is aborted. Else it ends by itself when nobody has called for its time-out (300 s): what it holds up until then
+    is tried again for as long.
 
+    :param run: its managed object ids are of this server.
+    :param vm_moid: the VM that the run is of; if not given, as its record says.
     :returns: what was found: [{what, id, action}].
     """
     found = []
@@ -455,15 +460,19 @@ def recover_leases(session: Session, run: Run, *, check_mode: bool) -> List[Dict
         if check_mode:
             action = "would be aborted"
         else:
-            action = _abort_foreign(session, str(lease))
+            action = _abort_foreign(session, str(lease), vm_moid or run.data["vm_moid"])
             run.update(intent["id"], lease=None)
         found.append({"what": "lease", "id": str(lease), "action": action})
     return found
 
 
-def _abort_foreign(session: Session, moid: str) -> str:
+def _abort_foreign(session: Session, moid: str, vm_moid: Optional[str]) -> str:
     try:
-        _end_lease(session, vim.HttpNfcLease(moid, session.stub), well=False)
+        lease = vim.HttpNfcLease(moid, session.stub)
+        info = session.read(lease, "info")["info"]
+        if info is None or info.entity is None or info.entity._moId != vm_moid:
+            return "left to its time-out"
+        _end_lease(session, lease, well=False)
     except VsphereError:
         return "left to its time-out"
     return "aborted"

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import uuid
 from dataclasses import dataclass, replace
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional
 
 from ..errors import VsphereError
 from ..libraries import vim
@@ -19,7 +19,6 @@ from .snapshots import MARKER, VM_PATHS, Snapshot, VmState, create_snapshot, rem
 TRACKING_PATHS = (*VM_PATHS, "config.changeTrackingEnabled", "capability.changeTrackingSupported")
 
 _PURPOSE = "change tracking"
-_DESCRIPTION = json.dumps({"by": MARKER, "purpose": _PURPOSE}, sort_keys=True)
 
 
 @dataclass
@@ -67,7 +66,8 @@ def state_of(values: Dict[str, Any]) -> Tracking:
     disks = disks_of(known.devices)
     tracked = [disk for disk in disks if disk.included]
     enabled = bool(values["config.changeTrackingEnabled"])
-    leftovers = [item for item in known.snapshots if is_temporary(item)]
+    # One that names its run is that run's: whether it is over, only its record tells.
+    leftovers = [item for item in known.snapshots if is_temporary(item) and not (item.marker or {}).get("run_id")]
     return Tracking(
         enabled=enabled,
         supported=bool(values["capability.changeTrackingSupported"]),
@@ -137,9 +137,22 @@ def _check_no_snapshots(vm: VmRef, tracking: Tracking, verb: str) -> None:
         )
 
 
-def apply(session: Session, vm: VmRef, tracking: Tracking, steps: List[str], timeout: float = 3600) -> Tracking:
+def stun_description(**ids: str) -> str:
+    """The description of a snapshot of a stun cycle. :param ids: repository_id and run_id of the run that makes it."""
+    return json.dumps({"by": MARKER, "purpose": _PURPOSE, **ids}, sort_keys=True)
+
+
+def apply(
+    session: Session,
+    vm: VmRef,
+    tracking: Tracking,
+    steps: List[str],
+    timeout: float = 3600,
+    description: Optional[str] = None,
+) -> Tracking:
     """Carry out the steps of :func:`plan` and return what came of it.
 
+    :param description: of the snapshots of stun cycles, of :func:`stun_description`.
     :raises VsphereError: a step failed, or a reset did not change the change ids.
     """
     for step in steps:
@@ -147,7 +160,7 @@ def apply(session: Session, vm: VmRef, tracking: Tracking, steps: List[str], tim
             for leftover in tracking.leftovers:
                 remove_snapshot(session, vm, leftover, timeout=timeout)
         elif step == "stun":
-            _stun(session, vm, tracking.vm_state, timeout)
+            _stun(session, vm, tracking.vm_state, timeout, description or stun_description())
         else:
             _switch(session, vm, step == "enable", timeout)
     if not steps:
@@ -199,10 +212,10 @@ def _switch(session: Session, vm: VmRef, on: bool, timeout: float) -> None:
     )
 
 
-def _stun(session: Session, vm: VmRef, known: VmState, timeout: float) -> None:
+def _stun(session: Session, vm: VmRef, known: VmState, timeout: float, description: str) -> None:
     """Make and remove a snapshot: the moment in which the platform begins or ends to track a running disk."""
     name = f"openvadp change tracking {uuid.uuid4().hex[:8]}"
-    made = create_snapshot(session, vm, name, _DESCRIPTION, quiesce="never", timeout=timeout, state=known)
+    made = create_snapshot(session, vm, name, description, quiesce="never", timeout=timeout, state=known)
     remove_snapshot(session, vm, made.snapshot, timeout=timeout)
 
 
@@ -222,15 +235,24 @@ def _check_reset(vm: VmRef, before: Tracking, after: Tracking) -> None:
 
 
 def ensure(
-    session: Session, vm: VmRef, wanted: str, activate: bool, timeout: float, check_mode: bool
+    session: Session,
+    vm: VmRef,
+    wanted: str,
+    activate: bool,
+    timeout: float,
+    check_mode: bool,
+    description: Optional[str] = None,
 ) -> Dict[str, Any]:
-    """All of module ``vm_change_tracking`` but its options. Check mode makes no changing call."""
+    """All of module ``vm_change_tracking`` but its options. Check mode makes no changing call.
+
+    :param description: as of :func:`apply`.
+    """
     before = state(session, vm)
     steps = plan(vm, before, wanted, activate)
     if check_mode:
         after = _predict(before, steps)
     else:
-        after = apply(session, vm, before, steps, timeout)
+        after = apply(session, vm, before, steps, timeout, description)
     result: Dict[str, Any] = {
         "changed": bool(steps),
         "change_tracking": after.to_dict(),

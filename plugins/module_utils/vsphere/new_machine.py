@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import uuid
 from contextlib import suppress
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 from ..errors import ConnectionLostError, NotFoundError, TaskError, VsphereError
 from ..libraries import vim, vmodl
@@ -128,27 +128,166 @@ def power_on(session: Session, vm: VmRef) -> None:
 
 
 class Removal(NamedTuple):
-    """What became of a half-restored machine. :param action: as in the results of ``vadp_recover``."""
+    """What became of a machine that a restore was making.
+
+    :param action: as in the results of ``vadp_recover``.
+    :param settled: nothing of ours is left to do about it; else the record stays, and the next recovery looks again.
+    :param gone: it is not there any more.
+    """
 
     name: str
     action: str
+    settled: bool
+    gone: bool = False
 
 
-def destroy(session: Session, vm: VmRef, leased: bool = False) -> None:
-    """The machine and its files. It has to be off.
+class NotOurs(VsphereError):
+    """It can't be proved that a machine is as the restore made it, so it is not removed (proofs 10)."""
+
+
+#: What is needed to prove that a machine is still what the restore made, in one read.
+_PROOF_PATHS = (
+    "name",
+    "config.instanceUuid",
+    "config.extraConfig",
+    "config.changeVersion",
+    "config.template",
+    "config.hardware.device",
+    "runtime.powerState",
+    "snapshot",
+    "layoutEx.file",
+)
+# What a machine has that was never started. A log, a swap file and the like are of one that ran (proofs 10).
+_FRESH_FILES = ("config", "extendedConfig", "nvram", "diskDescriptor", "diskExtent", "snapshotList")
+
+
+def made_disks(config: Any) -> List[Dict[str, Any]]:
+    """The disks of a machine that was just made, as the record of its restore names them."""
+    return _disks(config.hardware.device)
+
+
+def _disks(devices: Any) -> List[Dict[str, Any]]:
+    found = []
+    for device in devices or []:
+        if isinstance(device, vim.vm.device.VirtualDisk):
+            uuid_, file = getattr(device.backing, "uuid", None), getattr(device.backing, "fileName", None)
+            capacity = device.capacityInBytes or device.capacityInKB * 1024
+            found.append({"key": device.key, "uuid": uuid_, "file": file, "capacity_bytes": int(capacity)})
+    return sorted(found, key=lambda disk: int(disk["key"]))
+
+
+def _doubts(facts: Mapping[str, Any], intent: Mapping[str, Any], mark: Tuple[str, str]) -> Tuple[List[str], List[str]]:
+    """What speaks against a machine being as the restore made it: (signs of use, proofs that are missing)."""
+    used, missing = [], []
+    if facts["runtime.powerState"] != "poweredOff":
+        used.append(f"somebody has started it: it is {facts['runtime.powerState']}")
+    if facts["config.template"]:
+        used.append("it is a template now")
+    if facts["snapshot"] is not None:
+        used.append("it has snapshots")
+    strange = sorted({str(file.type) for file in facts["layoutEx.file"] or [] if file.type not in _FRESH_FILES})
+    if strange:
+        used.append(f"it has files of a machine that was started: {', '.join(strange)}")
+    key, value = mark
+    held = {str(option.key).lower(): str(option.value) for option in facts["config.extraConfig"] or []}
+    if held.get(key) != value:
+        used.append(f"it does not carry the mark of that restore ({key})")
+    if str(facts["config.instanceUuid"]).lower() != str(intent["instance_uuid"]).lower():
+        missing.append("its instance UUID is another one")
+    disks = intent.get("made_disks")
+    if disks is None:
+        missing.append("which disks it was made with was not recorded")
+    elif _disks(facts["config.hardware.device"]) not in (disks, []):  # none: a removal was cut after its first half
+        missing.append("its disks are not those that it was made with")
+    return used, missing
+
+
+def remove_made(
+    session: Session,
+    intent: Mapping[str, Any],
+    mark: Tuple[str, str],
+    server_uuid: Optional[str],
+    check_mode: bool = False,
+) -> List[str]:
+    """Remove a machine that a restore made, if it is proved to be just that and to be unused (proofs 10).
+
+    Its disks go in one reconfiguration, which fails if anything about it was changed since the look. It is then taken
+    out of the inventory. ``Destroy_Task`` would take whatever it has by then.
+
+    :param intent: as of :func:`intent_fields`, with ``vm_moid`` and ``made_disks`` of when it was made.
+    :param mark: (key, value) of the advanced setting that the restore put there when it made it.
+    :param server_uuid: the server that the intent's ids are of.
+    :returns: datastore paths of files that stay.
+    :raises NotFoundError: it is gone. :raises NotOurs: it is not proved; nothing was touched.
+    """
+    what, subject = "The virtual machine was not removed", f"'{intent.get('name')}' ({intent.get('vm_moid')})"
+    if not intent.get("vm_moid") or server_uuid is None or server_uuid != session.server_uuid:
+        raise NotOurs(
+            what,
+            subject=subject,
+            reason="which machine of this server it is was not recorded",
+            remedy="If it is of no use, delete it in the vSphere client",
+            details={"used": False},
+        )
+    vm = vim.VirtualMachine(str(intent["vm_moid"]), session.stub)
+    facts = session.read(vm, *_PROOF_PATHS)
+    used, missing = _doubts(facts, intent, mark)
+    if used or missing:
+        raise NotOurs(
+            what,
+            subject=subject,
+            reason="; ".join(used + missing),
+            remedy="If it is of no use, power it off and delete it in the vSphere client",
+            details={"used": bool(used)},
+        )
+    others = [file for file in facts["layoutEx.file"] or [] if file.type not in ("diskDescriptor", "diskExtent")]
+    rest = sorted(str(file.name) for file in others)
+    if check_mode:
+        return rest
+    Change = vim.vm.device.VirtualDeviceSpec
+    changes = [
+        Change(operation=Change.Operation.remove, fileOperation=Change.FileOperation.destroy, device=device)
+        for device in facts["config.hardware.device"] or []
+        if isinstance(device, vim.vm.device.VirtualDisk)
+    ]
+    if changes:
+        spec = vim.vm.ConfigSpec(changeVersion=facts["config.changeVersion"], deviceChange=changes)
+        session.run_task(vm.ReconfigVM_Task, spec, what=what, subject=subject, timeout=_TIMEOUT)
+    after = session.read(vm, "config.hardware.device", "runtime.powerState")
+    if _disks(after["config.hardware.device"]) or after["runtime.powerState"] != "poweredOff":
+        raise NotOurs(
+            what,
+            subject=subject,
+            reason="somebody has given it a disk or started it meanwhile",
+            remedy="If it is of no use, power it off and delete it in the vSphere client",
+            details={"used": True},
+        )
+    session.call(vm.UnregisterVM, what=what, subject=subject)
+    return rest
+
+
+def remove_failed(
+    session: Session,
+    intent: Mapping[str, Any],
+    mark: Tuple[str, str],
+    server_uuid: Optional[str],
+    leased: bool = False,
+    check_mode: bool = False,
+) -> List[str]:
+    """As :func:`remove_made`; a machine that is gone is fine.
 
     :param leased: an import lease may still hold it, with which vSphere takes it away; that is waited for.
     """
-    what = "The new virtual machine was not removed"
     deadline = session.clock() + _LEASE_SECONDS
     pause = 0.2
     while True:
         try:
-            session.run_task(vm.obj.Destroy_Task, what=what, subject=str(vm), timeout=_TIMEOUT)
-            return
+            return remove_made(session, intent, mark, server_uuid, check_mode)
+        except NotFoundError:
+            return []
         except VsphereError as error:
-            if leased and isinstance(error.fault, vmodl.fault.ManagedObjectNotFound):
-                return
+            if isinstance(error.fault, vmodl.fault.ManagedObjectNotFound):
+                return []
             held = leased and isinstance(error.fault, vim.fault.MethodDisabled)
             if not held or session.clock() > deadline:
                 raise
@@ -156,39 +295,48 @@ def destroy(session: Session, vm: VmRef, leased: bool = False) -> None:
         pause = min(pause * 1.5, 5.0)
 
 
-def remove_leftover(session: Session, intent: Mapping[str, Any], check_mode: bool) -> Optional[Removal]:
-    """What a restore that did not come to its end left of a new machine, as its intent says.
+def remove_leftover(
+    session: Session, intent: Mapping[str, Any], mark: Tuple[str, str], server_uuid: Optional[str], check_mode: bool
+) -> Optional[Removal]:
+    """What a restore that did not come to its end left of a new machine, as its intent says and vCenter proves.
 
-    :param intent: an intent ``restore`` with ``target`` new_vm.
+    :param intent: an intent ``restore`` with ``target`` new_vm; see :func:`remove_made` for the rest.
     :returns: None if there is no such machine.
-    :raises VsphereError: it could not be removed.
+    :raises VsphereError: it is ours, and could not be removed.
     """
-    folder = vim.Folder(str(intent["folder_moid"]), session.stub)
-    vm = find(session, str(intent["instance_uuid"]), folder)
+    vm = _known(session, intent, server_uuid)
     if vm is None:
         return None
     name = f"{vm.name} ({vm.moid})"
-    if intent.get("complete"):
-        return Removal(name, "kept: it is whole")
     leased = bool(intent.get("leased"))
+    if intent.get("complete"):
+        return Removal(name, "kept: it is whole", settled=True)
     if intent.get("on_failure") == "keep" and not leased:
-        return Removal(name, "kept, as on_failure says: it is not whole")
+        return Removal(name, "kept, as on_failure says: it is not whole", settled=True)
     try:
-        state = session.read(vm.obj, "runtime.powerState")["runtime.powerState"]
-    except NotFoundError:
-        # Its lease has just ended.
-        return Removal(name, "removed")
-    if state != "poweredOff":
-        raise VsphereError(
-            "A half-restored virtual machine was not removed",
-            subject=str(vm),
-            reason=f"somebody has started it: it is {state}",
-            remedy="Power it off, or take it over and remove the run's record",
-            details={"power_state": str(state)},
-        )
-    if not check_mode:
-        destroy(session, vm, leased)
-    return Removal(name, "removed")
+        rest = remove_failed(session, intent, mark, server_uuid, leased, check_mode)
+    except NotOurs as error:
+        # Whatever is in use, or has lost its mark, is nobody's of ours any more: it is told of once.
+        used = bool(error.details["used"])
+        return Removal(name, f"left: {error.reason}. {error.remedy}", settled=used)
+    action = "removed" + (f"; these files stay: {', '.join(rest)}" if rest else "")
+    return Removal(name, action, settled=True, gone=True)
+
+
+def _known(session: Session, intent: Mapping[str, Any], server_uuid: Optional[str]) -> Optional[VmRef]:
+    """The machine that an intent is about, if it is there."""
+    if intent.get("vm_moid") and server_uuid == session.server_uuid:
+        try:
+            return find_vm(session, moid=str(intent["vm_moid"]))
+        except NotFoundError:
+            return None
+    # It may have been made without our being told: then it can be named, and no more.
+    return find(session, str(intent["instance_uuid"]), vim.Folder(str(intent["folder_moid"]), session.stub))
+
+
+def new_mark(repository_id: str, run_id: str) -> Tuple[str, str]:
+    """(key, value) of the advanced setting that a machine carries while a restore makes it (proofs 10)."""
+    return f"openvadp.new.{repository_id}", run_id
 
 
 def is_new_vm(intent: Mapping[str, Any]) -> bool:

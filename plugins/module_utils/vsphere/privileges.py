@@ -91,7 +91,12 @@ PRIVILEGES: Tuple[Privilege, ...] = (
         (HOTADD, NEW_VM),
         "attach a disk with a redo log; a new machine's disks",
     ),
-    Privilege("VirtualMachine.Config.RemoveDisk", PROXY, (HOTADD,), "detach it"),
+    Privilege(
+        "VirtualMachine.Config.RemoveDisk",
+        PROXY,
+        (HOTADD, NEW_VM),
+        "detach it; a new machine's disks, where the restore came to nothing",
+    ),
     Privilege(
         "VirtualMachine.Config.Settings",
         PROXY,
@@ -108,7 +113,7 @@ PRIVILEGES: Tuple[Privilege, ...] = (
     Privilege("Cryptographer.AddDisk", PROXY, (ENCRYPTED_HOTADD,), "attach an encrypted disk"),
     Privilege("VApp.Import", POOL, (NEW_VM,), "the import lease"),
     Privilege("VirtualMachine.Inventory.Create", FOLDER, (NEW_VM,), "make the machine"),
-    Privilege("VirtualMachine.Inventory.Delete", FOLDER, (NEW_VM,), "remove it, where the restore came to nothing"),
+    Privilege("VirtualMachine.Inventory.Unregister", FOLDER, (NEW_VM,), "remove it, where the restore came to nothing"),
     Privilege("VirtualMachine.Config.AdvancedConfig", FOLDER, (NEW_VM,), "give it the advanced settings that it had"),
     Privilege("VirtualMachine.Config.EditDevice", FOLDER, (NEW_VM,), "give it the video card that it had"),
     Privilege("VirtualMachine.Interact.PowerOn", FOLDER, (NEW_VM,), "start it, with power_on"),

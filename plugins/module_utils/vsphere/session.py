@@ -22,9 +22,10 @@ import socket
 import ssl
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.cookies import SimpleCookie
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 from xml.etree import ElementTree
 from xml.parsers.expat import ExpatError
 
@@ -32,6 +33,7 @@ from ..errors import (
     AuthenticationError,
     ConnectionLostError,
     InputError,
+    NotFoundError,
     PrivilegeError,
     TaskError,
     VadpError,
@@ -55,6 +57,10 @@ POOL_IDLE_SECONDS = 30
 
 BUSY_TIMEOUT = 300
 RECONNECT_TIMEOUT = 60
+
+# What makes something new is cancelled when nobody waits for it any more; what takes something away is left to end.
+_CANCELLED = ("VirtualMachine.createSnapshot", "Folder.createVm")
+CANCEL_SECONDS = 30
 
 _API_PATH = "/sdk"
 # Versions for servers that don't list theirs: both are old enough for every supported vSphere.
@@ -286,6 +292,8 @@ class Session:
         self._login_lock = threading.Lock()
         self._logins = 0
         self.key: Optional[str] = None
+        self._server_uuid: Optional[str] = None
+        self.on_unfinished: Optional[Callable[[Dict[str, Any]], None]] = None
         self._last_call = clock()
         self._closing = threading.Event()
         self._keep_alive: Optional[threading.Thread] = None
@@ -340,6 +348,21 @@ class Session:
     @property
     def is_vcenter(self) -> bool:
         return self.about.apiType == "VirtualCenter"
+
+    @property
+    def server_uuid(self) -> Optional[str]:
+        """What the managed object ids of this server are unique to: a vCenter's instance UUID, a host's hardware UUID.
+
+        None where the server does not say.
+        """
+        if self._server_uuid is None:
+            if self.is_vcenter:
+                found = self.about.instanceUuid
+            else:
+                hosts = self.find(vim.HostSystem, ["hardware.systemInfo.uuid"])
+                found = hosts[0][1]["hardware.systemInfo.uuid"] if len(hosts) == 1 else None
+            self._server_uuid = str(found).lower() if found else None
+        return self._server_uuid
 
     @property
     def thumbprints(self) -> Dict[str, str]:
@@ -430,7 +453,7 @@ class Session:
                 if faults.is_not_authenticated(fault) and not renewed:
                     renewed = True
                     self.renew_login(seen)
-                elif faults.is_busy(fault) and self.clock() - started < self.busy_timeout:
+                elif _may_repeat(fault, args) and self.clock() - started < self.busy_timeout:
                     self.sleep(next(pauses))
                 else:
                     raise faults.to_error(fault, what, subject) from fault
@@ -562,18 +585,102 @@ class Session:
         timeout: float = 3600,
         idempotent: bool = False,
     ) -> Any:
-        """Start a task, wait for it, and start it again where it failed because the object was busy (VADP facts 17)."""
+        """Start a task, wait for it, and start it again where it failed because the object was busy (VADP facts 17).
+
+        A task that was sent is not undone by our going away. What is not known to have ended when this leaves, by an
+        error or an interrupt, is told to ``on_unfinished`` (:meth:`remembering`).
+
+        :raises TaskError: it failed, or did not end in time: then what makes something new was cancelled, and the
+            error tells what is still under way.
+        """
         deadline = self.clock() + timeout
         busy_until = min(deadline, self.clock() + self.busy_timeout)
         pauses = _pauses()
         while True:
             task = self.call(function, *args, what=what, subject=subject, idempotent=idempotent)
+            open_ended = True
             try:
-                return self.wait(task, what=what, subject=subject, timeout=max(deadline - self.clock(), 0))
+                result = self.wait(task, what=what, subject=subject, timeout=max(deadline - self.clock(), 0))
+                open_ended = False
+                return result
             except TaskError as error:
-                if not (faults.is_busy(error.fault) and self.clock() < busy_until):
+                open_ended = False
+                if error.details.get("timed_out"):
+                    open_ended = not self._gave_up(task, error)
                     raise
+                if not (_may_repeat(error.fault, args) and self.clock() < busy_until):
+                    raise
+            finally:
+                if open_ended:
+                    self._leave(task, what, subject)
             self.sleep(next(pauses))
+
+    def _gave_up(self, task: Any, error: TaskError) -> bool:
+        """Cancel a task that nobody waits for any more, if it makes something. :returns: whether it has ended."""
+        try:
+            info = self.read(task, "info.descriptionId", "info.cancelable")
+            if info["info.descriptionId"] in _CANCELLED and info["info.cancelable"]:
+                self.call(task.CancelTask, what="The task was not cancelled", subject=task._moId, idempotent=True)
+            state = self.wait_for_end(task, CANCEL_SECONDS if info["info.descriptionId"] in _CANCELLED else 0)
+        except VsphereError:
+            state = "unknown"
+        if state in ("error", "success", "gone"):
+            error.details["ended"] = state
+            came = "it was done after all" if state == "success" else "it has ended without success now"
+            error.remedy = f"{came[0].upper()}{came[1:]}; set a longer timeout"
+            return True
+        error.remedy = (
+            f"{task._moId} is still under way, and the next vadp_recover of this virtual machine looks for what comes"
+            " of it"
+            if self.on_unfinished is not None
+            else f"{task._moId} is still under way in vCenter, and what comes of it stays: wait for its end there, then"
+            " look at the object"
+        ) + ". A longer timeout may help"
+        return False
+
+    def wait_for_end(self, task: Any, seconds: float) -> str:
+        """A task's state when it has ended, or after so many seconds: success, error, running, queued; gone where the
+        server knows it no longer."""
+        until = self.clock() + seconds
+        while True:
+            try:
+                state = str(self.read(task, "info.state")["info.state"])
+            except NotFoundError:
+                return "gone"
+            except VsphereError as error:
+                if isinstance(error.fault, vmodl.fault.ManagedObjectNotFound):
+                    return "gone"
+                raise
+            if state in ("success", "error") or self.clock() >= until:
+                return state
+            self.sleep(1)
+
+    def _leave(self, task: Any, what: str, subject: Optional[str]) -> None:
+        if self.on_unfinished is not None:
+            self.on_unfinished(
+                {"task": task._moId, "failed": what, "subject": subject, "server_uuid": self.server_uuid}
+            )
+
+    @contextmanager
+    def remembering(self, on_unfinished: Callable[[Dict[str, Any]], None]) -> Iterator[None]:
+        """Meanwhile tasks that are left while they may go on are told to *on_unfinished*.
+
+        :param on_unfinished: gets {task, failed, subject, server_uuid}: the task's managed object id, what failed if
+            it did not succeed, on which object.
+        """
+        before, self.on_unfinished = self.on_unfinished, on_unfinished
+        try:
+            yield
+        finally:
+            self.on_unfinished = before
+
+
+def _may_repeat(fault: Any, args: Sequence[Any]) -> bool:
+    """Whether a busy object is all that was in the way. Who asks for a change of just one version of the configuration
+    has to look again when there is another one (VADP facts 54)."""
+    if isinstance(fault, vim.fault.ConcurrentAccess) and any(getattr(arg, "changeVersion", None) for arg in args):
+        return False
+    return faults.is_busy(fault)
 
 
 def _pauses() -> Any:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 from ..errors import NotFoundError
 from . import snapshots
@@ -17,7 +17,7 @@ from .snapshots import Snapshot
 
 @dataclass
 class Wanted:
-    """Options of ``vm_snapshot``; one of *name* and *moid* is set."""
+    """Options of ``vm_snapshot``; one of *name* and *moid* is set, unless it is the snapshot of a run."""
 
     present: bool
     name: Optional[str]
@@ -91,11 +91,38 @@ def _present(session: Session, vm: VmRef, wanted: Wanted, check_mode: bool) -> D
         }
         result.update(snapshot=predicted, disks=disks)
     else:
-        made = snapshots.create_snapshot(
-            session, vm, wanted.name, wanted.description, wanted.quiesce, wanted.memory, wanted.timeout, state
-        )
-        quiesce = made.quiesce
-        result.update(snapshot=made.snapshot.to_dict(), disks=[disk.to_dict() for disk in made.disks])
+        return make(session, vm, wanted, None, state)
+    return _made(vm, wanted, quiesce, result)
+
+
+def make(
+    session: Session,
+    vm: VmRef,
+    wanted: Wanted,
+    on_made: Optional[Callable[[str], None]],
+    state: Optional[snapshots.VmState] = None,
+) -> Dict[str, Any]:
+    """Make the snapshot that is wanted, whatever there is of its name. :returns: the module's result.
+
+    :param on_made: gets the moid before anything else is done.
+    """
+    made = snapshots.create_snapshot(
+        session,
+        vm,
+        wanted.name or "",
+        wanted.description,
+        wanted.quiesce,
+        wanted.memory,
+        wanted.timeout,
+        state,
+        on_made=on_made,
+    )
+    held = [disk.to_dict() for disk in made.disks]
+    result = {"changed": False, "consolidated": False, "snapshot": made.snapshot.to_dict(), "disks": held}
+    return _made(vm, wanted, made.quiesce, result)
+
+
+def _made(vm: VmRef, wanted: Wanted, quiesce: snapshots.Quiesce, result: Dict[str, Any]) -> Dict[str, Any]:
     result.update(changed=True, quiesce=quiesce.to_dict())
     if wanted.quiesce == "preferred" and quiesce.achieved == "crash-consistent":
         result["warnings"] = [f"The snapshot of {vm} is crash-consistent only: {quiesce.reason}."]

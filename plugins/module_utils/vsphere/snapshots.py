@@ -13,7 +13,7 @@ import json
 import math
 import re
 from dataclasses import dataclass
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 from ..errors import (
     AmbiguousError,
@@ -114,8 +114,18 @@ class VmState:
 
 
 def marker_text(repository_id: str, run_id: str, point: str) -> str:
-    """The description of a snapshot of ours."""
+    """The description of a snapshot of ours. It names what made it; nothing is found by a snapshot's name."""
     return json.dumps({"by": MARKER, "repository_id": repository_id, "run_id": run_id, "point": point}, sort_keys=True)
+
+
+def free_name(name: str, snapshots: List[Snapshot]) -> str:
+    """*name*, or where a snapshot of somebody else has it already, another one that nobody has."""
+    taken = {snapshot.name for snapshot in snapshots}
+    found, number = name, 1
+    while found in taken:
+        number += 1
+        found = f"{name} ({number})"
+    return found
 
 
 def parse_marker(description: Optional[str]) -> Optional[Dict[str, Any]]:
@@ -308,6 +318,7 @@ def create_snapshot(
     memory: bool = False,
     timeout: float = 3600,
     state: Optional[VmState] = None,
+    on_made: Optional[Callable[[str], None]] = None,
 ) -> Created:
     """Make a snapshot, once.
 
@@ -315,6 +326,7 @@ def create_snapshot(
 
     :param quiesce: ``required`` fails without it; ``preferred`` goes on without and says so; ``never``.
     :param state: :func:`vm_state` of just now, where the caller has it.
+    :param on_made: gets the moid before anything else is done.
     :raises VsphereError: obstacles, privileges, faults of the task.
     """
     state = state or vm_state(session, vm)
@@ -329,6 +341,8 @@ def create_snapshot(
         plan = Quiesce(quiesce, "crash-consistent", f"quiescing failed: {faults.fault_text(error.fault)}")
         state = vm_state(session, vm)
         moid = _create(session, vm, state, name, description, memory, False, max(deadline - session.clock(), 1))
+    if on_made is not None:
+        on_made(moid)
     made = vim.vm.Snapshot(moid, session.stub)
     after, config = session.read_each((vm.obj, ["snapshot"]), (made, ["config.hardware.device"]))
     snapshot = pick_snapshot(snapshots_of(after["snapshot"]), vm, moid=moid)
@@ -382,7 +396,7 @@ def _create(
             )
             return faults.moid_of(result)
         except ConnectionLostError:
-            found = _created_meanwhile(session, vm, before, name, what, remaining)
+            found = _created_meanwhile(session, vm, before, name, description, what, remaining)
             if found is not None:
                 return found
             if session.clock() >= deadline:
@@ -390,21 +404,36 @@ def _create(
 
 
 def _created_meanwhile(
-    session: Session, vm: VmRef, before: VmState, name: str, what: str, timeout: float
+    session: Session, vm: VmRef, before: VmState, name: str, description: str, what: str, timeout: float
 ) -> Optional[str]:
-    """The moid of a snapshot that a lost call made after all; ``None`` if it certainly made none."""
+    """The moid of a snapshot that a lost call made after all; ``None`` if it certainly made none.
+
+    A name proves nothing, for others may use it at the same moment. With our marker the description names the run;
+    without one there must have been one task alone that makes a snapshot, and it must have made this one.
+
+    :raises AmbiguousError: somebody made a snapshot, and it can't be told who.
+    """
     known_tasks = {task._moId for task in before.recent_tasks}
     known_snapshots = {snapshot.moid for snapshot in before.snapshots}
     after = vm_state(session, vm)
+    results = []
     for task in after.recent_tasks:
         if task._moId in known_tasks:
             continue
-        description = session.read(task, "info.descriptionId")["info.descriptionId"]
-        if description == "VirtualMachine.createSnapshot":
-            session.wait(task, what=what, subject=str(vm), timeout=timeout)
-            after = vm_state(session, vm)
-    new = [item for item in after.snapshots if item.name == name and item.moid not in known_snapshots]
-    return new[0].moid if new else None
+        if session.read(task, "info.descriptionId")["info.descriptionId"] == "VirtualMachine.createSnapshot":
+            results.append(faults.moid_of(session.wait(task, what=what, subject=str(vm), timeout=timeout)))
+    if results:
+        after = vm_state(session, vm)
+    new = [item for item in after.snapshots if item.moid not in known_snapshots]
+    same = [item for item in new if (item.name, item.description) == (name, description)]
+    if (parse_marker(description) or {}).get("run_id") is None and same and results != [same[0].moid]:
+        raise AmbiguousError(
+            "It is not known whose snapshot there is",
+            subject=f"{', '.join(map(str, same))} of {vm}",
+            reason="the connection was lost while ours was being made, and another was made at the same time",
+            remedy="Look at the virtual machine in the vSphere client; remove what nobody needs, then run again",
+        )
+    return same[0].moid if same else None
 
 
 # Removing
@@ -452,7 +481,7 @@ def remove_snapshot(
                 continue
             # It left the tree although its task failed; what stayed behind is dealt with below.
         break
-    tree, needed, leftover = _what_is_left(session, vm, renew=consolidate)
+    tree, needed, leftover = what_is_left(session, vm, renew=consolidate)
     if pick_snapshot(tree, vm, moid=snapshot.moid) is not None:
         raise TaskError(
             what,
@@ -518,11 +547,11 @@ def consolidation_state(session: Session, vm: VmRef, renew: bool = False) -> Tup
     :param renew: vCenter may show the file list of a moment ago, so a delta is believed only after the list was
         renewed. Check mode does without, since that is a call that writes.
     """
-    _snapshots, needed, leftover = _what_is_left(session, vm, renew)
+    _snapshots, needed, leftover = what_is_left(session, vm, renew)
     return needed, leftover
 
 
-def _what_is_left(session: Session, vm: VmRef, renew: bool) -> Tuple[List[Snapshot], bool, List[str]]:
+def what_is_left(session: Session, vm: VmRef, renew: bool = False) -> Tuple[List[Snapshot], bool, List[str]]:
     """The tree, and :func:`consolidation_state`; one call unless the list of files has to be renewed."""
     tree, needed, leftover = _consolidation_facts(session, vm)
     if renew and leftover and not needed:

@@ -407,6 +407,7 @@ def power(vm: VirtualMachine, state: str) -> None:
             raise
         if vm.config.firmware == "efi" or vm.boot_time is None:
             ensure_nvram(vm)
+        ensure_log(vm)
     else:
         unlock(vm)
     stun_cycle(vm)
@@ -444,6 +445,10 @@ def write_vmx(vm: VirtualMachine) -> None:
     path = vm.simulator.storage.local_path(vm.config.files.vmPathName)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n")
+
+
+def ensure_log(vm: VirtualMachine) -> None:
+    """A VM gets its log when it is first started: one that was only made has none."""
     log = vm.simulator.storage.local_path(folder_of(vm.config.files.vmPathName) + "/vmware.log")
     if not log.exists():
         log.write_text("vmx| Log for the simulator\n")

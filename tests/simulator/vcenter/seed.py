@@ -183,6 +183,7 @@ class Seeder:
         disks.write_vmx(vm)
         if started:
             disks.ensure_nvram(vm)
+            disks.ensure_log(vm)
         return vm
 
 

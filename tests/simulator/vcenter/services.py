@@ -45,7 +45,7 @@ BACKUP_PRIVILEGES = frozenset(
         "VirtualMachine.Config.EditDevice",
         "VirtualMachine.Interact.PowerOn",
         "VirtualMachine.Inventory.Create",
-        "VirtualMachine.Inventory.Delete",
+        "VirtualMachine.Inventory.Unregister",
         "Datastore.Browse",
         "Datastore.FileManagement",
         "Datastore.AllocateSpace",

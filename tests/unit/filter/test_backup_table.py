@@ -174,3 +174,12 @@ def test_the_transport_says_how_and_why():
 
 def test_it_is_registered():
     assert FilterModule().filters() == {"backup_table": backup_table}
+
+
+def test_numbers_that_ansible_has_taken_for_a_password_are_a_dash() -> None:
+    censored = "VALUE_SPECIFIED_IN_NO_LOG_PARAMETER"
+    disk = dict(key=2000, label="Hard disk 1", mode="incremental", parent="p0", transport="nbd", reason="")
+    disk.update(capacity_bytes=censored, bytes_read=censored, bytes_stored=1024, seconds=censored)
+    result = {"vm": "app01", "state": "complete", "point": "p1", "disks": [disk], "notes": [], "reason": ""}
+    lines = backup_table([result])
+    assert any("1.0 KiB" in line for line in lines) and not any(censored in line for line in lines)

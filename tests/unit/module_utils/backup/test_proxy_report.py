@@ -48,8 +48,8 @@ def test_a_record_that_can_not_be_read_hides_no_other(tmp_path: Path) -> None:
     assert proxy_report._records(str(tmp_path)) == ([], [])
     stores = [Repository.open(str(tmp_path), create=True).vm(uuid) for uuid in UUIDS]
     for store in stores:
-        with store.lock("20261122T084203.000000Z-00000001", "test"):
-            run = store.create_run(None, vm_moid="vm-101", vm_name="app01", run_id="20261122T084203.000000Z-00000001")
+        with store.lock("0123456789abcdef0123456789abcdef", "test"):
+            run = store.create_run(None, vm_moid="vm-101", vm_name="app01", run_id="0123456789abcdef0123456789abcdef")
             run.record("attachment", proxy_moid="vm-109", file="[vmfs01] app01/app01.vmdk", disk_uuid="x")
     run.path.write_text("{")
     records, warnings = proxy_report._records(str(tmp_path))

@@ -60,7 +60,7 @@ def manifest_of(point: str, number: int, disks: List[Dict[str, Any]], **changes:
         "vm_name": "app01",
         "vm_moid": "vm-16",
         "point": point,
-        "run_id": new_run_id(moment),
+        "run_id": new_run_id(),
         "started": format_time(moment),
         "finished": format_time(moment + timedelta(seconds=30)),
         "seconds": 30.25,

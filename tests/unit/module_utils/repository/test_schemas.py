@@ -61,7 +61,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Dict[str, Any]:
 
 
 # Of the files that are written now.
-FORMATS = {"repository": 2}
+FORMATS = {"repository": 2, "run": runs.FORMAT}
 
 
 def validator(name: str) -> jsonschema.Draft202012Validator:

@@ -309,3 +309,73 @@ def test_an_address_that_can_not_be_a_servers_is_refused(hostname, port, words):
 def test_an_address_that_can_be_a_servers_is_taken(hostname):
     given = dict(username="u", password="p", port=443, validate_certs=True, ca_path=None, thumbprint=None)
     assert Connection.from_params(dict(given, hostname=hostname)).hostname == hostname
+
+
+# Tasks that nobody waits for any more
+
+
+def _remembered(session):
+    told = []
+    return told, session.remembering(told.append)
+
+
+@pytest.mark.parametrize(
+    ("kind", "cancelled"), [("VirtualMachine.createSnapshot", True), ("VirtualMachine.removeSnapshot", False)]
+)
+def test_a_task_that_is_given_up_is_remembered(session, stub, vm, kind, cancelled):
+    """What makes something is cancelled; what takes something away is left to end."""
+    task = add_task(stub, ["running"], info__descriptionId=kind, info__cancelable=True)
+    stub.methods.update(CreateSnapshot_Task=task, CancelTask=lambda *_args: None)
+    told, remembering = _remembered(session)
+    with remembering, pytest.raises(TaskError, match="next vadp_recover") as caught:
+        session.run_task(vm.obj.CreateSnapshot_Task, "p", "", False, False, what="x", timeout=5)
+    assert caught.value.details["timed_out"] and ("CancelTask" in stub.names()) is cancelled
+    assert [(item["task"], item["failed"], item["server_uuid"]) for item in told] == [(task._moId, "x", "vc-uuid")]
+    assert session.on_unfinished is None
+    # A module that is used alone has no record: the message says that it goes on.
+    with pytest.raises(TaskError, match="still under way in vCenter"):
+        session.run_task(vm.obj.CreateSnapshot_Task, "p", "", False, False, what="x", timeout=5)
+    assert len(told) == 1
+
+
+def test_a_task_that_ends_when_it_is_cancelled_is_forgotten(session, stub, vm):
+    states = ["running", "running", "running", "error"]
+    task = add_task(stub, states, info__descriptionId="VirtualMachine.createSnapshot", info__cancelable=True)
+    stub.methods.update(CreateSnapshot_Task=task, CancelTask=lambda *_args: None)
+    told, remembering = _remembered(session)
+    with remembering, pytest.raises(TaskError, match="did not end within"):
+        session.run_task(vm.obj.CreateSnapshot_Task, "p", "", False, False, what="x", timeout=0.1)
+    assert told == []
+
+
+def test_a_task_is_remembered_when_we_are_interrupted_or_the_server_goes(session, stub, vm):
+    told = []
+    for error in (KeyboardInterrupt(), ConnectionRefusedError("refused")):
+        task = add_task(stub, ["running"])
+        stub.methods["ReconfigVM_Task"] = task
+
+        def interrupted(*_args, raised=error, **_options):
+            raise raised
+
+        with session.remembering(told.append), pytest.raises(
+            type(error) if isinstance(error, KeyboardInterrupt) else VsphereError
+        ):
+            session.wait, waiting = interrupted, session.wait
+            try:
+                session.run_task(vm.obj.ReconfigVM_Task, vim.vm.ConfigSpec(), what="x")
+            except ConnectionRefusedError as refused:
+                raise VsphereError("lost") from refused
+            finally:
+                session.wait = waiting
+    assert [item["task"] for item in told] == [task._moId] * 2
+
+
+def test_what_ended_is_not_remembered(session, stub, vm):
+    told, remembering = _remembered(session)
+    with remembering:
+        stub.methods["ReconfigVM_Task"] = add_task(stub, ["success"])
+        session.run_task(vm.obj.ReconfigVM_Task, vim.vm.ConfigSpec(), what="x")
+        stub.methods["ReconfigVM_Task"] = add_task(stub, ["error"], info__error=vim.fault.FileLocked(file="a"))
+        with pytest.raises(TaskError):
+            session.run_task(vm.obj.ReconfigVM_Task, vim.vm.ConfigSpec(), what="x")
+    assert told == []

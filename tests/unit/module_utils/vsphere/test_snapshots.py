@@ -257,8 +257,22 @@ def test_a_request_that_the_platform_ignored(session, vm, machine):
 
 def test_a_lost_call_that_was_carried_out_is_not_repeated(session, vm, machine):
     machine.faults["CreateSnapshot_Task"] = [ConnectionResetError("reset")]
-    snapshot, _quiesce, _disks = snapshots.create_snapshot(session, vm, "nightly", quiesce="never")
+    marker = snapshots.marker_text("repository", "run", "p1")
+    snapshot, _quiesce, _disks = snapshots.create_snapshot(session, vm, "nightly", marker, quiesce="never")
     assert [node.snapshot._moId for node in machine.nodes] == [snapshot.moid]
+
+
+def test_a_lost_call_is_not_believed_to_have_made_what_has_its_name(session, vm, machine):
+    """Somebody else's snapshot of that name may have come at the same moment, and no task says whose it is."""
+    machine.faults["CreateSnapshot_Task"] = [ConnectionResetError("reset")]
+    with pytest.raises(AmbiguousError, match="not known whose"):
+        snapshots.create_snapshot(session, vm, "nightly", quiesce="never")
+
+
+def test_a_taken_name_is_not_used_again(session, vm, machine, make, stub):
+    nodes = [make.tree_node(stub, f"snapshot-{number}", name) for number, name in enumerate(("p1", "p1 (2)"))]
+    listed = snapshots.snapshots_of(make.tree(stub, *nodes, current="snapshot-1"))
+    assert snapshots.free_name("p1", listed) == "p1 (3)" and snapshots.free_name("p2", listed) == "p2"
 
 
 def test_a_lost_call_that_was_not_carried_out_is_repeated(session, vm, machine, stub):
@@ -412,5 +426,5 @@ def test_disable_and_unsupported(session, vm, machine):
 
 def test_a_temporary_snapshot_left_by_a_crash_goes(session, vm, machine, make, stub):
     machine.tracking = machine.active = True
-    machine.nodes = [make.tree_node(stub, "snapshot-9", "tmp", change_tracking._DESCRIPTION)]
+    machine.nodes = [make.tree_node(stub, "snapshot-9", "tmp", change_tracking.stun_description())]
     assert tracking(session, vm)["changed"] and machine.nodes == []

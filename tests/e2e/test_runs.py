@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""No record and no name authorises anything: what is removed was proved to be ours, and what is said was proved too."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any, Dict, Iterator, List
+
+import pytest
+from administrator import Administrator
+from ansible_collections.openvadp.backup.plugins.module_utils.datapath.processes import start_time
+from ansible_collections.openvadp.backup.plugins.module_utils.repository.runs import new_run_id
+from harness import MIB, Ansible, Backups, Simulator
+from modules import Modules
+
+KEYS = (2000, 2001)
+
+
+@pytest.fixture(scope="module")
+def minimal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Simulator]:
+    running = Simulator(tmp_path_factory.mktemp("simulator") / "state")
+    try:
+        yield running
+    finally:
+        running.stop()
+
+
+@pytest.fixture
+def app01(minimal: Simulator, repository: Path) -> Modules:
+    return Modules(minimal, repository)
+
+
+def _held(modules: Modules) -> Dict[int, Any]:
+    return {key: modules.simulator.disk("app01", key) for key in KEYS}
+
+
+def _snapshot_names(modules: Modules) -> List[str]:
+    return [item["name"] for item in modules.simulator.snapshots("app01")]
+
+
+def test_a_snapshot_of_somebody_else_is_neither_read_nor_removed(app01: Modules) -> None:
+    """Under the name of ours: a user's, and that of a run into another repository."""
+    simulator = app01.simulator
+    user = app01.snapshot("openvadp weekly", "before the upgrade, keep")
+    other = Modules(simulator, app01.repository.parent / "other")
+    other.repository.mkdir()
+    run = other.done("vadp_recover", **other.named, repository=str(other.repository), begin=True, point="weekly")["run"]
+    options = {**other.named, "repository": str(other.repository), "run_id": run["id"]}
+    theirs = other.done("vm_snapshot", **options, quiesce="never")["snapshot"]
+    assert theirs["name"] == "openvadp weekly (2)"
+    # Once more: it is there, and known by its marker.
+    again = other.done("vm_snapshot", **options, quiesce="never")
+    assert not again["changed"] and again["snapshot"]["moid"] == theirs["moid"]
+    simulator.write("app01", 2000, 20 * MIB, seed=2)
+    now = _held(app01)
+    app01.backups.run("app01", point="weekly").ok()
+    assert {key: app01.backups.disk("app01", key, "weekly") for key in KEYS} == now
+    assert _snapshot_names(app01) == ["openvadp weekly", "openvadp weekly (2)"]
+    # The run goes on as if nothing had been; its own snapshot goes, and no other.
+    removed = other.done("vm_snapshot", **options, state="absent")
+    assert removed["changed"] and removed["snapshot"]["moid"] == theirs["moid"]
+    ended = other.done("vadp_recover", **options)["run"]
+    assert ended["snapshot_gone"] and not ended["complete"]
+    assert [item["moid"] for item in simulator.snapshots("app01")] == [user]
+    app01.remove_snapshot(user)
+    app01.clean()
+
+
+def test_a_marker_without_a_record_is_told_of_with_the_command(app01: Modules) -> None:
+    run = app01.done("vadp_recover", **app01.named, repository=str(app01.repository), begin=True, point="p1")["run"]
+    where = {**app01.named, "repository": str(app01.repository)}
+    app01.done("vm_snapshot", **where, run_id=run["id"], quiesce="never")
+    # Whoever asks meanwhile is told that the run is at work.
+    busy = app01.run("vadp_recover", **where)
+    assert busy["failed"] and "is at work" in busy["msg"] and run["id"] in busy["msg"]
+    assert len(_snapshot_names(app01)) == 1
+    for path in app01.repository.glob("vms/*/runs/*.json"):
+        path.unlink()
+    told = app01.done("vadp_recover", **where)
+    assert told["recovered"] == [] and f"run_id={run['id']}" in str(told["warnings"])
+    assert len(_snapshot_names(app01)) == 1
+    recovered = app01.done("vadp_recover", **where, run_id=run["id"])["recovered"]
+    assert [item["what"] for item in recovered] == ["snapshot"] and _snapshot_names(app01) == []
+    app01.clean()
+
+
+def _moid(modules: Modules, name: str) -> str:
+    vms = modules.simulator.control.call("state")["vms"]
+    return next(moid for moid, vm in vms.items() if vm["name"] == name)
+
+
+def _plant(modules: Modules, intents: List[Dict[str, Any]], **changes: Any) -> Path:
+    """A record that somebody has written into the repository: a true one of a run that is over, with other intents."""
+    where = {**modules.named, "repository": str(modules.repository)}
+    run = modules.done("vadp_recover", **where, begin=True, point="planted", run_id=new_run_id())["run"]
+    (path,) = modules.repository.glob(f"vms/*/runs/{run['id']}.json")
+    record = json.loads(path.read_text())
+    numbered = [dict(intent, id=number + 1, recorded=record["started"]) for number, intent in enumerate(intents)]
+    record.update(intents=numbered, deadline="2026-01-01T00:00:00Z", point=None, **changes)
+    path.write_text(json.dumps(record))
+    return path
+
+
+def test_a_planted_record_destroys_nothing(app01: Modules) -> None:
+    """It names a process, a VM that is off, files, and a snapshot of somebody else."""
+    simulator, names = (
+        app01.simulator,
+        sorted(vm["name"] for vm in app01.simulator.control.call("state")["vms"].values()),
+    )
+    administrator = Administrator(simulator.facts, "restore01")
+    victim = administrator.config(_moid(app01, "restore01"))
+    administrator.close()
+    user = app01.snapshot("keep")
+    outside = app01.repository.parent / "outside"
+    outside.write_text("x")
+    restore = {
+        "what": "restore",
+        "target": "new_vm",
+        "name": "restore01",
+        "instance_uuid": victim.instanceUuid,
+        "vm_moid": _moid(app01, "restore01"),
+        "folder_moid": "group-v3",
+        "on_failure": "remove",
+        "complete": False,
+        "leased": False,
+        "made_disks": [],
+    }
+    with subprocess.Popen(["sleep", "300"]) as process:
+        try:
+            path = _plant(
+                app01,
+                [
+                    {"what": "process", "name": "x", "pid": process.pid, "start_time": start_time(process.pid)},
+                    {"what": "snapshot", "name": "keep", "vm_moid": _moid(app01, "app01"), "moid": user},
+                    {"what": "temporary_file", "files": ["../../../outside", str(outside)], "stage": str(outside)},
+                    restore,
+                ],
+            )
+            result = app01.done("vadp_recover", **app01.named, repository=str(app01.repository), force=True)
+            assert result["recovered"] == [] and process.poll() is None
+            assert f"kill {process.pid}" in str(result["warnings"]) and "restore01" in str(result["warnings"])
+        finally:
+            process.kill()
+    assert not path.exists() and outside.exists() and _snapshot_names(app01) == ["keep"]
+    assert names == sorted(vm["name"] for vm in simulator.control.call("state")["vms"].values())
+    app01.remove_snapshot(user)
+    app01.clean()
+
+
+def test_a_task_that_is_given_up_is_cancelled_or_looked_for(app01: Modules) -> None:
+    """A snapshot that appears after the module has failed does not stay for ever."""
+    simulator, where = app01.simulator, {**app01.named, "repository": str(app01.repository)}
+    run = app01.done("vadp_recover", **where, begin=True, point="late")["run"]
+    simulator.control.call("inject", target="task", name="CreateSnapshot_Task", delay=4)
+    failed = app01.run("vm_snapshot", **where, run_id=run["id"], quiesce="never", timeout=1)
+    simulator.control.call("clear_injections")
+    assert failed["failed"] and "did not end within" in failed["msg"], failed
+    ended = app01.done("vadp_recover", **where, run_id=run["id"])
+    assert ended["run"]["snapshot_gone"] and _snapshot_names(app01) == []
+    app01.clean()
+
+
+def test_nothing_of_the_control_flow_goes_through_results(tmp_path: Path) -> None:
+    """'vm' is in every managed object id, '1' in UUIDs and times: Ansible replaces them by asterisks."""
+    for password in ("vm", "1"):
+        simulator = Simulator(tmp_path / f"state-{password}", passwords={"backup@vsphere.local": password})
+        try:
+            folder = tmp_path / password / "repository"
+            folder.mkdir(parents=True)
+            modules = Modules(simulator, folder)
+            modules.backups.run("app01", verify="structure").ok()
+            assert len(modules.backups.points("app01")) == 1
+            modules.clean()
+        finally:
+            simulator.stop()
+
+
+def test_errors_that_are_ignored_make_no_backup_complete(app01: Modules, ansible: Ansible) -> None:
+    simulator, backups = app01.simulator, Backups(app01.simulator, ansible, app01.repository)
+    for name in ("CreateSnapshot_Task", "CreateSnapshotEx_Task"):
+        simulator.control.call("inject", target="task", name=name, fault="vim.fault.SnapshotFault", count=0)
+    play = {
+        "hosts": "vms",
+        "gather_facts": False,
+        "ignore_errors": True,
+        "tasks": [
+            {"ansible.builtin.include_role": {"name": "openvadp.backup.vm_backup"}},
+            {"name": "told", "ansible.builtin.debug": {"var": "vm_backup_result"}},
+        ],
+    }
+    variables = backups.variables(change_tracking=False)
+    outcome = ansible.run([play], hosts=["app01"], variables=variables)
+    simulator.control.call("clear_injections")
+    told = outcome.result("debug", task="told")["vm_backup_result"]
+    assert told["state"] == "failed" and "no complete restore point" in told["reason"], told
+    assert "SnapshotFault" in told["reason"]
+    app01.clean()
+
+
+def test_errors_that_are_ignored_overwrite_nothing(app01: Modules, ansible: Ansible) -> None:
+    """The module that writes demands the safety point itself."""
+    simulator, backups = app01.simulator, Backups(app01.simulator, ansible, app01.repository)
+    backups.run("app01", point="p1").ok()
+    simulator.control.call("power", vm="app01", state="poweredOff")
+    simulator.write("app01", 2000, 5 * MIB, seed=9)
+    before = _held(app01)
+    for name in ("CreateSnapshot_Task", "CreateSnapshotEx_Task"):
+        simulator.control.call("inject", target="task", name=name, fault="vim.fault.SnapshotFault", count=0)
+    variables = {name.replace("vm_backup_", "vm_restore_"): value for name, value in backups.variables().items()}
+    variables.update(vm_restore_vm_name="app01", vm_restore_point="p1", vm_restore_target="in_place")
+    variables.update(vm_restore_overwrite=True, vm_restore_safety_point=True)
+    play = {
+        "hosts": "localhost",
+        "gather_facts": False,
+        "ignore_errors": True,
+        "tasks": [{"ansible.builtin.include_role": {"name": "openvadp.backup.vm_restore"}}],
+    }
+    outcome = ansible.run([play], variables=variables)
+    simulator.control.call("clear_injections")
+    simulator.control.call("power", vm="app01", state="poweredOn")
+    assert _held(app01) == before
+    failed = [event["result"].get("msg", "") for event in outcome.events if event["status"] == "failed"]
+    assert any("The safety point is not there, and no disk was written" in text for text in failed), failed
+    app01.clean()
+    shutil.rmtree(app01.repository)
