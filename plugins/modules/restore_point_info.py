@@ -31,8 +31,9 @@ options:
   point:
     description:
       - Only the point of this name. The list is empty if there is none.
-      - V(latest) means the point of each virtual machine whose snapshot is the newest; a time, such as
-        V(2026-11-20T03:00Z) or V(before 2026-11-20T03:00Z), the newest whose snapshot was taken before it.
+      - V(latest) means the point of each virtual machine that was made last, by its number; a time, such as
+        V(2026-11-20T03:00Z) or V(before 2026-11-20T03:00Z), the one whose snapshot was taken last before it. Where
+        points of several servers are there, one of each server.
     type: str
   manifests:
     description: Whether each point carries its whole manifest, with the hashes of all its files.
@@ -124,8 +125,20 @@ points:
           bytes_read: 429916160
           bytes_stored: 171966464
           seconds: 3.1
+    sequence:
+      description: >-
+        Number of the point among those of the virtual machine; the largest is the newest. Points of format 1 lie below
+        all others.
+      type: int
+      sample: 17
+    server_uuid:
+      description: >-
+        The server that the point was read from, by the instance UUID of the vCenter or the UUID of the host's hardware;
+        null for points of format 1.
+      type: str
+      sample: 3c6d0f0e-5b1c-4c0e-9f5e-8a7b6c5d4e3f
     created:
-      description: When the snapshot was made that the point was read from (UTC).
+      description: When the snapshot was made that the point was read from, by the server's clock (UTC).
       type: str
       sample: '2026-11-22T08:42:03Z'
     started:

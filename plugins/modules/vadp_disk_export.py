@@ -112,6 +112,18 @@ options:
     description: How many disks are read at a time (1 to 16). Each takes two connections to its ESXi host.
     type: int
     default: 2
+  vm_ids:
+    description:
+      - Whether the virtual machine is told what its newest point is. One advanced setting a disk
+        (C(openvadp.id.<repository id>.<disk uuid>)) is written after the point is complete and before the snapshot is
+        removed, if anything changed.
+      - A virtual machine that went back in time (a revert, a rollback of the storage array), or that is a replica in
+        another vCenter, is recognised by what it says, and its next point is a full one.
+      - With V(false), or where the user lacks C(VirtualMachine.Config.AdvancedConfig), points are built upon as long as
+        change tracking alone shows nothing wrong, which it does not always do in these cases.
+      - Templates are not told anything.
+    type: bool
+    default: true
 requirements:
   - nbdkit; with its VDDK plugin and VDDK for all transports but V(https) and V(hotadd) without VDDK, for those with its
     plugins file and curl
@@ -124,6 +136,8 @@ notes:
     C(Global.DisableMethods) and C(Global.EnableMethods) on the vCenter server.
   - For V(hotadd) also C(VirtualMachine.Config.AddExistingDisk) and C(VirtualMachine.Config.RemoveDisk) on the proxy,
     for V(https) of running virtual machines C(VApp.Export).
+  - C(VirtualMachine.Config.AdvancedConfig) on the virtual machine is needed for O(vm_ids=true). Without it the point is
+    made, and a warning says what is missing.
   - The names of the virtual machine's tags are kept with the point. They are read by the REST API of vCenter 7.0 U2 or
     newer. If that fails the point is made without them, and a warning says why.
   - For V(nbdssl) and V(nbd) the NFC port (902) must be open from the proxy to every ESXi host that sees the datastores.
@@ -199,6 +213,18 @@ point:
       description: Id of the repository.
       type: str
       sample: 7f6d1c52-3a8e-4a51-9b56-0c1d2e3f4a5b
+    sequence:
+      description: >-
+        Number of the point. The repository counts the points of a virtual machine, and the largest number is the
+        newest point, whatever any clock says.
+      type: int
+      sample: 17
+    server_uuid:
+      description: >-
+        The server that it was read from: the instance UUID of the vCenter, or of a host that was logged in to directly
+        the UUID of its hardware.
+      type: str
+      sample: 3c6d0f0e-5b1c-4c0e-9f5e-8a7b6c5d4e3f
     run_id:
       description: Id of the run that made the point.
       type: str
@@ -333,6 +359,7 @@ OPTIONS = Options(
         rate_limit=dict(type="str"),
         compression=dict(type="str", choices=list(COMPRESSIONS), default="zstd"),
         parallel_disks=dict(type="int", default=2),
+        vm_ids=dict(type="bool", default=True),
     ),
     mutually_exclusive=[("snapshot_moid", "snapshot_name", "run_id")],
 )

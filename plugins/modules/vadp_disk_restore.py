@@ -100,8 +100,10 @@ options:
     type: str
   point:
     description:
-      - Name of the restore point, V(latest), or a time such as V(2026-11-20T03:00Z), which means the newest point whose
-        snapshot was taken before it.
+      - Name of the restore point, V(latest), or a time such as V(2026-11-20T03:00Z), which means the point whose
+        snapshot was taken last before it.
+      - V(latest) is the point that was made last; of the connected server where one is, that is not with
+        O(target=file).
     type: str
     default: latest
   target:

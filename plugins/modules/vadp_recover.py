@@ -43,6 +43,21 @@ attributes:
     support: partial
     details: With O(begin=true) each call begins another run, unless the point exists.
 options:
+  repository:
+    description:
+      - Folder of the repository on the machine that runs the module (the backup proxy).
+      - The folder must exist. An empty one becomes a repository with the first export. A folder that holds
+        anything else is refused.
+      - Required unless O(forget_repository) is given.
+    type: path
+    required: false
+  forget_repository:
+    description:
+      - Id of a repository that is retired. What the virtual machine says of that repository's points (the keys
+        C(openvadp.id.<repository id>.<disk uuid>) among its advanced settings) is removed, and nothing else is done.
+      - A mark of a restore (C(openvadp.mark.<disk uuid>)) is never removed by this.
+      - If the repository is used again after all, its next backup of the virtual machine is a full one.
+    type: str
   begin:
     description: Whether a run is begun, as role P(openvadp.backup.vm_backup#role) does.
     type: bool
@@ -163,6 +178,14 @@ EXAMPLES = r"""
     name: app01
     repository: /backup
 
+- name: A repository was given up
+  openvadp.backup.vadp_recover:
+    hostname: vcenter.example.com
+    username: backup@vsphere.local
+    password: "{{ vcenter_password }}"
+    name: app01
+    forget_repository: 7f6d1c52-3a8e-4a51-9b56-0c1d2e3f4a5b
+
 - name: Clean up, and begin a run
   openvadp.backup.vadp_recover:
     hostname: vcenter.example.com
@@ -205,6 +228,13 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
+forgotten:
+  description: The keys that were removed from the virtual machine (in check mode, would be).
+  returned: with O(forget_repository)
+  type: list
+  elements: str
+  sample:
+    - openvadp.id.7f6d1c52-3a8e-4a51-9b56-0c1d2e3f4a5b.6000c29a-1111-2222-3333-444455556666
 attached:
   description:
     - Disks that vCenter shows attached to the proxy and that are not its own, with O(proxy_name) and its like.
@@ -393,7 +423,7 @@ from typing import Any, Dict
 from ansible.module_utils.basic import AnsibleModule
 
 from ..module_utils.backup.proxy_report import ProxyRequest, report
-from ..module_utils.backup.recover import RecoverRequest, recover_vm
+from ..module_utils.backup.recover import RecoverRequest, forget_repository, recover_vm
 from ..module_utils.runner import (
     Options,
     connection_options,
@@ -417,6 +447,8 @@ EXPORT = dict(
 )
 OPTIONS = Options(
     dict(
+        repository=dict(type="path"),
+        forget_repository=dict(type="str"),
         begin=dict(type="bool", default=False),
         point=dict(type="str"),
         run_id=dict(type="str"),
@@ -430,12 +462,17 @@ OPTIONS = Options(
         device_dir=dict(type="path", default="/dev/disk/by-id"),
         sysfs_dir=dict(type="path", default="/sys"),
     ),
-    required_one_of=[("name", "uuid", "moid", "proxy_name", "proxy_uuid", "proxy_moid")],
+    required_one_of=[
+        ("repository", "forget_repository"),
+        ("name", "uuid", "moid", "proxy_name", "proxy_uuid", "proxy_moid"),
+    ],
     mutually_exclusive=[("name", "uuid", "moid", "proxy_name", "proxy_uuid", "proxy_moid")],
 )
 
 
 def body(module: AnsibleModule) -> Dict[str, Any]:
+    if module.params["forget_repository"] is not None:
+        return forget_repository(module.params, module.check_mode)
     proxy = ProxyRequest.from_params(module.params)
     if proxy is not None:
         return report(proxy)

@@ -163,7 +163,7 @@ def test_input_that_can_not_work_touches_nothing(db01: Modules, simulator: Simul
     options = dict(db01.export_options(snapshot_moid=moid, io_timeout=2), nfc_port=9)
     result = db01.run("vadp_disk_export", options)
     assert result["failed"] and "Hard disk 1" in result["msg"] and "902" in result["msg"]
-    assert [name.rpartition("/")[2] for name in db01.files()] == ["repository.json", "lock"]
+    assert [name.rpartition("/")[2] for name in db01.files()] == ["repository.json", "lock", "vm.json"]
 
 
 @pytest.mark.soak

@@ -154,12 +154,12 @@ def test_snapshots_of_others_and_going_back_to_them(modules: Modules, administra
     _reasons(modules.make(snapshot, "three"), "other snapshots at point two", "'theirs'", "reverted")
     modules.remove_snapshot(snapshot)
 
-    # Back to before points two and three: the change id goes back.
+    # Back to before points two and three: the VM names point one again.
     administrator.revert(theirs)
     _write(modules, BOTH, 4 * MIB, seed=4)
     snapshot = modules.snapshot("four")
-    modules.refused(snapshot, "its change id went back", disks=["2000"])
-    _reasons(modules.make(snapshot, "four"), "its change id went back", "at point three")
+    modules.refused(snapshot, "shows point one though three is newer", disks=["2000"])
+    _reasons(modules.make(snapshot, "four"), "shows point one though three is newer", "reverted")
     modules.remove_snapshot(snapshot)
 
     # Back again, and enough snapshots to bring the change id past that of point four.
@@ -169,8 +169,8 @@ def test_snapshots_of_others_and_going_back_to_them(modules: Modules, administra
     _pass_by(modules, 3)
     _write(modules, BOTH, 6 * MIB, seed=6)
     snapshot = modules.snapshot("six")
-    modules.refused(snapshot, "other snapshots at point five")
-    _reasons(modules.make(snapshot, "six"), "other snapshots at point five")
+    modules.refused(snapshot, "shows point one though five is newer")
+    _reasons(modules.make(snapshot, "six"), "shows point one though five is newer")
     modules.remove_snapshot(snapshot)
 
     modules.remove_snapshot(theirs)
@@ -204,8 +204,8 @@ def test_going_back_to_a_snapshot_that_a_run_of_ours_left(modules: Modules, admi
     _pass_by(modules, 2)
     _write(modules, BOTH, 2 * MIB, seed=3)
     snapshot = modules.snapshot("three")
-    modules.refused(snapshot, "'left'", "reverted")
-    _reasons(modules.make(snapshot, "three"), "'left'", "reverted")
+    modules.refused(snapshot, "shows point one though two is newer", "reverted")
+    _reasons(modules.make(snapshot, "three"), "shows point one though two is newer", "reverted")
     modules.remove_snapshot(snapshot)
     modules.remove_snapshot(left)
     modules.verify_bytes()

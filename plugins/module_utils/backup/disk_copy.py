@@ -19,6 +19,7 @@ from ..datapath.hashes import HashWriter
 from ..datapath.processes import Child, RuntimeDir
 from ..datapath.progress import DiskProgress, Progress
 from ..errors import DataPathError, RepositoryError, TransportError, VadpError, VsphereError
+from ..repository.content import new_content_id
 from ..repository.layout import PART, VmStore, file_entry
 from ..repository.manifest import FULL
 from ..repository.runs import Run
@@ -125,10 +126,11 @@ def copy_disk(plan: DiskPlan, job: CopyJob) -> Dict[str, Any]:
     finished = False
     try:
         _remove(parts)
-        result, reading = _copy_to_parts(plan, job, parts, progress)
+        result, reading, content_id = _copy_to_parts(plan, job, parts, progress)
         _remove(parts[2:])
         job.readings[plan.disk.key] = reading
         entry = _manifest_entry(plan, result, reading.transport)
+        entry.update(content_id=content_id)
         entry.update(layer=dict(file_entry(parts[0]), file=layer.name))
         entry.update(hashes=dict(file_entry(parts[1]), file=hashes.name))
         entry.update(bytes_stored=entry["layer"]["size_bytes"], seconds=round(time.monotonic() - started, 3))
@@ -160,8 +162,11 @@ class _Parts:
 
 def _copy_to_parts(
     plan: DiskPlan, job: CopyJob, paths: Sequence[Path], progress: DiskProgress
-) -> Tuple[CopyResult, Reading]:
-    """Fill the layer and the hashes; both are complete and on the disk when this returns."""
+) -> Tuple[CopyResult, Reading, str]:
+    """Fill the layer and the hashes; both are complete and on the disk when this returns.
+
+    :returns: the ID of their content too.
+    """
     layer, hashes, stage = paths
     parts = _Parts(layer, hashes, stage, _begin(plan, job, layer, hashes))
     try:
@@ -175,16 +180,16 @@ def _copy_to_parts(
         image.fsync_file(str(layer))
     finally:
         parts.writer.discard()
-    return result, reading
+    return result, reading, str(parts.writer.content_id)
 
 
 def _begin(plan: DiskPlan, job: CopyJob, layer: Path, hashes: Path) -> HashWriter:
-    """An empty layer, and what takes its hashes."""
+    """An empty layer, and what takes its hashes: with a content ID of its own, drawn now (proofs 15)."""
     backing = None
     if plan.parent is not None:
         backing = job.store.layer_path(plan.disk.key, plan.parent).name
     image.create_layer(str(layer), plan.disk.capacity_bytes, backing=backing)
-    return HashWriter(str(hashes), plan.disk.capacity_bytes)
+    return HashWriter(str(hashes), plan.disk.capacity_bytes, content_id=new_content_id())
 
 
 @dataclass
@@ -369,6 +374,9 @@ def _manifest_entry(plan: DiskPlan, result: CopyResult, transport: str) -> Dict[
         "change_id": disk.change_id,
         "mode": plan.mode,
         "parent": plan.parent,
+        "parent_content_id": plan.pin.content_id,
+        "parent_layer_blake3": plan.pin.layer_blake3,
+        "named_in_vm": plan.named_in_vm,
         "reason": plan.reason,
         "transport": transport,
         "bytes_read": result.bytes_read,

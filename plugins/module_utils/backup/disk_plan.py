@@ -12,16 +12,27 @@ from ..datapath.image import CLUSTER_BYTES
 from ..errors import VadpError
 from ..repository import trust
 from ..repository.chain import AUTO, Decision, StoreFacts, decide
+from ..repository.content import stored_id_problem
 from ..repository.layout import VmStore, stored_problem
 from ..repository.manifest import FULL, disk_of
 from ..transport.planner import READ, DiskFacts, Plan, ProxyFacts, plan
+from ..vsphere import vm_keys
 from ..vsphere.changed_areas import ChangedAreasUnavailable, query_changed_areas
 from ..vsphere.disks import Disk
 from ..vsphere.inventory import VmRef
 from ..vsphere.session import Session
 from ..vsphere.snapshots import Snapshot
+from .naming import Naming, pin
 from .request import ExportRequest
 from .template import ALWAYS_FULL
+
+
+@dataclass(frozen=True)
+class Pin:
+    """The layer that a disk's next one stands on: its content ID (None of a point of format 1), and its hash."""
+
+    content_id: Optional[str] = None
+    layer_blake3: Optional[str] = None
 
 
 @dataclass(frozen=True)
@@ -30,6 +41,8 @@ class DiskPlan:
 
     :param areas: what is read, rounded out to clusters; None: all that holds data, or not known yet (check mode
         without a snapshot).
+    :param named_in_vm: whether the virtual machine will name the point, as far as that can be known now.
+    :param vm_named: the content ID that it names now, in this repository.
     """
 
     disk: Disk
@@ -39,6 +52,9 @@ class DiskPlan:
     areas: Optional[Extents]
     transport: Plan
     facts: DiskFacts
+    pin: Pin = Pin()
+    named_in_vm: bool = False
+    vm_named: Optional[str] = None
 
     def to_result(
         self, entry: Optional[Dict[str, Any]] = None, reading: Optional[Dict[str, Any]] = None
@@ -102,6 +118,8 @@ def plan_disks(
     request: ExportRequest,
     proxy: ProxyFacts,
     disk_facts: Mapping[int, DiskFacts],
+    naming: Naming,
+    present: Sequence[Disk],
 ) -> List[DiskPlan]:
     """Decide for each disk. Nothing is changed; the changed areas are read from vCenter.
 
@@ -109,28 +127,44 @@ def plan_disks(
         template too, which is always read in full.
     :param store: None where the repository does not exist yet.
     :param disk_facts: of :func:`..transport.facts.disk_facts`.
+    :param naming: what the virtual machine says of itself.
+    :param present: all its disks, not only those that are read.
     :raises TransportError: no transport can serve a disk.
     :raises RepositoryError: the mode that was asked for is not possible for a disk.
     :raises ChangedAreasUnavailable: the same, because the query failed.
     """
     points = store.points() if store else []
     facts = _store_facts(store, points, disks)
+    names = naming.names(store.repository.id if store else None, present)
+    identified = vm_keys.identified(present)
     plans = []
     for disk in disks:
         # First what needs no call and may refuse.
         known = disk_facts[disk.key]
         transport = plan(known, proxy, request.transports, READ, request.require_transport)
-        created = snapshot.created if snapshot else None
         try:
             if vm.template:
                 decision = Decision(FULL, None, None, ALWAYS_FULL)
             else:
-                decision = decide(disk, points, request.mode, facts, created=created)
+                decision = decide(disk, points, request.mode, facts, names=names)
             decision, areas = _areas(session, vm, snapshot, disk, decision, request.mode)
         except VadpError as error:
             error.subject = f"disk '{disk.label}' of {vm}"
             raise
-        plans.append(DiskPlan(disk, decision.mode, decision.parent, decision.reason, areas, transport, known))
+        plans.append(
+            DiskPlan(
+                disk=disk,
+                mode=decision.mode,
+                parent=decision.parent,
+                reason=decision.reason,
+                areas=areas,
+                transport=transport,
+                facts=known,
+                pin=Pin(*pin(points, decision.parent, disk.key)),
+                named_in_vm=naming.writes and disk.key in identified,
+                vm_named=names.of(disk.key)[1],
+            )
+        )
     return plans
 
 
@@ -156,14 +190,28 @@ def _store_facts(store: Optional[VmStore], points: Sequence[Dict[str, Any]], dis
     if store is None:
         return StoreFacts()
     problems = {}
+    by_name = {manifest["point"]: manifest for manifest in points}
     for manifest in points:
         for disk in disks:
             entry = disk_of(manifest, disk.key)
             if entry is not None:
-                problem = stored_problem(store.layer_path(disk.key, manifest["point"]), entry["layer"])
+                problem = _stored_problem(store, manifest, entry, by_name.get(entry["parent"]))
                 if problem:
                     problems[(manifest["point"], disk.key)] = problem
     return StoreFacts(problems, trust.marks(store))
+
+
+def _stored_problem(
+    store: VmStore, manifest: Dict[str, Any], entry: Dict[str, Any], parent: Optional[Dict[str, Any]]
+) -> Optional[str]:
+    """Why a layer can't be built upon, as far as sizes, pins and content IDs tell."""
+    key, point = entry["key"], manifest["point"]
+    problem = stored_problem(store.layer_path(key, point), entry["layer"])
+    if problem is None:
+        problem = stored_id_problem(store.hashes_path(key, point), entry)
+    if problem is None and parent is not None and disk_of(parent, key) is not None:
+        problem = store.pin_problem(entry, manifest, parent)
+    return problem
 
 
 def not_to_be_trusted(

@@ -2,9 +2,10 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 """The whole of ``vadp_disk_export``: from a snapshot of a VM, or from a template, to a restore point.
 
-Look (nothing is touched) -> lock -> plan each disk -> copy -> configuration -> manifest. All calls to vCenter come
-before the copy, so that a session that ends meanwhile harms nothing; only a template is looked at again after it,
-whether it is still the same. The manifest is written last: without it the point does not exist.
+Look (nothing is touched) -> lock -> plan each disk -> copy -> configuration -> manifest -> name in the VM. What is
+needed of vCenter comes before the copy, so that a session that ends meanwhile harms nothing; only a template is looked
+at again after it, whether it is still the same. The manifest is written last: without it the point does not exist. That
+the virtual machine then names the point is for the next one alone (proofs 16).
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 from ..datapath.processes import RuntimeDir, run_tool
 from ..datapath.progress import Progress
 from ..errors import InputError, NotFoundError, RepositoryError, VadpError, VsphereError
+from ..repository import manifest as manifests
 from ..repository import trust
+from ..repository.content import stored_id_problem
 from ..repository.half_written import describe, half_written
 from ..repository.layout import Repository, VmStore, file_entry, new_point_name
 from ..repository.run_files import files_of
@@ -31,13 +34,15 @@ from ..transport.facts import disk_facts, proxy_facts
 from ..transport.opener import OpenContext
 from ..transport.planner import DiskFacts, ProxyFacts
 from ..transport.vddk import Vddk
-from ..vsphere import configuration, tags
+from ..vsphere import clock, configuration, tags
 from ..vsphere.disks import Disk, disks_of, vm_obstacles
-from ..vsphere.inventory import VmRef, find_vm
+from ..vsphere.inventory import VmRef, find_vm, require_only_one
 from ..vsphere.session import Session
-from ..vsphere.snapshots import Snapshot, VmState, pick_snapshot, snapshot_disks, vm_state
+from ..vsphere.snapshots import Snapshot, VmState, pick_snapshot, snapshot_config, vm_state
+from . import naming as names
 from .disk_copy import CopyJob, Reading, copy_disks
 from .disk_plan import DiskPlan, not_to_be_trusted, plan_disks, skipped_result
+from .naming import Naming
 from .request import ExportRequest
 from .run_steps import is_of_run, run_vm
 from .selection import Selection, select_disks
@@ -50,8 +55,6 @@ from .template import (
     without_tracking,
 )
 
-MANIFEST_FORMAT = 1
-
 
 @dataclass
 class Source:
@@ -59,6 +62,8 @@ class Source:
 
     :param snapshot: None for a template, and where it does not exist yet (check mode).
     :param template: what a template has to stay like until it was read; None for all other VMs.
+    :param disks: all that the VM has, not only those that are read.
+    :param naming: what the VM says of itself.
     :param foreign: the VM's snapshots but the one that is read. One that a run of ours left is no better than others:
         to go back to it does the same harm (VADP facts 7, 11).
     """
@@ -68,6 +73,8 @@ class Source:
     selection: Selection
     change_ids: Dict[int, Optional[str]]
     foreign: List[Snapshot]
+    disks: List[Disk]
+    naming: Naming
     warnings: List[str] = field(default_factory=list)
     template: Optional[TemplateState] = None
 
@@ -113,11 +120,16 @@ def export_point(request: ExportRequest, check_mode: bool) -> Dict[str, Any]:
         if store is not None and request.point is not None:
             manifest = store.point(request.point)
             if manifest is not None:
-                return _unchanged(session, vm, store, manifest, request)
+                return _unchanged(session, vm, store, manifest, request, check_mode)
         source = _look(session, vm, request, check_mode)
+        if _own_marker(source, store) is None:
+            # A run of vadp_recover has looked before it began.
+            require_only_one(session, vm)
         if repository is not None:
             source.warnings.extend(repository.done + repository.warnings)
             source.warnings.extend(_half_written(repository, source))
+        if store is not None:
+            names.require_own_folder(store, store.points(), vm, source.naming, source.disks)
         facts = _facts(session, source, request)
         if check_mode:
             return _planned(session, source, store, request, facts)
@@ -190,7 +202,18 @@ def _plans(
     session: Session, source: Source, store: Optional[VmStore], request: ExportRequest, facts: Facts
 ) -> List[DiskPlan]:
     disks = source.selection.disks
-    return plan_disks(session, source.vm, source.snapshot, disks, store, request, facts.proxy, facts.disks)
+    return plan_disks(
+        session,
+        source.vm,
+        source.snapshot,
+        disks,
+        store,
+        request,
+        facts.proxy,
+        facts.disks,
+        source.naming,
+        source.disks,
+    )
 
 
 def _look(session: Session, vm: VmRef, request: ExportRequest, check_mode: bool) -> Source:
@@ -210,8 +233,10 @@ def _look(session: Session, vm: VmRef, request: ExportRequest, check_mode: bool)
         raise VsphereError("The virtual machine can't be backed up", subject=str(vm), reason="; ".join(obstacles))
     snapshot = pick_snapshot(state.snapshots, vm, request.snapshot_moid, request.snapshot_name)
     warnings = []
+    settings: List[Any] = []
     if snapshot is not None:
-        disks = _with_those_outside(snapshot_disks(session, snapshot), disks_of(state.devices))
+        frozen, settings = snapshot_config(session, snapshot)
+        disks = _with_those_outside(frozen, disks_of(state.devices))
     elif check_mode:
         disks = disks_of(state.devices)
         warnings.append("The snapshot does not exist yet; the plan is made from the VM's present configuration.")
@@ -222,13 +247,16 @@ def _look(session: Session, vm: VmRef, request: ExportRequest, check_mode: bool)
             reason=", ".join(f"'{item.name}' ({item.moid})" for item in state.snapshots) or "the VM has none",
             remedy="Make it with vm_snapshot",
         )
+    naming = names.look(session, vm, settings, request.vm_ids)
     return Source(
         vm=vm,
         snapshot=snapshot,
         selection=_select(vm, disks, request),
         change_ids={disk.key: disk.change_id for disk in disks if disk.included},
         foreign=[item for item in state.snapshots if snapshot is None or item.moid != snapshot.moid],
-        warnings=warnings,
+        disks=disks,
+        naming=naming,
+        warnings=warnings + [text for text in (naming.problem, clock.warning(session)) if text is not None],
     )
 
 
@@ -244,6 +272,9 @@ def _look_at_template(session: Session, vm: VmRef, request: ExportRequest) -> So
         selection=_select(vm, disks, request),
         change_ids={disk.key: None for disk in disks if disk.included},
         foreign=[],
+        disks=disks,
+        naming=names.look(session, vm, [], False),
+        warnings=[text for text in (clock.warning(session),) if text is not None],
         template=template,
     )
 
@@ -279,10 +310,17 @@ def _config_of(state: VmState) -> Any:
 
 
 def _unchanged(
-    session: Session, vm: VmRef, store: VmStore, manifest: Dict[str, Any], request: ExportRequest
+    session: Session, vm: VmRef, store: VmStore, manifest: Dict[str, Any], request: ExportRequest, check_mode: bool
 ) -> Dict[str, Any]:
-    """The point exists: nothing to do, whatever the other options say."""
+    """The point exists: nothing to do, whatever the other options say. Only a name that was missed is written, as long
+    as the snapshot is there."""
     warnings = []
+    named = False
+    newest = store.points()[-1:]
+    if not check_mode and request.vm_ids and "sequence" in manifest and newest == [manifest] and not vm.template:
+        named, untold = names.write_names(session, vm, manifest)
+        # What is missed for good was told when the point was made.
+        del untold
     devices = session.read(vm.obj, "config.hardware.device")["config.hardware.device"] or []
     stored = {disk["key"]: disk["label"] for disk in manifest["disks"]}
     try:
@@ -297,14 +335,14 @@ def _unchanged(
                 f"Restore point {manifest['point']} exists and holds other disks ({_labels(stored)}) than those asked"
                 f" for now ({_labels(asked)}). It was left as it is."
             )
-    names = store.point_names()
+    stored_names = store.point_names()
     return {
-        "changed": False,
+        "changed": named,
         "point": manifest,
         "disks": [_stored_result(disk) for disk in manifest["disks"]]
         + [skipped_result(disk) for disk in manifest["skipped_disks"]],
         "warnings": warnings,
-        "diff": {"before": {"points": names}, "after": {"points": names}},
+        "diff": {"before": {"points": stored_names}, "after": {"points": stored_names}},
     }
 
 
@@ -322,7 +360,7 @@ def _stored_result(disk: Dict[str, Any]) -> Dict[str, Any]:
 def _planned(
     session: Session, source: Source, store: Optional[VmStore], request: ExportRequest, facts: Facts
 ) -> Dict[str, Any]:
-    names = store.point_names() if store else []
+    stored_names = store.point_names() if store else []
     point = _point_name(source, store, request)
     plans = _plans(session, source, store, request, facts)
     return {
@@ -330,7 +368,7 @@ def _planned(
         "point": {"point": point},
         "disks": [plan.to_result() for plan in plans] + [skipped_result(item) for item in source.selection.skipped],
         "warnings": source.warnings,
-        "diff": {"before": {"points": names}, "after": {"points": sorted(names + [point])}},
+        "diff": {"before": {"points": stored_names}, "after": {"points": sorted(stored_names + [point])}},
     }
 
 
@@ -362,7 +400,7 @@ def _export(work: Work) -> Dict[str, Any]:
     point = _point_name(source, store, request)
     if store.point(point) is not None:
         # Another run made it between our look and our lock.
-        return _unchanged(session, source.vm, store, store.resolve(point), request)
+        return _unchanged(session, source.vm, store, store.resolve(point), request, check_mode=False)
     before = store.point_names()
     plans = _plans(session, source, store, request, work.facts)
     config = configuration.save(session, source.vm, source.snapshot)
@@ -387,17 +425,20 @@ def _export(work: Work) -> Dict[str, Any]:
             if changed is not None:
                 _forget(store, run, entries)
                 raise changed
+        names.require_same_keys(session, source.vm, source.naming, store.repository.id, source.selection.disks)
         manifest = {
-            "format": MANIFEST_FORMAT,
+            "format": manifests.FORMAT,
             "repository_id": store.repository.id,
             "vm_uuid": store.uuid,
             "vm_name": source.vm.name,
             "vm_moid": source.vm.moid,
             "point": point,
+            "sequence": _sequence(store, run),
+            "server_uuid": source.naming.server_uuid,
             "run_id": run.run_id,
             "started": format_time(started),
             "snapshot": _snapshot_entry(source),
-            "disks": [entries[plan.disk.key] for plan in plans],
+            "disks": [_with_name(entries[plan.disk.key], plan) for plan in plans],
             "skipped_disks": source.selection.skipped,
             "tools": tools,
             "warnings": source.warnings,
@@ -413,6 +454,9 @@ def _export(work: Work) -> Dict[str, Any]:
             _abandon(run, shared)
     for intent in run.intents("temporary_file"):
         run.done(intent["id"])
+    unnamed = names.write_names(session, source.vm, sealed)[1]
+    if unnamed is not None:
+        source.warnings.append(unnamed)
     # What could not be detached stays in the record for vadp_recover.
     if not shared and not run.intents("attachment"):
         run.remove()
@@ -426,6 +470,19 @@ def _export(work: Work) -> Dict[str, Any]:
         "warnings": source.warnings,
         "diff": {"before": {"points": before}, "after": {"points": store.point_names()}},
     }
+
+
+def _sequence(store: VmStore, run: Run) -> int:
+    """The number that was drawn when the run began, or now for a run of an earlier version."""
+    found = run.data.get("sequence")
+    return found if isinstance(found, int) else store.next_sequence()
+
+
+def _with_name(entry: Dict[str, Any], plan: DiskPlan) -> Dict[str, Any]:
+    """A disk's entry with what is known now of its name in the VM; it may have been read by an earlier try."""
+    found = dict(entry, named_in_vm=plan.named_in_vm)
+    found.pop("vm_named", None)
+    return found if plan.named_in_vm else dict(found, vm_named=plan.vm_named)
 
 
 def _reading_result(reading: Optional[Reading]) -> Dict[str, Any]:
@@ -504,11 +561,15 @@ def _finished(store: VmStore, run: Run, plans: Sequence[DiskPlan]) -> Dict[int, 
     entries = {}
     for plan in plans:
         entry = run.finished_disk(plan.disk.key)
-        if entry is None or (entry["mode"], entry["parent"]) != (plan.mode, plan.parent):
+        wanted = (plan.mode, plan.parent, plan.pin.content_id, plan.pin.layer_blake3)
+        if entry is None or wanted != tuple(
+            entry.get(name) for name in ("mode", "parent", "parent_content_id", "parent_layer_blake3")
+        ):
             continue
         layer, hashes = store.layer_path(plan.disk.key, point), store.hashes_path(plan.disk.key, point)
         try:
-            if file_entry(layer) == entry["layer"] and file_entry(hashes) == entry["hashes"]:
+            same = file_entry(layer) == entry["layer"] and file_entry(hashes) == entry["hashes"]
+            if same and entry.get("content_id") and stored_id_problem(hashes, entry) is None:
                 entries[plan.disk.key] = entry
         except FileNotFoundError:
             continue

@@ -18,16 +18,17 @@ from ..repository.layout import (
     VmStore,
     check_point_name,
     check_run_id,
+    check_uuid,
     new_point_name,
 )
 from ..repository.runs import new_run_id
 from ..transport.facts import VDDK_TRANSPORTS
 from ..transport.vddk import look_for_library, named_library_error
 from ..vsphere.disks import disks_of
-from ..vsphere.inventory import VmRef, find_vm, vm_selection
+from ..vsphere.inventory import VmRef, find_vm, require_only_one, vm_selection
 from ..vsphere.session import Connection, Session
 from ..vsphere.snapshots import marker_text, vm_state, what_is_left
-from . import access
+from . import access, naming
 from .leftovers import DEVICE_DIR, SYSFS_DIR, Recovery, recover, would_end
 from .request import ExportRequest, parse_rate
 from .run_steps import run_vm
@@ -102,6 +103,8 @@ def recover_vm(request: RecoverRequest, check_mode: bool) -> Dict[str, Any]:
     """
     with Session.connect(request.connection) as session:
         vm, uuid = _find(session, request)
+        if request.begin and vm is not None:
+            require_only_one(session, vm)
         store = _store(request, uuid, check_mode)
         if check_mode or store is None or (store.report_only and not request.begin):
             return _look_only(session, store, vm, request, check_mode)
@@ -144,6 +147,24 @@ def recover_vm(request: RecoverRequest, check_mode: bool) -> Dict[str, Any]:
                 "run": run,
                 "warnings": warnings,
             }
+
+
+def forget_repository(params: Dict[str, Any], check_mode: bool) -> Dict[str, Any]:
+    """``vadp_recover`` with ``forget_repository``: as :func:`recover_vm`, and ``forgotten``, the keys that went.
+
+    :raises InputError: that is no repository's ID. VadpError: the keys can't be read or written.
+    """
+    if params["begin"] or params["repository"] is not None:
+        raise InputError(
+            "A repository is to be forgotten, and something else to be done",
+            subject=str(params["forget_repository"]),
+            remedy="Give forget_repository with the virtual machine and the connection alone",
+        )
+    repository_id = check_uuid(params["forget_repository"])
+    with Session.connect(Connection.from_params(params)) as session:
+        vm = find_vm(session, **vm_selection(params))
+        keys = naming.forget_repository(session, vm, repository_id, check_mode)
+    return {"changed": bool(keys), "recovered": [], "run": None, "warnings": [], "forgotten": keys}
 
 
 def _end(store: VmStore, run_id: str) -> None:

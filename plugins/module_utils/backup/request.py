@@ -49,6 +49,7 @@ class ExportRequest:
     :param run_id: of a run that was begun: it says which snapshot, and which point.
     :param force: other runs that are at work on the VM are taken for over.
     :param rate_limit: bytes a second, for all disks together.
+    :param vm_ids: whether the virtual machine names its points.
     """
 
     connection: Connection
@@ -78,6 +79,7 @@ class ExportRequest:
     compression: str = "zstd"
     io_timeout: int = 180
     parallel_disks: int = 2
+    vm_ids: bool = True
     progress_file: Optional[str] = None
     create: bool = False
     adopt: Optional[str] = None

@@ -2,8 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 """The ``.hashes`` file beside a layer: what was read from the disk, as BLAKE3 sums of pieces.
 
-JSON lines: a header ``{"format": 1, "algorithm": "blake3", "block_bytes": ..., "capacity_bytes": ...}``, then
-``[offset, length, hex]``, sorted, not overlapping, no piece crossing a multiple of ``block_bytes``.
+JSON lines: a header ``{"format": 1, "algorithm": "blake3", "block_bytes": ..., "capacity_bytes": ...,
+"content_id": ...}``, then ``[offset, length, hex]``, sorted, not overlapping, no piece crossing a multiple of
+``block_bytes``. The content ID (proofs 15) is absent in files of points of format 1.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import heapq
+import io
 import json
 import os
 import re
@@ -21,6 +23,7 @@ from typing import Any, BinaryIO, Callable, Dict, Iterable, Iterator, List, Opti
 
 from ..errors import DamagedError, DataPathError
 from ..libraries import blake3
+from . import files
 from .buffers import aligned
 
 FORMAT = 1
@@ -37,6 +40,8 @@ _HASH_CHUNK = 2 << 20
 _HASH_THREADS = 2
 _HEX = re.compile(r"[0-9a-f]{64}")
 _LINE_LIMIT = 4096
+_LARGEST = {"block_bytes": 64 << 20, "capacity_bytes": (1 << 63) - 1}
+_DAMAGED = "A file of hashes is damaged"
 
 Piece = Tuple[int, int, str]
 
@@ -49,10 +54,13 @@ class HashWriter:
     on an error.
     """
 
-    def __init__(self, path: str, capacity_bytes: int, block_bytes: int = 1 << 20) -> None:
+    def __init__(
+        self, path: str, capacity_bytes: int, block_bytes: int = 1 << 20, content_id: Optional[str] = None
+    ) -> None:
         self.path = path
         self.capacity_bytes = capacity_bytes
         self.block_bytes = block_bytes
+        self.content_id = content_id
         self._records: List[bytes] = []
         self._spill: Optional[BinaryIO] = None
         self._runs: List[Tuple[int, int]] = []
@@ -151,13 +159,17 @@ class HashWriter:
         if self._spill is not None:
             self._spill.flush()
             runs += [self._run(self._spill, start, count) for start, count in self._runs]
-        header = {
+        header: Dict[str, Any] = {
             "format": FORMAT,
             "algorithm": ALGORITHM,
             "block_bytes": self.block_bytes,
             "capacity_bytes": self.capacity_bytes,
         }
-        with open(self.path, "w", encoding="ascii", buffering=_FILE_CHUNK) as stream:
+        if self.content_id is not None:
+            header["content_id"] = self.content_id
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(self.path, flags, files.PRIVATE)
+        with open(descriptor, "w", encoding="ascii", buffering=_FILE_CHUNK) as stream:
             stream.write(json.dumps(header) + "\n")
             last_end = 0
             for record in heapq.merge(*runs):
@@ -185,7 +197,8 @@ def read_hashes(path: str) -> Tuple[Dict[str, Any], Iterator[Piece]]:
         the capacity or are larger than a block.
     """
     try:
-        stream = open(path, encoding="utf-8", errors="replace")  # noqa: SIM115 - the iterator closes it
+        # The iterator closes it.
+        stream = io.TextIOWrapper(files.open_stream(path, what=_DAMAGED), encoding="utf-8", errors="replace")
     except OSError as error:
         raise DamagedError("A file of hashes can't be read", subject=path, reason=error.strerror) from error
     try:
@@ -193,12 +206,25 @@ def read_hashes(path: str) -> Tuple[Dict[str, Any], Iterator[Piece]]:
         if not isinstance(header, dict) or header.get("format") != FORMAT or header.get("algorithm") != ALGORITHM:
             raise _damaged(path, 1, f"its header is not of format {FORMAT}, {ALGORITHM}")
         for name in ("block_bytes", "capacity_bytes"):
-            if not _is_count(header.get(name)) or header[name] == 0:
+            if not _is_count(header.get(name)) or not 0 < header[name] <= _LARGEST[name]:
                 raise _damaged(path, 1, f"{name} is no size")
     except BaseException:
         stream.close()
         raise
     return header, _read_pieces(path, stream, header["block_bytes"], header["capacity_bytes"])
+
+
+def read_content_id(path: str) -> Optional[str]:
+    """The content ID in the header of a ``.hashes`` file; None in one of format 1 of the repository.
+
+    :raises DamagedError: there is no such file, or its header is none.
+    """
+    header, pieces = read_hashes(path)
+    pieces.close()  # type: ignore[attr-defined]
+    found = header.get("content_id")
+    if found is not None and not isinstance(found, str):
+        raise _damaged(path, 1, "content_id is no text")
+    return found
 
 
 def _read_pieces(path: str, stream: Any, block_bytes: int, capacity_bytes: int) -> Iterator[Piece]:
@@ -234,30 +260,30 @@ def _parse(path: str, number: int, line: str) -> Any:
         raise _damaged(path, number, "it is cut off")
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise _damaged(path, number, "it is no JSON") from None
 
 
 def _damaged(path: str, number: int, reason: str) -> DamagedError:
-    return DamagedError("A file of hashes is damaged", subject=path, reason=f"line {number}: {reason}")
+    return DamagedError(_DAMAGED, subject=path, reason=f"line {number}: {reason}")
 
 
 def hash_file(path: str, on_bytes: Optional[Callable[[int], None]] = None) -> str:
     """BLAKE3 of a whole file, as hex.
 
     :param on_bytes: called with the size of each piece that was hashed; what it raises ends the reading.
-    :raises DamagedError: the file is missing.
+    :raises DamagedError: the file is missing, or no ordinary file.
     :raises DataPathError: it can't be read.
     """
     hasher = blake3.blake3(max_threads=_HASH_THREADS)
     spare, filled = (memoryview(aligned(_HASH_CHUNK)) for _number in range(2))
     try:
         # The next piece is read while this one is hashed: neither holds the interpreter.
-        with open(path, "rb", buffering=0) as stream, ThreadPoolExecutor(1, "read ahead") as reader:
-            reading = reader.submit(stream.readinto, spare)
+        with files.open_stream(path, buffering=0) as stream, ThreadPoolExecutor(1, "read ahead") as reader:
+            reading = reader.submit(stream.readinto, spare)  # type: ignore[attr-defined]
             while count := reading.result():
                 spare, filled = filled, spare
-                reading = reader.submit(stream.readinto, spare)
+                reading = reader.submit(stream.readinto, spare)  # type: ignore[attr-defined]
                 hasher.update(filled[:count])
                 if on_bytes is not None:
                     on_bytes(count)

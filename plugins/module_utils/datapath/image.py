@@ -23,6 +23,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tu
 from urllib.parse import quote
 
 from ..errors import DamagedError, DataPathError
+from . import files
 from .processes import Child, run_prefix, run_tool, tool_result
 
 CLUSTER_BYTES = 65536
@@ -62,7 +63,7 @@ def is_of_format(path: str, image_format: str) -> bool:
 def _vmdk_type(path: str) -> Optional[str]:
     """What a sparse VMDK calls itself in the descriptor that it holds."""
     try:
-        with open(path, "rb") as image:
+        with files.open_stream(path, what="An image can't be read") as image:
             header = image.read(_SECTOR_BYTES)
             if len(header) < _SECTOR_BYTES or not header.startswith(_VMDK_MAGIC):
                 return None
@@ -91,7 +92,7 @@ def read_header(path: str) -> Qcow2Header:
     :raises DamagedError: no qcow2 image, or a header that makes no sense.
     """
     try:
-        with open(path, "rb") as image:
+        with files.open_stream(path, what="A layer can't be used") as image:
             data = image.read(2 * CLUSTER_BYTES)
     except FileNotFoundError:
         raise DamagedError(
@@ -179,7 +180,7 @@ def create_layer(path: str, capacity_bytes: int, *, backing: Optional[str] = Non
         chain_files(os.path.join(os.path.dirname(path), backing))
         command += ["-b", backing, "-F", "qcow2"]
     try:
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, files.PRIVATE))
     except OSError as error:
         raise DataPathError("A layer can't be made", subject=path, reason=error.strerror) from error
     size = capacity_bytes + -capacity_bytes % CLUSTER_BYTES

@@ -16,6 +16,7 @@ from ..libraries import first_missing, vim, vmodl
 from ..repository import places
 from ..repository.layout import Repository, is_empty_folder
 from ..restore.request import NEW_VM
+from ..vsphere import clock
 from ..vsphere import privileges as table
 from ..vsphere.session import Session
 from .checks import ERROR, NOT_CHECKED, OK, WARNING, Check
@@ -58,30 +59,21 @@ def certificate_check(subject: str, der: bytes, now: datetime.datetime) -> Check
 def clock_check(session: Session) -> Check:
     """This machine's clock against vCenter's."""
     subject = session.connection.address
-    before = datetime.datetime.now(datetime.timezone.utc)
     try:
-        theirs = session.call(session.service.CurrentTime, what="The server's time was not read", idempotent=True)
+        return skew_check(subject, clock.skew_seconds(session))
     except VsphereError as error:
         return Check("clock", NOT_CHECKED, subject, str(error))
-    after = datetime.datetime.now(datetime.timezone.utc)
-    return skew_check(subject, theirs, before, after)
 
 
-def skew_check(subject: str, theirs: Any, before: datetime.datetime, after: datetime.datetime) -> Check:
-    """:param before, after: this machine's time when the server was asked and when it had answered."""
-    if theirs.tzinfo is None:
-        theirs = theirs.replace(tzinfo=datetime.timezone.utc)
-    skew = max((theirs - after).total_seconds(), (before - theirs).total_seconds(), 0.0)
-    if skew <= _SKEW_SECONDS:
+def skew_check(subject: str, seconds: float) -> Check:
+    """:param seconds: how far the server's clock is ahead."""
+    if abs(seconds) <= _SKEW_SECONDS:
         return Check("clock", OK, subject, "the server's clock and this machine's agree")
-    later = "ahead of" if theirs > after else "behind"
-    return Check(
-        "clock",
-        WARNING,
-        subject,
-        f"the server's clock is {skew:.0f} s {later} this machine's",
-        "Let both be set by the same time servers (NTP)",
-    )
+    later = "ahead of" if seconds > 0 else "behind"
+    words = f"the server's clock is {abs(seconds):.0f} s {later} this machine's"
+    if abs(seconds) > clock.WARNING_SECONDS:
+        words += ": a point that is named by a time may be another one than is meant"
+    return Check("clock", WARNING, subject, words, "Let both be set by the same time servers (NTP)")
 
 
 def program_checks() -> Iterator[Check]:

@@ -3,7 +3,9 @@
 """Which layer a disk's next point gets, and on which points a layer stands. Pure: manifests in, decisions out.
 
 A wrong incremental looks well and is worth nothing, so whatever can't be proved makes a full, and the reason is told
-(VADP facts 3, 4, 9 to 12, 14).
+(VADP facts 3, 4, 9 to 12, 14). The virtual machine itself names the content that its disk had at its last point
+(proofs 16 to 18): a name that is not that of the newest point makes a full, and equality replaces none of the other
+checks.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tup
 from ..errors import DamagedError, InputError, RepositoryError
 from . import trust
 from .manifest import DIFFERENTIAL, FULL, INCREMENTAL, disk_of, entry_of
-from .shapes import parse_time
 
 AUTO = "auto"
 MODES = (AUTO, FULL, INCREMENTAL, DIFFERENTIAL)
@@ -28,7 +29,7 @@ class ChainError(RepositoryError):
 class DiskNow:
     """A disk as the snapshot that is about to be read shows it.
 
-    Any object with these attributes will do; ``created`` is the snapshot's creation time.
+    Any object with these attributes will do.
     """
 
     key: int
@@ -47,6 +48,27 @@ class StoreFacts:
 
     problems: Mapping[Tuple[str, int], str] = field(default_factory=dict)
     marks: Sequence[Dict[str, Any]] = ()
+
+
+NAMED, ABSENT, UNKNOWN, TWICE = "named", "absent", "unknown", "twice"
+
+
+@dataclass(frozen=True)
+class Names:
+    """What the virtual machine that is read says of itself.
+
+    :param server_uuid: the server that it is on. Newer points of other servers are those of a replica or a test, and
+        do not count.
+    :param of_disks: device key -> (state, content ID) of the name that it carries for this repository: ``named``;
+        ``absent``, also where it is inherited from another machine; ``unknown``, where it can't be read or understood;
+        ``twice``, where two disks of the machine have this one's UUID. A disk that is not there carries none.
+    """
+
+    server_uuid: Optional[str] = None
+    of_disks: Mapping[int, Tuple[str, Optional[str]]] = field(default_factory=dict)
+
+    def of(self, key: int) -> Tuple[str, Optional[str]]:
+        return self.of_disks.get(key, (ABSENT, None))
 
 
 class Decision(NamedTuple):
@@ -68,7 +90,7 @@ def decide(
     requested: str = AUTO,
     facts: Optional[StoreFacts] = None,
     *,
-    created: Optional[str] = None,
+    names: Optional[Names] = None,
     revert_excluded: bool = False,
 ) -> Decision:
     """Choose the mode and the parent of a disk's next layer.
@@ -76,7 +98,7 @@ def decide(
     :param disk: the disk now, see :class:`DiskNow`.
     :param points: the manifests of the VM's points, oldest first.
     :param requested: auto (incremental where valid, else full), full, incremental or differential.
-    :param created: when the snapshot that is read was created, UTC ISO 8601.
+    :param names: None: the virtual machine names nothing, and its server is not known.
     :param revert_excluded: it is proved that nobody reverted the VM since the parent point (VADP facts 11).
     :raises ChainError: incremental or differential was asked for and is not possible.
     """
@@ -86,9 +108,9 @@ def decide(
         return Decision(FULL, None, None, "a full was requested")
     facts = facts or StoreFacts()
     mode = DIFFERENTIAL if requested == DIFFERENTIAL else INCREMENTAL
-    parent, obstacle = _find_parent(disk, points, mode)
+    parent, obstacle = _find_parent(disk, points, mode, facts, names or Names())
     if parent is not None:
-        obstacle = _obstacle(disk, parent, points, facts, created, revert_excluded)
+        obstacle = _obstacle(disk, parent, points, facts, revert_excluded)
     if parent is None or obstacle is not None:
         if requested == AUTO:
             return Decision(FULL, None, None, str(obstacle))
@@ -103,7 +125,7 @@ def decide(
 
 
 def _find_parent(
-    disk: Any, points: Sequence[Dict[str, Any]], mode: str
+    disk: Any, points: Sequence[Dict[str, Any]], mode: str, facts: StoreFacts, names: Names
 ) -> Tuple[Optional[Dict[str, Any]], Optional[str]]:
     """The point to build upon, or why there is none."""
     if not points:
@@ -116,23 +138,84 @@ def _find_parent(
     same = [point for point in holding if entry_of(point, disk.key)["uuid"] == disk.uuid]
     if not same:
         return None, f"the disk was replaced: point {holding[-1]['point']} holds another one under the same key"
-    if mode == DIFFERENTIAL:
-        same = [point for point in same if entry_of(point, disk.key)["mode"] == FULL]
-        if not same:
-            return None, "no restore point holds the disk in full"
-    return same[-1], None
+    if mode == DIFFERENTIAL and all(entry_of(point, disk.key)["mode"] != FULL for point in same):
+        return None, "no restore point holds the disk in full"
+    marked = _mark_obstacle(disk, points, facts.marks)
+    if marked is not None:
+        # A restore takes the names away, too; what it has done is the better reason.
+        return None, marked
+    newest, obstacle = _last_of(disk, points, same, names)
+    if newest is None or mode != DIFFERENTIAL:
+        return newest, obstacle
+    # The full that the newest point stands on, not the newest full: that may be one of another server.
+    try:
+        base = chain_of(points, newest["point"], disk.key)[0]
+    except DamagedError as error:
+        return None, f"point {newest['point']} can't be built upon: {error.reason}"
+    return next(point for point in points if point["point"] == base), None
+
+
+def _last_of(
+    disk: Any, points: Sequence[Dict[str, Any]], same: Sequence[Dict[str, Any]], names: Names
+) -> Tuple[Optional[Dict[str, Any]], Optional[str]]:
+    """The point whose content the disk had last, or why that is not proved (proofs 17 and 18).
+
+    :param same: the points that hold this very disk, oldest first.
+    """
+    state, content_id = names.of(disk.key)
+    if state == TWICE:
+        return None, f"the VM has more than one disk with the UUID {disk.uuid}"
+    if state == UNKNOWN:
+        return None, "which point the VM names can't be read or understood"
+    named = [point for point in same if entry_of(point, disk.key).get("content_id", "") == content_id]
+    known = named[-1] if named else None
+    own = [point for point in same if point.get("server_uuid") in (None, names.server_uuid)]
+    newest = own[-1] if own else None
+    # Whoever made it could not write its name, so the name that is there is older and says nothing of it.
+    unnamed = newest is not None and not entry_of(newest, disk.key).get("named_in_vm", False)
+    if newest is not None and unnamed and (known is None or _number(known) < _number(newest)):
+        stale = content_id is not None and content_id == entry_of(newest, disk.key).get("vm_named")
+        if content_id is None or known is not None or stale:
+            return newest, None
+    if known is None and content_id is not None:
+        return None, (
+            f"the VM names content {content_id} of this repository, which is not here: the repository is a copy, or"
+            " a point was removed or rolled back"
+        )
+    if known is None:
+        if newest is None:
+            return None, f"the VM names no point, and point {same[-1]['point']} is one of another server"
+        return None, (
+            f"the VM names no point though {newest['point']} is the newest: it was reverted or rolled back, a restore"
+            " wrote to the disk, or the name could not be written"
+        )
+    for point in reversed(points):
+        if point is known or _number(point) < _number(known) or point.get("server_uuid") != names.server_uuid:
+            continue
+        entries = [entry for entry in point["disks"] if entry["uuid"] == disk.uuid]
+        if any(not _holds_the_same(entry, content_id) for entry in entries):
+            return None, (
+                f"the VM shows point {known['point']} though {point['point']} is newer: it was reverted or rolled"
+                " back, or the name could not be written"
+            )
+    return known, None
+
+
+def _number(point: Dict[str, Any]) -> int:
+    """Where a point lies; those of format 1 lie below all others."""
+    return int(point.get("sequence", 0))
+
+
+def _holds_the_same(entry: Dict[str, Any], content_id: Optional[str]) -> bool:
+    """Whether a layer stands on that content and holds no change of it. Such a one is not named (proofs 21)."""
+    return entry.get("parent_content_id") == content_id and not entry["areas"] and not entry["bytes_read"]
 
 
 def _obstacle(
-    disk: Any,
-    parent: Dict[str, Any],
-    points: Sequence[Dict[str, Any]],
-    facts: StoreFacts,
-    created: Optional[str],
-    revert_excluded: bool,
+    disk: Any, parent: Dict[str, Any], points: Sequence[Dict[str, Any]], facts: StoreFacts, revert_excluded: bool
 ) -> Optional[str]:
     """Why nothing can be built upon *parent*; None if it can."""
-    reason = tracking_obstacle(disk, parent, points, facts.marks, created, revert_excluded)
+    reason = tracking_obstacle(disk, parent, points, facts.marks, revert_excluded)
     return _chain_problem(points, parent["point"], disk.key, facts) if reason is None else reason
 
 
@@ -141,21 +224,20 @@ def tracking_obstacle(
     parent: Dict[str, Any],
     points: Sequence[Dict[str, Any]],
     marks: Sequence[Dict[str, Any]],
-    created: Optional[str] = None,
     revert_excluded: bool = False,
 ) -> Optional[str]:
     """Why change tracking does not tell what changed on a disk since the point *parent*; None if it does.
+
+    That the snapshot is not older than the parent's shows in the change ids, not in a clock: their number only goes
+    up, and a snapshot that is still there when a newer one is read is a foreign one to that point.
 
     Parameters as of :func:`decide`; *marks* of :func:`.trust.marks`. Whether it is the same disk is not looked at.
     """
     name = parent["point"]
     entry = entry_of(parent, disk.key)
-    mark = trust.in_force(marks, points, disk.key, disk.uuid)
-    if mark is not None:
-        return (
-            f"its change tracking is not to be trusted since {mark['since']} ({mark['reason']}) "
-            "until it is reset and a full is made"
-        )
+    marked = _mark_obstacle(disk, points, marks)
+    if marked is not None:
+        return marked
     if disk.capacity_bytes != entry["capacity_bytes"]:
         return f"its capacity changed from {entry['capacity_bytes']} to {disk.capacity_bytes} bytes since point {name}"
     if disk.change_id is None:
@@ -165,8 +247,6 @@ def tracking_obstacle(
     reason = _compare_change_ids(entry["change_id"], disk.change_id, name)
     if reason is not None:
         return reason
-    if created is not None and parse_time(created) < parse_time(parent["snapshot"]["created"]):
-        return f"the snapshot is older than that of point {name}"
     foreign = parent["snapshot"]["foreign"]
     if foreign and not revert_excluded:
         names = ", ".join(f"{snapshot['name']!r}" for snapshot in foreign[:3])
@@ -175,6 +255,16 @@ def tracking_obstacle(
             "it may have been reverted since, and change tracking would not show that"
         )
     return None
+
+
+def _mark_obstacle(disk: Any, points: Sequence[Dict[str, Any]], marks: Sequence[Dict[str, Any]]) -> Optional[str]:
+    mark = trust.in_force(marks, points, disk.key, disk.uuid)
+    if mark is None:
+        return None
+    return (
+        f"its change tracking is not to be trusted since {mark['since']} ({mark['reason']}) "
+        "until it is reset and a full is made"
+    )
 
 
 def _compare_change_ids(then: str, now: str, point: str) -> Optional[str]:

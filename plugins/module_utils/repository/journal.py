@@ -14,9 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
+from ..datapath import files
 from ..datapath.extents import Extents
 from ..datapath.image import atomic_write
-from ..errors import RepositoryError
+from ..errors import DamagedError, RepositoryError
 from ..libraries import blake3
 from .runs import Run
 from .shapes import BLAKE3_PATTERN, UUID_PATTERN, ShapeError, integer, nullable, one_of, record, text
@@ -75,8 +76,8 @@ def write(run: Run, of: JournalOf, areas: Extents) -> None:
 def read(run: Run, of: JournalOf) -> Optional[Extents]:
     """What a run was about to write of a disk; None if it left no journal of that, or one that is damaged."""
     try:
-        content = _path(run, of.key).read_bytes()
-    except FileNotFoundError:
+        content = files.read(str(_path(run, of.key)), files.JOURNAL_BYTES)
+    except (FileNotFoundError, DamagedError):
         return None
     except OSError as error:
         raise RepositoryError(

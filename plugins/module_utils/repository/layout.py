@@ -9,9 +9,9 @@ a symbolic link that leads out is refused. docs/repository-format.md describes t
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
+import stat
 import uuid as uuid_module
 from contextlib import suppress
 from datetime import datetime, timezone
@@ -19,15 +19,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Collection, Dict, List, Optional, Sequence, Tuple, Type
 
+from ..datapath import files
 from ..datapath.hashes import hash_file
 from ..datapath.image import Qcow2Header, atomic_write, fsync_dir, read_header
 from ..errors import DamagedError, InputError, LockedError, RepositoryError
-from . import adoption, places, state, trust
+from . import adoption, content, places, sequence, state, trust
 from . import manifest as manifests
 from .chain import StoreFacts
 from .lock import RepositoryLock, VmLock
 from .places import Place, UnknownPlace
 from .runs import Run, file_system_time, new_run_id
+from .sequence import newest_before
 from .shapes import (
     POINT_CHARACTERS,
     POINT_PATTERN,
@@ -36,7 +38,9 @@ from .shapes import (
     Shape,
     ShapeError,
     format_time,
+    integer,
     list_of,
+    mapping,
     nullable,
     one_of,
     parse_time,
@@ -47,6 +51,8 @@ from .shapes import (
 )
 
 FORMAT = 1
+#: Of vm.json: 2 counts the points.
+FACTS_FORMAT = 2
 #: Of repository.json. What knows format 1 alone neither writes nor recovers where it finds 2.
 REPOSITORY_FORMAT = 2
 REPOSITORY_FILE = "repository.json"
@@ -75,17 +81,28 @@ def _check_description(document: Any, where: str) -> None:
     (_REPOSITORY_1 if old else _REPOSITORY_2)(document, where)
 
 
+_FACTS_FIELDS: Dict[str, Shape] = {
+    "vm_uuid": text(UUID_PATTERN),
+    "name": text(),
+    "path": nullable(text()),
+    "moid": nullable(text()),
+    "bios_uuid": nullable(text()),
+    "updated": time,
+}
+_OLD_FACTS = record({**_FACTS_FIELDS, "format": one_of(1)})
 _FACTS = record(
     {
-        "format": one_of(FORMAT),
-        "vm_uuid": text(UUID_PATTERN),
-        "name": text(),
-        "path": nullable(text()),
-        "moid": nullable(text()),
-        "bios_uuid": nullable(text()),
-        "updated": time,
+        **_FACTS_FIELDS,
+        "format": one_of(FACTS_FORMAT),
+        "sequence": integer(),
+        "format1_sequences": mapping(POINT_PATTERN, integer(1)),
     }
 )
+
+
+def _check_facts(document: Any, where: str) -> None:
+    old = isinstance(document, dict) and document.get("format") == 1
+    (_OLD_FACTS if old else _FACTS)(document, where)
 
 
 def check_point_name(name: str) -> str:
@@ -144,14 +161,6 @@ def moment_of(point: str) -> Optional[datetime]:
     )
 
 
-def newest_before(points: Sequence[Dict[str, Any]], moment: Optional[datetime]) -> Optional[Dict[str, Any]]:
-    """Of manifests, oldest first, the last whose snapshot was taken before *moment*, or the last at all (None)."""
-    for manifest in reversed(points):
-        if moment is None or parse_time(manifest["snapshot"]["created"]) < moment:
-            return manifest
-    return None
-
-
 def new_point_name(taken: Collection[str], now: datetime) -> str:
     """A name for a point that begins now: ``20261122T084203Z``, or with ``-2``, ``-3``... if that is taken."""
     base = now.astimezone(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
@@ -167,7 +176,7 @@ def check_uuid(value: str) -> str:
     lowered = value.lower() if isinstance(value, str) else ""
     if _UUID.fullmatch(lowered) is None:
         raise InputError(
-            "This is no instance UUID",
+            "This is no UUID",
             subject=repr(value)[:200],
             remedy="It looks like 500c1a2b-7d5e-0a4b-9a3c-2f1e0d9c8b7a",
         )
@@ -450,7 +459,26 @@ class Repository:
                 reason=f"it points to {real}",
                 remedy="Replace the link by what it stands for: a repository is one tree",
             )
+        self._require_ours(Path(real))
         return path
+
+    def _require_ours(self, real: Path) -> None:
+        """:raises DamagedError: a folder on the way is one that everybody may write."""
+        folder = self.path
+        for part in ("", *real.relative_to(self.path).parts):
+            folder = folder / part
+            try:
+                status = os.lstat(str(folder))
+            except OSError:
+                return  # what is not there is told where it is used
+            problem = files.writers_problem(status) if stat.S_ISDIR(status.st_mode) else None
+            if problem is not None:
+                raise DamagedError(
+                    "A folder of the repository can't be trusted",
+                    subject=str(folder),
+                    reason=problem,
+                    remedy="Take that right away (chmod o-w), after a look at what lies there",
+                )
 
     def vm(self, uuid: str) -> VmStore:
         """The part of one VM, whether there is anything of it yet or not. InputError: no UUID."""
@@ -672,10 +700,13 @@ class VmStore:
 
     @property
     def facts(self) -> Dict[str, Any]:
-        """vm.json: {format, vm_uuid, name, path, moid, bios_uuid, updated}; empty if nothing was written yet."""
+        """vm.json: {format, vm_uuid, name, path, moid, bios_uuid, updated, and since format 2 sequence and
+        format1_sequences}; empty if nothing was written yet."""
         path = self._inside("vm.json")
         try:
-            facts = _read_json(path, "The facts of a virtual machine are damaged", _FACTS, _NEW_FACTS)
+            facts = _read_json(
+                path, "The facts of a virtual machine are damaged", _check_facts, _NEW_FACTS, FACTS_FORMAT
+            )
         except FileNotFoundError:
             return {}
         if facts["vm_uuid"] != self.uuid:
@@ -693,12 +724,90 @@ class VmStore:
         return self.facts.get("name")
 
     def write_facts(self, facts: Dict[str, Any]) -> None:
-        """Write vm.json: name, path, moid, bios_uuid; format, vm_uuid and updated are added. Under the lock."""
+        """Write vm.json: name, path, moid, bios_uuid; format, vm_uuid, updated and the counter are added. Under the
+        lock."""
         self.require_lock("write the VM's facts")
+        self._write_facts(facts, *self._counter())
+
+    def _write_facts(self, facts: Dict[str, Any], counter: int, old: Dict[str, int]) -> None:
         document: Dict[str, Any] = {"path": None, "moid": None, "bios_uuid": None}
-        document.update(facts)
-        document.update(format=FORMAT, vm_uuid=self.uuid, updated=format_time(datetime.now(timezone.utc)))
-        _write_json(self._inside("vm.json"), document, _FACTS)
+        document.update({name: value for name, value in facts.items() if name in _FACTS_FIELDS})
+        document.update(format=FACTS_FORMAT, vm_uuid=self.uuid, updated=format_time(datetime.now(timezone.utc)))
+        document.update(sequence=counter, format1_sequences=old)
+        _write_json(self._inside("vm.json"), document, _check_facts)
+
+    # The order of the points (proofs 22).
+
+    def _counter(self) -> Tuple[int, Dict[str, int]]:
+        """The last number that was given, and those of points of format 1, as far as they were given."""
+        try:
+            facts = self.facts
+        except DamagedError:
+            # What was counted shows in manifests and runs too.
+            return 0, {}
+        return facts.get("sequence", 0), dict(facts.get("format1_sequences", {}))
+
+    def next_sequence(self, vm_name: Optional[str] = None) -> int:
+        """A number for a point that no other point of this VM has or had; it is used up when this returns. Under the
+        lock, and before the snapshot.
+
+        Points of format 1 are numbered and pinned first, where that was not done yet.
+
+        :param vm_name: for the facts, where there are none yet.
+        """
+        self.require_lock("count a point")
+        readable = self.points()
+        counter, known = self._counter()
+        old = {**known, **sequence.number_old(readable, known)}
+        used = [manifest["sequence"] for manifest in readable if "sequence" in manifest]
+        used += [run.data["sequence"] for run in self.runs() if isinstance(run.data.get("sequence"), int)]
+        number = max([counter, *old.values(), *used]) + 1
+        try:
+            facts = self.facts
+        except DamagedError:
+            facts = {}
+        self._write_facts({"name": vm_name or f"VM {self.uuid}", **facts}, number, old)
+        self._pin_old(readable)
+        return number
+
+    def _pin_old(self, readable: Sequence[Dict[str, Any]]) -> None:
+        """Write down what points of format 1 stand on, once (proofs 15)."""
+        by_name = {manifest["point"]: manifest for manifest in readable}
+        for manifest in readable:
+            path = self.pins_path(manifest["point"])
+            if manifest["format"] != manifests.FORMAT_WITHOUT_IDS or os.path.lexists(str(path)):
+                continue
+            document = content.pins_of(manifest, by_name)
+            if document is not None:
+                try:
+                    atomic_write(str(path), to_json(document))
+                except OSError as error:
+                    raise _unusable(str(path), error) from None
+
+    def pins_path(self, point: str) -> Path:
+        """What a point of format 1 stands on, written down later; it need not be there."""
+        return self._inside("points", f"{check_point_name(point)}.pins")
+
+    def pin_problem(self, disk: Dict[str, Any], manifest: Dict[str, Any], parent: Dict[str, Any]) -> Optional[str]:
+        """Why a disk of a point does not stand on what it was made upon; None if nothing shows that.
+
+        :param disk: its entry; *parent*: the manifest of its parent, which holds the disk.
+        """
+        old_pin = None
+        if manifest["format"] == manifests.FORMAT_WITHOUT_IDS:
+            try:
+                old_pin = content.read_pins(self.pins_path(manifest["point"]), manifest).get(str(disk["key"]))
+            except DamagedError as error:
+                return str(error).rstrip(".")
+        return content.pin_problem(disk, manifests.entry_of(parent, disk["key"]), old_pin)
+
+    def sequences(self, readable: Sequence[Dict[str, Any]]) -> Dict[str, int]:
+        """{point: number}; of points of format 1 the one that they have, or would get now.
+
+        :param readable: of :meth:`read_points`, all of them.
+        """
+        numbers = sequence.number_old(readable, self._counter()[1])
+        return {**numbers, **{one["point"]: one["sequence"] for one in readable if "sequence" in one}}
 
     # Points.
 
@@ -717,7 +826,7 @@ class VmStore:
     def read_points(self) -> Tuple[List[Dict[str, Any]], Dict[str, RepositoryError]]:
         """The manifests that can be read, oldest first, and why others can't, by point name.
 
-        Oldest first goes by the time of the snapshot, not by the name.
+        Oldest first goes by the numbers that the repository gave, neither by a clock nor by the name.
         """
         readable: List[Dict[str, Any]] = []
         problems: Dict[str, RepositoryError] = {}
@@ -728,8 +837,8 @@ class VmStore:
                 continue  # removed since it was listed
             except RepositoryError as error:
                 problems[name] = error
-        readable.sort(key=_age)
-        return readable, problems
+        known = {} if all("sequence" in manifest for manifest in readable) else self._counter()[1]
+        return sequence.in_order(readable, sequence.number_old(readable, known)), problems
 
     def points(self) -> List[Dict[str, Any]]:
         """The manifests of all points that can be read, oldest first.
@@ -745,13 +854,15 @@ class VmStore:
         except FileNotFoundError:
             return None
 
-    def resolve(self, point: str) -> Dict[str, Any]:
+    def resolve(self, point: str, server_uuid: Optional[str] = None) -> Dict[str, Any]:
         """The manifest of a point that has to exist.
 
-        :param point: its name, ``latest``, or a time (:func:`moment_of`): the newest point whose snapshot was taken
-            before it.
-        :raises RepositoryError: there is none. DamagedError: it is damaged, or (without a name) another that may be
-            newer is.
+        :param point: its name, ``latest``, or a time (:func:`moment_of`): the point whose snapshot was taken last
+            before it, by the server's clock.
+        :param server_uuid: the server that is connected (:attr:`..vsphere.session.Session.server_uuid`); None: none.
+            The latest point is meant to be one of it.
+        :raises RepositoryError: there is none, or which is the latest can't be told: points of several servers, or
+            two of one number. DamagedError: it is damaged, or (without a name) another that may be newer is.
         :raises InputError: a time that is none.
         """
         moment = moment_of(point)
@@ -767,27 +878,58 @@ class VmStore:
                 )
             return found
         readable, problems = self.read_points()
-        newest = newest_before(readable, moment)
+        untold = "The latest restore point can't be told" + ("" if moment is None else f" before {format_time(moment)}")
         if problems:
+            newest = newest_before(sequence.of_server(readable, server_uuid) or [], moment)
             shown = None if newest is None else newest["point"]
             raise DamagedError(
-                "The latest restore point can't be told" + ("" if moment is None else f" before {format_time(moment)}"),
+                untold,
                 subject=self.shown,
                 reason="; ".join(str(error).rstrip(".") for error in problems.values()),
                 remedy="Name the point" + (f": the newest that can be read is {shown}" if shown else ""),
             )
+        newest = newest_before(self.comparable(readable, untold, server_uuid), moment)
         if newest is not None:
             return newest
         if not readable:
             raise RepositoryError(
                 "There is no restore point", subject=self.shown, remedy="Make one with vadp_disk_export"
             )
+        oldest = newest_before(readable, None) if moment is None else min(readable, key=_snapshot_time)
         raise RepositoryError(
             "There is no restore point that old",
             subject=f"{point} of {self.shown}",
-            reason=f"the oldest is {readable[0]['point']}, of {readable[0]['snapshot']['created']}",
+            reason=f"the oldest is {oldest['point']}, of {oldest['snapshot']['created']}" if oldest else None,
             remedy="See restore_point_info",
         )
+
+    def comparable(
+        self, readable: List[Dict[str, Any]], untold: str, server_uuid: Optional[str] = None
+    ) -> List[Dict[str, Any]]:
+        """Those of the points, oldest first, among which the newest is the one that is meant.
+
+        :param untold: the message if it can't be told.
+        :raises RepositoryError: two have one number; or several servers occur, and none is connected that has points.
+        """
+        for number, names in sequence.shared_numbers(readable).items():
+            raise RepositoryError(
+                untold,
+                subject=self.shown,
+                reason=f"points {' and '.join(names)} have the same number, {number}: folders of several repositories"
+                " were put together here",
+                remedy="Name the point; and take apart what was put together, so that the order can be told again",
+            )
+        found = sequence.of_server(readable, server_uuid)
+        if found is None:
+            newest = [f"{one['point']} of server {server}" for server, one in sequence.servers_of(readable).items()]
+            raise RepositoryError(
+                untold,
+                subject=self.shown,
+                reason=f"points of several servers are here, and none of them is connected; the newest are"
+                f" {', '.join(newest)}",
+                remedy="Name the point",
+            )
+        return found
 
     @property
     def shown(self) -> str:
@@ -810,12 +952,16 @@ class VmStore:
         for manifest in points:
             for disk in manifest["disks"]:
                 parent = by_name.get(disk["parent"])
-                problem = self._layer_problem(manifest["point"], disk, parent)
+                problem = self._layer_problem(manifest, disk, parent)
                 if problem is not None:
                     problems[(manifest["point"], disk["key"])] = problem
         return StoreFacts(problems, trust.marks(self))
 
-    def _layer_problem(self, point: str, disk: Dict[str, Any], parent: Optional[Dict[str, Any]]) -> Optional[str]:
+    def _layer_problem(
+        self, manifest: Dict[str, Any], disk: Dict[str, Any], parent: Optional[Dict[str, Any]]
+    ) -> Optional[str]:
+        """Why a stored layer is not the one of the manifest, or does not stand on the one that it was made upon."""
+        point = manifest["point"]
         path = self.layer_path(disk["key"], point)
         problem = stored_problem(path, disk["layer"])
         if problem is not None:
@@ -823,13 +969,19 @@ class VmStore:
         expected = None
         if disk["parent"] is not None:
             entry = None if parent is None else manifests.disk_of(parent, disk["key"])
-            if entry is None:
+            if parent is None or entry is None:
                 return f"its parent {disk['parent']} is missing or does not hold disk {disk['key']}"
             if entry["capacity_bytes"] != disk["capacity_bytes"]:
                 return (
                     f"its parent {disk['parent']} has {entry['capacity_bytes']} bytes, it has {disk['capacity_bytes']}"
                 )
+            problem = self.pin_problem(disk, manifest, parent)
+            if problem is not None:
+                return problem
             expected = str(entry["layer"]["file"])
+        problem = content.stored_id_problem(self.hashes_path(disk["key"], point), disk)
+        if problem is not None:
+            return problem
         try:
             return header_problem(read_header(str(path)), disk["capacity_bytes"], expected)
         except DamagedError as error:
@@ -1010,17 +1162,18 @@ class VmStore:
         *,
         controller: bool = False,
         server_uuid: Optional[str] = None,
-        sequence: Optional[int] = None,
         complete_before: bool = False,
     ) -> Run:
         """Begin a run: its record is on the disk when this returns. Under the lock.
 
-        :param point: the name of the point that it is to make; None if it makes none (a restore).
+        :param point: the name of the point that it is to make; None if it makes none (a
+            restore). A point gets its number now.
         :param run_id: where the lock was taken under a name already, or the controller has chosen one.
         :param controller: other modules follow in this run.
         :param complete_before: the point exists already, so that nothing is left to do but to show it.
         """
         self.require_lock("begin a run")
+        number = None if point is None or complete_before else self.next_sequence(vm_name)
         return Run.create(
             self._work("runs"),
             run_id or new_run_id(),
@@ -1031,7 +1184,7 @@ class VmStore:
             point=None if point is None else check_point_name(point),
             controller=controller,
             server_uuid=server_uuid,
-            sequence=sequence,
+            sequence=number,
             complete_before=complete_before,
         )
 
@@ -1066,13 +1219,14 @@ class VmStore:
         self._check_stored(self.config_path(point), sealed["configuration"])
         if sealed["nvram"] is not None:
             self._check_stored(self.nvram_path(point), sealed["nvram"])
+        self._require_own_number(sealed)
         for disk in sealed["disks"]:
+            self._check_stored(self.hashes_path(disk["key"], point), disk["hashes"])
             # A layer of another size would be cut or padded without a word when it is read.
             parent = None if disk["parent"] is None else self.point(disk["parent"])
-            problem = self._layer_problem(point, disk, parent)
+            problem = self._layer_problem(sealed, disk, parent)
             if problem is not None:
                 raise _incomplete(self.layer_path(disk["key"], point), problem)
-            self._check_stored(self.hashes_path(disk["key"], point), disk["hashes"])
             folders.add(self.disk_folder(disk["key"]))
         try:
             for folder in sorted(folders):
@@ -1092,7 +1246,7 @@ class VmStore:
             stored.append((self.nvram_path(point), manifest["nvram"]))
         for disk in manifest["disks"]:
             parent = None if disk["parent"] is None else self.point(disk["parent"])
-            problem = self._layer_problem(point, disk, parent)
+            problem = self._layer_problem(manifest, disk, parent)
             if problem is not None:
                 found.append(f"{self.layer_path(disk['key'], point)}: {problem}")
             stored.append((self.hashes_path(disk["key"], point), disk["hashes"]))
@@ -1105,6 +1259,21 @@ class VmStore:
     def point_of(self, run_id: str) -> Optional[Dict[str, Any]]:
         """The manifest of the point that a run has made; None if it made none."""
         return next((manifest for manifest in self.points() if manifest["run_id"] == run_id), None)
+
+    def _require_own_number(self, sealed: Dict[str, Any]) -> None:
+        """:raises RepositoryError: another point has this one's number, or one of its content IDs."""
+        others = self.points()
+        ids = {disk["content_id"] for disk in sealed["disks"] if "content_id" in disk}
+        for other in others:
+            if "sequence" in sealed and other.get("sequence") == sealed["sequence"]:
+                problem = f"point {other['point']} has its number, {sealed['sequence']}"
+            elif ids.intersection(disk.get("content_id") for disk in other["disks"]):
+                problem = f"point {other['point']} has one of its content IDs"
+            else:
+                continue
+            raise RepositoryError(
+                "The restore point is none of its own", subject=f"{sealed['point']} of {self.shown}", reason=problem
+            )
 
     def _check_stored(self, path: Path, stored: Dict[str, Any]) -> None:
         problem = stored_problem(path, stored)
@@ -1238,15 +1407,16 @@ def file_entry(path: Path) -> Dict[str, Any]:
 def stored_problem(path: Path, stored: Dict[str, Any]) -> Optional[str]:
     """Why a file is not the one that the manifest names, as far as its size tells; None if nothing is wrong."""
     try:
-        size = os.stat(str(path)).st_size
+        status = os.lstat(str(path))
     except FileNotFoundError:
         return "the file is missing"
     except OSError as error:
         return f"the file can't be read: {error.strerror}"
-    if not path.is_file():
-        return "it is no ordinary file"
-    if size != stored["size_bytes"]:
-        return f"the file has {size} bytes, {stored['size_bytes']} were written"
+    problem = files.kind_problem(status) or files.writers_problem(status)
+    if problem is not None:
+        return problem
+    if status.st_size != stored["size_bytes"]:
+        return f"the file has {status.st_size} bytes, {stored['size_bytes']} were written"
     return None
 
 
@@ -1270,9 +1440,8 @@ def _incomplete(path: Path, problem: str) -> RepositoryError:
     return RepositoryError("The restore point is not complete", subject=str(path), reason=problem)
 
 
-def _age(manifest: Dict[str, Any]) -> Tuple[datetime, str, str]:
-    # Two snapshots may fall into one second; run ids count microseconds.
-    return parse_time(manifest["snapshot"]["created"]), str(manifest["run_id"]), str(manifest["point"])
+def _snapshot_time(manifest: Dict[str, Any]) -> datetime:
+    return parse_time(manifest["snapshot"]["created"])
 
 
 def _look(path: str) -> Tuple[Path, List[str]]:
@@ -1365,13 +1534,13 @@ def _unlink(path: Path) -> None:
 
 def _read_json(path: Path, what: str, shape: Shape, remedy: str, newest: int = FORMAT) -> Dict[str, Any]:
     try:
-        data = path.read_bytes()
+        data = files.read(str(path), what=what)
     except FileNotFoundError:
         raise
     except OSError as error:
         raise _unusable(str(path), error) from None
     try:
-        document = json.loads(data.decode("utf-8"))
+        document = files.parse(data)
         version = document.get("format") if isinstance(document, dict) else None
         if isinstance(version, int) and not isinstance(version, bool) and version > newest:
             raise RepositoryError(

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Dict, Optional, Type
 
+from ..datapath import files
 from ..errors import LockedError, RepositoryError
 from .shapes import format_time
 
@@ -34,6 +35,20 @@ class VmLock:
         self.what = what
         self._descriptor: Optional[int] = None
 
+    def _open(self) -> int:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
+        descriptor = os.open(str(self.path), flags, 0o644)
+        problem = files.kind_problem(os.fstat(descriptor))
+        if problem is not None:
+            os.close(descriptor)
+            raise RepositoryError(
+                "The VM's lock can't be used",
+                subject=str(self.path),
+                reason=problem,
+                remedy="Find out who put it there, and remove it",
+            )
+        return descriptor
+
     @property
     def held(self) -> bool:
         """Whether this object holds the lock now."""
@@ -43,7 +58,7 @@ class VmLock:
         if self._descriptor is not None:
             raise RuntimeError("this lock is already held by the same object")
         try:
-            descriptor = os.open(str(self.path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+            descriptor = self._open()
         except OSError as error:
             raise RepositoryError(
                 "The VM's lock can't be opened",

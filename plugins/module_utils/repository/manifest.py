@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 """The manifest of a restore point: what it holds, where it came from, and the hashes that prove it.
 
-``docs/schemas/restore-point-1.json` is its schema for other programs. The manifest is written last: without it the
+``docs/schemas/restore-point-2.json` is its schema for other programs. The manifest is written last: without it the
 point does not exist.
 """
 
@@ -12,12 +12,15 @@ import json
 from pathlib import Path
 from typing import Any, Dict, Optional
 
+from ..datapath import files
 from ..datapath.hashes import canonical_blake3
 from ..errors import DamagedError, RepositoryError
 from .shapes import (
     BLAKE3_PATTERN,
+    CONTENT_ID_PATTERN,
     POINT_PATTERN,
     RUN_ID_PATTERN,
+    SERVER_PATTERN,
     UUID_PATTERN,
     Shape,
     ShapeError,
@@ -34,90 +37,150 @@ from .shapes import (
     to_json,
 )
 
-FORMAT = 1
+FORMAT = 2
+#: Before content IDs, pins and sequence numbers. Such points are restored and built upon as ever.
+FORMAT_WITHOUT_IDS = 1
 FULL = "full"
 INCREMENTAL = "incremental"
 DIFFERENTIAL = "differential"
 
 STORED_FILE: Shape = record({"file": text(), "size_bytes": integer(), "blake3": text(BLAKE3_PATTERN)})
 
-_DISK: Shape = record(
-    {
-        "key": integer(),
-        "label": text(),
-        "uuid": nullable(text()),
-        "file": text(),
-        "datastore": nullable(text()),
-        "capacity_bytes": integer(512),
-        "change_id": nullable(text()),
-        "mode": one_of(FULL, INCREMENTAL, DIFFERENTIAL),
-        "parent": nullable(text(POINT_PATTERN)),
-        "reason": text(),
-        "transport": text(),
-        "bytes_read": integer(),
-        "bytes_stored": integer(),
-        "areas": integer(),
-        "seconds": number(),
-        "layer": STORED_FILE,
-        "hashes": STORED_FILE,
-    }
-)
+_DISK_FIELDS: Dict[str, Shape] = {
+    "key": integer(),
+    "label": text(),
+    "uuid": nullable(text()),
+    "file": text(),
+    "datastore": nullable(text()),
+    "capacity_bytes": integer(512),
+    "change_id": nullable(text()),
+    "mode": one_of(FULL, INCREMENTAL, DIFFERENTIAL),
+    "parent": nullable(text(POINT_PATTERN)),
+    "reason": text(),
+    "transport": text(),
+    "bytes_read": integer(),
+    "bytes_stored": integer(),
+    "areas": integer(),
+    "seconds": number(),
+    "layer": STORED_FILE,
+    "hashes": STORED_FILE,
+}
+_DISKS: Dict[int, Shape] = {
+    FORMAT_WITHOUT_IDS: record(_DISK_FIELDS),
+    FORMAT: record(
+        {
+            **_DISK_FIELDS,
+            "content_id": text(CONTENT_ID_PATTERN),
+            "parent_content_id": nullable(text(CONTENT_ID_PATTERN)),
+            "parent_layer_blake3": nullable(text(BLAKE3_PATTERN)),
+            "named_in_vm": boolean,
+        },
+        {
+            # Where the name could not be written: the one that the virtual machine went on carrying.
+            "vm_named": nullable(text(CONTENT_ID_PATTERN)),
+            # A layer that took the place of others and shows what the newest of them showed (proofs 15).
+            "merged": record({"content_id": text(CONTENT_ID_PATTERN), "layer_blake3s": list_of(text(BLAKE3_PATTERN))}),
+        },
+    ),
+}
 
 
-def check_disk(disk: Any, where: str) -> None:
-    """The shape of a disk's entry: raises :class:`ShapeError`."""
-    _DISK(disk, where)
+def check_disk(disk: Any, where: str, version: int = FORMAT) -> None:
+    """The shape of a disk's entry in a manifest of that format: raises :class:`ShapeError`."""
+    _DISKS[version](disk, where)
     if disk["capacity_bytes"] % 512:
         raise ShapeError(f"{where}.capacity_bytes", f"is no multiple of 512: {disk['capacity_bytes']}")
     if (disk["mode"] == FULL) != (disk["parent"] is None):
         raise ShapeError(f"{where}.parent", f"is {disk['parent']!r}, and the layer {disk['mode']}")
+    if version != FORMAT_WITHOUT_IDS:
+        _check_ids(disk, where)
+
+
+def check_finished_disk(disk: Any, where: str) -> None:
+    """As :func:`check_disk`, of an entry in a run's record, which may be of a run that began before format 2."""
+    check_disk(disk, where, FORMAT if isinstance(disk, dict) and "content_id" in disk else FORMAT_WITHOUT_IDS)
+
+
+def _check_ids(disk: Dict[str, Any], where: str) -> None:
+    # The parent's content ID is null where the parent is a point of format 1; its layer's hash never is.
+    if (disk["parent"] is None) != (disk["parent_layer_blake3"] is None):
+        raise ShapeError(f"{where}.parent_layer_blake3", f"is {disk['parent_layer_blake3']!r}, of {disk['parent']!r}")
+    if disk["parent"] is None and disk["parent_content_id"] is not None:
+        raise ShapeError(f"{where}.parent_content_id", "is there, and no parent is")
+    if disk["content_id"] == disk["parent_content_id"]:
+        raise ShapeError(f"{where}.content_id", "is that of the parent")
+    if "merged" in disk and disk["merged"]["content_id"] != disk["content_id"]:
+        raise ShapeError(f"{where}.merged.content_id", f"is {disk['merged']['content_id']}")
 
 
 _FOREIGN_SNAPSHOT: Shape = record({"moid": text(), "name": text(empty=True), "created": time})
 
-_MANIFEST: Shape = record(
-    {
-        "format": one_of(FORMAT),
-        "repository_id": text(UUID_PATTERN),
-        "vm_uuid": text(UUID_PATTERN),
-        "vm_name": text(),
-        "vm_moid": text(),
-        "point": text(POINT_PATTERN),
-        "run_id": text(RUN_ID_PATTERN),
-        "started": time,
-        "finished": time,
-        "seconds": number(),
-        "snapshot": record(
-            {
-                "moid": nullable(text()),
-                "name": nullable(text(empty=True)),
-                "created": time,
-                "quiesced": boolean,
-                "foreign": list_of(_FOREIGN_SNAPSHOT),
-            }
-        ),
-        "disks": list_of(check_disk),
-        "skipped_disks": list_of(record({"key": integer(), "label": text(), "reason": text()})),
-        "configuration": STORED_FILE,
-        "nvram": nullable(STORED_FILE),
-        "tools": mapping(r".+", nullable(text())),
-    },
-    {"warnings": list_of(text()), "manifest_blake3": text(BLAKE3_PATTERN)},
-)
+_FIELDS: Dict[str, Shape] = {
+    "repository_id": text(UUID_PATTERN),
+    "vm_uuid": text(UUID_PATTERN),
+    "vm_name": text(),
+    "vm_moid": text(),
+    "point": text(POINT_PATTERN),
+    "run_id": text(RUN_ID_PATTERN),
+    "started": time,
+    "finished": time,
+    "seconds": number(),
+    "snapshot": record(
+        {
+            "moid": nullable(text()),
+            "name": nullable(text(empty=True)),
+            "created": time,
+            "quiesced": boolean,
+            "foreign": list_of(_FOREIGN_SNAPSHOT),
+        }
+    ),
+    "skipped_disks": list_of(record({"key": integer(), "label": text(), "reason": text()})),
+    "configuration": STORED_FILE,
+    "nvram": nullable(STORED_FILE),
+    "tools": mapping(r".+", nullable(text())),
+}
+_OPTIONAL: Dict[str, Shape] = {"warnings": list_of(text()), "manifest_blake3": text(BLAKE3_PATTERN)}
+
+
+def _check_old_disk(disk: Any, where: str) -> None:
+    check_disk(disk, where, FORMAT_WITHOUT_IDS)
+
+
+_MANIFESTS: Dict[int, Shape] = {
+    FORMAT_WITHOUT_IDS: record(
+        {**_FIELDS, "format": one_of(FORMAT_WITHOUT_IDS), "disks": list_of(_check_old_disk)}, _OPTIONAL
+    ),
+    FORMAT: record(
+        {
+            **_FIELDS,
+            "format": one_of(FORMAT),
+            "disks": list_of(check_disk),
+            "sequence": integer(1),
+            "server_uuid": text(SERVER_PATTERN),
+        },
+        _OPTIONAL,
+    ),
+}
 
 
 def check_shape(manifest: Any) -> None:
     """Raise :class:`ShapeError` unless *manifest* is one, sealed or not."""
-    _MANIFEST(manifest, "")
+    version = manifest.get("format") if isinstance(manifest, dict) else None
+    old = version == FORMAT_WITHOUT_IDS and not isinstance(version, bool)
+    _MANIFESTS[FORMAT_WITHOUT_IDS if old else FORMAT](manifest, "")
     point = manifest["point"]
     if not manifest["disks"]:
         raise ShapeError("disks", "is empty")
-    keys = set()
+    keys, ids = set(), set()
     for index, disk in enumerate(manifest["disks"]):
         where = f"disks[{index}]"
         if disk["key"] in keys:
             raise ShapeError(where + ".key", f"occurs twice: {disk['key']}")
         keys.add(disk["key"])
+        if disk.get("content_id") is not None:
+            if disk["content_id"] in ids:
+                raise ShapeError(where + ".content_id", f"occurs twice: {disk['content_id']}")
+            ids.add(disk["content_id"])
         if disk["parent"] == point:
             raise ShapeError(where + ".parent", f"is {point!r}, the point itself")
         # The names are fixed: a manifest can't point at a file of another point, nor out of the repository.
@@ -193,13 +256,13 @@ def load(path: Path, vm_uuid: Optional[str] = None) -> Dict[str, Any]:
     :raises DamagedError: the manifest is not what was written.
     """
     try:
-        data = path.read_bytes()
+        data = files.read(str(path), what="The manifest of a restore point can't be used")
     except FileNotFoundError:
         raise
     except OSError as error:
         raise RepositoryError("A manifest can't be read", subject=str(path), reason=error.strerror) from None
     try:
-        document = json.loads(data.decode("utf-8"))
+        document = files.parse(data)
         spelled = to_json(document)
     except (ValueError, RecursionError) as error:
         raise _damaged(str(path), f"it is no JSON document of ours ({error})") from None

@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any, Dict, List, Optional
 
 from ..errors import DamagedError, InputError
 from ..libraries import jmespath
-from .layout import LATEST, Repository, VmStore, check_point_name, moment_of, newest_before
+from .layout import LATEST, Repository, VmStore, check_point_name, moment_of
+from .sequence import newest_before, of_server, servers_of
 from .verify import point_problems, verify_point
 
 _DISK_FIELDS = (
@@ -39,7 +41,7 @@ def describe_points(
     Damaged ones come at the end of a VM.
 
     :param point: only the one of that name; or of each VM the latest, or the latest before a time, with the damaged
-        ones: one of them may be later.
+        ones: one of them may be later. Where points of several servers are here, the latest of each.
     :param manifests: with the whole manifest of each.
     :returns: as restore_point_info documents them. A damaged one has ``damaged`` true and says why in ``problem``.
     :raises RepositoryError: a VM was named that the repository does not hold.
@@ -58,16 +60,16 @@ def describe_points(
 
 def _points_of(store: VmStore, point: Optional[str], manifests: bool) -> List[Dict[str, Any]]:
     readable, problems = store.read_points()
+    numbers = store.sequences(readable)
     # The facts may be damaged; the newest manifest knows the name as well.
     name = readable[-1]["vm_name"] if readable else None
     moment = None if point is None else moment_of(point)
     if point == LATEST or moment is not None:
-        newest = newest_before(readable, moment)
-        readable = [] if newest is None else [newest]
+        readable = _newest(store, readable, moment)
     elif point is not None:
         readable = [manifest for manifest in readable if manifest["point"] == point]
         problems = {damaged: error for damaged, error in problems.items() if damaged == point}
-    described = [_describe(manifest, manifests) for manifest in readable]
+    described = [_describe(manifest, numbers[manifest["point"]], manifests) for manifest in readable]
     for damaged in sorted(problems):
         described.append(
             {
@@ -82,7 +84,20 @@ def _points_of(store: VmStore, point: Optional[str], manifests: bool) -> List[Di
     return described
 
 
-def _describe(manifest: Dict[str, Any], whole: bool) -> Dict[str, Any]:
+def _newest(store: VmStore, readable: List[Dict[str, Any]], moment: Optional[datetime]) -> List[Dict[str, Any]]:
+    """The newest point; of each server, where several occur. :raises RepositoryError: two have one number."""
+    groups = [readable]
+    servers = servers_of(readable)
+    if len(servers) > 1:
+        groups = [of_server(readable, server) or [] for server in servers]
+    else:
+        store.comparable(readable, "The latest restore point can't be told")
+    found = [newest_before(group, moment) for group in groups]
+    kept = [manifest for manifest in found if manifest is not None]
+    return [manifest for number, manifest in enumerate(kept) if manifest not in kept[:number]]
+
+
+def _describe(manifest: Dict[str, Any], sequence: int, whole: bool) -> Dict[str, Any]:
     disks = manifest["disks"]
     modes = sorted({disk["mode"] for disk in disks})
     described = {
@@ -91,6 +106,8 @@ def _describe(manifest: Dict[str, Any], whole: bool) -> Dict[str, Any]:
         "point": manifest["point"],
         "damaged": False,
         "problem": None,
+        "sequence": sequence,
+        "server_uuid": manifest.get("server_uuid"),
         "created": manifest["snapshot"]["created"],
         "started": manifest["started"],
         "finished": manifest["finished"],

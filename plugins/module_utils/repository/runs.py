@@ -11,7 +11,6 @@ the run is busy, and nobody else's to clear up. All of these times are those of 
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import socket
@@ -22,11 +21,12 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional
 
+from ..datapath import files
 from ..datapath.image import atomic_write, fsync_dir
 from ..datapath.processes import Child, children_of, start_time
 from ..datapath.proof import boot_id, machine_id, owner_is_dead, pid_namespace
 from ..errors import DamagedError, RepositoryError
-from .manifest import check_disk
+from .manifest import check_disk, check_finished_disk
 from .shapes import (
     NEW_RUN_ID_PATTERN,
     POINT_PATTERN,
@@ -72,7 +72,6 @@ _COMMON = {
             {"version": text()},
         )
     ),
-    "finished_disks": mapping(r"[0-9]+", check_disk),
 }
 _RUN = record(
     {
@@ -86,10 +85,18 @@ _RUN = record(
         "deadline": time,
         "controller": boolean,
         "sequence": nullable(integer(1)),
+        "finished_disks": mapping(r"[0-9]+", check_disk),
     },
     {"complete_before": boolean},
 )
-_OLD_RUN = record({**_COMMON, "format": one_of(1), "run_id": text(RUN_ID_PATTERN)})
+_OLD_RUN = record(
+    {
+        **_COMMON,
+        "format": one_of(1),
+        "run_id": text(RUN_ID_PATTERN),
+        "finished_disks": mapping(r"[0-9]+", check_finished_disk),
+    }
+)
 
 
 def new_run_id() -> str:
@@ -186,7 +193,7 @@ class Run:
     def load(cls, path: Path) -> Run:
         """Read a run's record. FileNotFoundError: the run is over. DamagedError: it can't be understood."""
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = files.parse(files.read(str(path), what="A run's record can't be used"))
             version = data.get("format") if isinstance(data, dict) else None
             if isinstance(version, int) and not isinstance(version, bool) and version > FORMAT:
                 raise RepositoryError(

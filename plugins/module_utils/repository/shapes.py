@@ -23,6 +23,9 @@ NEW_RUN_ID_PATTERN = r"[0-9a-f]{32}"
 RUN_ID_PATTERN = rf"(?:{NEW_RUN_ID_PATTERN}|[0-9]{{8}}T[0-9]{{6}}\.[0-9]{{6}}Z-[0-9a-f]{{8}})"
 TIME_PATTERN = r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?Z"
 BLAKE3_PATTERN = r"[0-9a-f]{64}"
+CONTENT_ID_PATTERN = r"[0-9a-f]{32}"
+# Of a vCenter or, for a direct login, of a host's hardware; in lower case.
+SERVER_PATTERN = r"[0-9a-z][0-9a-z-]{0,63}"
 
 
 class ShapeError(ValueError):

@@ -10,11 +10,11 @@ until a full point whose change id has another first part than any that was know
 
 from __future__ import annotations
 
-import json
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Optional, Sequence
 
+from ..datapath import files
 from ..datapath.image import atomic_write
 from ..errors import DamagedError, RepositoryError
 from .manifest import FULL, disk_of
@@ -74,7 +74,7 @@ def marks(store: VmStore) -> List[Dict[str, Any]]:
 
 def _marks_in(store: VmStore, path: Path) -> List[Dict[str, Any]]:
     try:
-        document = json.loads(path.read_bytes().decode("utf-8"))
+        document = files.parse(files.read(str(path), what="The marks of disks not to be trusted can't be used"))
         _TRUST(document, "")
         if document["vm_uuid"] != store.uuid:
             raise ShapeError("vm_uuid", f"is {document['vm_uuid']}")

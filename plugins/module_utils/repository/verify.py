@@ -21,11 +21,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
+from ..datapath import files
 from ..datapath.hashes import hash_file, read_hashes
 from ..datapath.image import chain_files, check, read_header, serve
 from ..datapath.processes import RuntimeDir
 from ..errors import DamagedError, DataPathError, InputError, RepositoryError
 from ..libraries import blake3, nbd
+from . import content
 from .chain import chain_of
 from .layout import VmStore, header_problem, stored_problem
 from .manifest import FULL, disk_of, entry_of
@@ -108,10 +110,14 @@ def _file_problem(
 class _Link(NamedTuple):
     """One layer of a chain."""
 
-    point: str
+    manifest: Dict[str, Any]
     entry: Dict[str, Any]
     layer: Path
     hashes: Path
+
+    @property
+    def point(self) -> str:
+        return str(self.manifest["point"])
 
 
 class _DiskCheck:
@@ -165,12 +171,15 @@ class _DiskCheck:
         }
 
     def missing(self) -> List[str]:
-        """What the sizes of the files tell."""
-        for link in self._links():
+        """What the sizes of the files tell, and whether each layer is the one that the next was made upon."""
+        links = self._links()
+        for number, link in enumerate(links):
+            self._pin(link, links[number - 1] if number else None)
             for path, stored in ((link.layer, link.entry["layer"]), (link.hashes, link.entry["hashes"])):
                 problem = stored_problem(path, stored)
                 if problem is not None:
                     self._add(link, f"{path.name}: {problem}")
+            self._content(link)
         return self.problems
 
     def _links(self) -> List[_Link]:
@@ -185,7 +194,7 @@ class _DiskCheck:
         for name in names:
             entry = entry_of(by_name[name], self.key)
             layer, hashes = self.store.layer_path(self.key, name), self.store.hashes_path(self.key, name)
-            links.append(_Link(name, entry, layer, hashes))
+            links.append(_Link(by_name[name], entry, layer, hashes))
         return links
 
     def _above_the_gap(self) -> List[str]:
@@ -212,7 +221,21 @@ class _DiskCheck:
             if self._on_progress is not None:
                 self._on_progress(self.key, min(self.verified, self.total), self.total)
 
+    def _pin(self, link: _Link, parent: Optional[_Link]) -> None:
+        """A parent of the same name need not be the one that the layer was made upon (proofs 15)."""
+        problem = None if parent is None else self.store.pin_problem(link.entry, link.manifest, parent.manifest)
+        if problem is not None:
+            self._add(link, problem)
+
+    def _content(self, link: _Link) -> None:
+        if link.hashes.is_file():
+            problem = content.stored_id_problem(link.hashes, link.entry)
+            if problem is not None:
+                self._add(link, problem)
+
     def _structure(self, link: _Link, parent: Optional[_Link]) -> None:
+        self._pin(link, parent)
+        self._content(link)
         for path, stored in ((link.layer, link.entry["layer"]), (link.hashes, link.entry["hashes"])):
             before = self.verified
             problem = _file_problem(path, stored, self._advance)
@@ -374,7 +397,7 @@ def stored_areas(path: str) -> Iterator[Tuple[int, int]]:
     :raises DamagedError: the tables make no sense.
     """
     capacity = read_header(path).capacity_bytes
-    with open(path, "rb") as image:
+    with files.open_stream(path) as image:
         head = image.read(104)
         try:
             (cluster_bits,) = struct.unpack_from(">I", head, 20)

@@ -227,7 +227,7 @@ def _asked(
         if now is None or now.uuid != disk.uuid:
             found[disk.key] = "the snapshot to compare with does not hold it"
             continue
-        obstacle = tracking_obstacle(now, point.manifest, points, marks, created=made.snapshot.created)
+        obstacle = tracking_obstacle(now, point.manifest, points, marks)
         found[disk.key] = _areas(session, vm, made.snapshot, now, source) if obstacle is None else obstacle
     return found
 

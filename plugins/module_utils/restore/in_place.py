@@ -39,7 +39,7 @@ from ..vsphere.inventory import VmRef, find_vm
 from ..vsphere.session import Session
 from ..vsphere.snapshots import VmState, vm_state
 from .changed_only import Changes, ChangesOf, clear_leftovers, journal_of, known_beforehand, plan_changes
-from .point import Point, PointDisk, checked_beside, open_point, require_intact
+from .point import Point, PointDisk, checked_beside, open_connected, require_intact
 from .readback import differing_areas, first_difference
 from .request import RestoreRequest
 from .safety import require_safety_point
@@ -111,15 +111,14 @@ def restore_point(request: RestoreRequest, check_mode: bool) -> Dict[str, Any]:
     request.check()
     if request.connection is None:
         raise InputError("A restore in place needs vCenter", remedy="Give hostname, username and password")
-    point = open_point(request)
     with ExitStack() as stack:
+        point, session = open_connected(request, stack)
         progress = stack.enter_context(Progress(None if check_mode else request.progress_file))
         # Once is enough.
         proven: Callable[[], None] = lru_cache(maxsize=None)(partial(require_intact, point, progress))
         if request.changed_only:
             # What changed is found out while the point is checked.
             proven = stack.enter_context(checked_beside(point, progress))
-        session = stack.enter_context(Session.connect(request.connection))
         vm = _find_target(session, point, request)
         if not check_mode:
             own = point.repository.vm(vm.instance_uuid)

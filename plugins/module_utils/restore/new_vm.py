@@ -10,12 +10,11 @@ configurations -> start it, if that is wanted -> the run is over. What fails on 
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Set, Tuple
 
+from ..datapath import files
 from ..datapath.processes import RuntimeDir
 from ..datapath.progress import Progress
 from ..errors import (
@@ -82,7 +81,7 @@ from .new_vm_spec import (
     new_keys,
     obstacles,
 )
-from .point import Point, PointDisk, open_point, require_intact
+from .point import Point, PointDisk, open_connected, require_intact
 from .request import KEEP, SAME, RestoreRequest
 
 _THIN, _EAGER = "thin", "eager"
@@ -123,9 +122,9 @@ def restore_point(request: RestoreRequest, check_mode: bool) -> Dict[str, Any]:
     request.check()
     if request.connection is None:
         raise InputError("A new virtual machine needs vCenter", remedy="Give hostname, username and password")
-    point = open_point(request)
-    saved = _read_saved(point)
-    with Session.connect(request.connection) as session:
+    with ExitStack() as stack:
+        point, session = open_connected(request, stack)
+        saved = _read_saved(point)
         name = request.vm.get("name") or str(saved.facts["vm"]["name"])
         if not check_mode:
             _clear_crashed(session, point, name, request)
@@ -172,10 +171,10 @@ def _read_saved(point: Point) -> _Saved:
             remedy="Restore another point, or the disks alone into a machine that exists (target in_place or file)",
             details={"problems": problems},
         )
-    facts = json.loads(Path(point.store.config_path(point.name)).read_text(encoding="utf-8"))
+    facts = files.parse(files.read(str(point.store.config_path(point.name))))
     nvram = None
     if point.manifest["nvram"] is not None:
-        nvram = Path(point.store.nvram_path(point.name)).read_bytes()
+        nvram = files.read(str(point.store.nvram_path(point.name)))
     return _Saved(facts, nvram)
 
 

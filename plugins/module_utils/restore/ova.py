@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 import tarfile
@@ -20,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, Callable, Dict, List, Optional, Tuple
 
-from ..datapath import image
+from ..datapath import files, image
 from ..datapath.hashes import hash_file
 from ..datapath.progress import Progress
 from ..errors import DamagedError, DataPathError, InputError
@@ -156,7 +155,7 @@ def _warnings(point: Point) -> List[str]:
 def _configuration(point: Point) -> Dict[str, Any]:
     path = point.store.config_path(point.name)
     data = _stored(path, point.manifest["configuration"], "The saved configuration of the restore point is damaged")
-    saved: Dict[str, Any] = json.loads(data.decode("utf-8"))
+    saved: Dict[str, Any] = files.parse(data)
     return saved
 
 
@@ -171,7 +170,7 @@ def _stored(path: Path, stored: Dict[str, Any], what: str) -> bytes:
     remedy = "Restore another point, or the disks alone in another format"
     try:
         if hash_file(str(path)) == stored["blake3"]:
-            return path.read_bytes()
+            return files.read(str(path))
         reason = "its content changed since it was written (BLAKE3 differs)"
     except (OSError, DataPathError) as error:
         reason = str(error)

@@ -9,13 +9,14 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 from ..datapath.progress import DiskProgress, Progress
 from ..errors import DamagedError, DataPathError, InputError, LockedError, RepositoryError
-from ..repository.layout import Repository, VmStore
+from ..repository.layout import LATEST, Repository, VmStore, moment_of
 from ..repository.manifest import disk_of
 from ..repository.verify import STRUCTURE, missing_problems, verify_point
+from ..vsphere.session import Session
 from .request import DiskChoice, RestoreRequest
 
 # Only a check that lasts is worth a line of progress.
@@ -62,15 +63,30 @@ class Point:
         return f"restore point {self.name} of {self.store.shown}"
 
 
-def open_point(request: RestoreRequest) -> Point:
+def open_connected(request: RestoreRequest, stack: contextlib.ExitStack) -> Tuple[Point, Session]:
+    """:func:`open_point` for a restore into a virtual machine, and the session, which *stack* ends.
+
+    A named point is looked for before the login. ``latest`` is meant to be the newest of the server (proofs 22), so
+    that has to be known first.
+    """
+    assert request.connection is not None
+    if request.point != LATEST and moment_of(request.point) is None:
+        point = open_point(request)
+        return point, stack.enter_context(Session.connect(request.connection))
+    session = stack.enter_context(Session.connect(request.connection))
+    return open_point(request, session.server_uuid), session
+
+
+def open_point(request: RestoreRequest, server_uuid: Optional[str] = None) -> Point:
     """Find the point and its disks; nothing is read but manifests.
 
+    :param server_uuid: the server that is connected.
     :raises InputError: a disk that is asked for is not in the point.
     :raises RepositoryError: no repository, VM or point of that name. DamagedError: its manifest is damaged.
     """
     repository = Repository.open(request.repository)
     store = repository.find_vm(vm_uuid=request.vm_uuid, vm_name=request.vm_name)
-    manifest = store.resolve(request.point)
+    manifest = store.resolve(request.point, server_uuid)
     choices = {choice.key: choice for choice in request.disks}
     unknown = [key for key in choices if disk_of(manifest, key) is None]
     if unknown:

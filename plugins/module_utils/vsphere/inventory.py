@@ -137,6 +137,33 @@ def find_vm(
     )
 
 
+def require_only_one(session: Session, vm: VmRef) -> None:
+    """:raises AmbiguousError: another virtual machine of this server has the same instance UUID. Backups know one by
+    that alone."""
+    wanted = f"instance UUID '{vm.instance_uuid}'"
+    candidates = session.call(
+        session.content.searchIndex.FindAllByUuid,
+        None,
+        vm.instance_uuid,
+        True,
+        True,
+        what="The virtual machine was not looked up",
+        subject=wanted,
+        idempotent=True,
+    )
+    others = [one for one in candidates or () if one._moId != vm.moid]
+    found = _describe(session, others)
+    if found:
+        listed = "; ".join(f"{one.path} ({one.moid})" for one in [vm, *found])
+        raise AmbiguousError(
+            "Two virtual machines have one instance UUID, and would share a folder of the repository",
+            subject=wanted,
+            reason=listed,
+            remedy="Give one of them an instance UUID of its own (edit vc.uuid while it is off, or let vCenter do it),"
+            " or unregister the one that is not used",
+        )
+
+
 def _named(session: Session, name: str) -> List[Any]:
     """Objects of all virtual machines of a name: one traversal, which reads nothing but names."""
     collector = vmodl.query.PropertyCollector

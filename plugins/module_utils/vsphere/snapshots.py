@@ -237,15 +237,21 @@ def pick_snapshot(
 
 def snapshot_disks(session: Session, snapshot: Snapshot) -> List[Disk]:
     """The disks as the snapshot holds them: its paths, change ids and device keys (VADP facts 3, 14)."""
+    return snapshot_config(session, snapshot)[0]
+
+
+def snapshot_config(session: Session, snapshot: Snapshot) -> Tuple[List[Disk], List[Any]]:
+    """:func:`snapshot_disks`, and the advanced settings of that time; empty where the server does not fill them in."""
+    paths = ("config.hardware.device", "config.extraConfig")
     try:
-        devices = session.read(snapshot.obj, "config.hardware.device")["config.hardware.device"]
+        values = session.read(snapshot.obj, *paths)
     except VsphereError as error:
         if isinstance(error.fault, vmodl.fault.ManagedObjectNotFound):
             raise NotFoundError(
                 "The snapshot no longer exists", subject=str(snapshot), remedy="Somebody removed it; make a new one"
             ) from error
         raise
-    return disks_of(devices or [])
+    return disks_of(values[paths[0]] or []), list(values[paths[1]] or [])
 
 
 # Quiescing

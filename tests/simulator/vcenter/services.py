@@ -121,6 +121,7 @@ class Settings:
     folder_cuts: int = 0
     rest_api: bool = True  # False: a vCenter before 7.0 U2
     esxi: bool = False  # True: the service is the one of a host, which a client logs in to directly
+    clock_offset: float = 0.0  # seconds that the data centre's clocks are ahead
     snapshot_settings: bool = True  # False: extraConfig is not filled in the configuration of snapshots
 
     def set(self, values: dict[str, Any]) -> dict[str, Any]:

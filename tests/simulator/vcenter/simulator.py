@@ -174,10 +174,10 @@ class Simulator:
     # small services
 
     def clock(self) -> datetime:
-        """The time, never twice the same."""
+        """The time as this data centre has it, never twice the same."""
         with self.lock:
             self._last_time = max(now(), self._last_time + timedelta(microseconds=1))
-            return self._last_time
+            return self._last_time + timedelta(seconds=self.settings.clock_offset)
 
     def changed(self) -> None:
         """Wake whoever waits for updates."""

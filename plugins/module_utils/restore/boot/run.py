@@ -11,16 +11,15 @@ memory and for what it writes, until the time is over.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
-import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
+from ...datapath import files
 from ...datapath.image import create_overlay, overlay_opts
 from ...datapath.processes import Child, RuntimeDir, require_program
 from ...errors import BootError, DataPathError, InputError, RepositoryError, check_range
@@ -230,8 +229,8 @@ def _planned(store: VmStore, point: str, request: BootRequest, folder: str) -> I
     """The machine of a point, with overlays that are there until this is left."""
     manifest = store.point(point)
     try:
-        saved = json.loads(store.config_path(point).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        saved = files.parse(files.read(str(store.config_path(point))))
+    except (OSError, ValueError, RecursionError) as error:
         raise RepositoryError(
             "The saved configuration can't be read", subject=str(store.config_path(point)), reason=str(error)
         ) from None
@@ -241,7 +240,7 @@ def _planned(store: VmStore, point: str, request: BootRequest, folder: str) -> I
     try:
         disks = []
         for disk in manifest["disks"]:
-            descriptors.append(_nameless_file(request.boot_overlay_dir))
+            descriptors.append(files.nameless(request.boot_overlay_dir, "openvadp-boot-"))
             create_overlay(f"/proc/{os.getpid()}/fd/{descriptors[-1]}", disk["capacity_bytes"])
             options = overlay_opts(str(store.layer_path(disk["key"], point)), f"/proc/self/fd/{descriptors[-1]}")
             disks.append(BootDisk(disk["key"], disk["label"], f"{options},cache.no-flush=on,discard=unmap"))
@@ -251,19 +250,6 @@ def _planned(store: VmStore, point: str, request: BootRequest, folder: str) -> I
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
-
-
-def _nameless_file(folder: str) -> int:
-    """The descriptor of a file that has no name, so that nobody has to remove it."""
-    with contextlib.suppress(OSError):
-        return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    # Some file systems can't make it without one.
-    try:
-        descriptor, path = tempfile.mkstemp(prefix="openvadp-boot-", dir=folder)
-        os.unlink(path)
-    except OSError as error:
-        raise DataPathError("An overlay can't be made", subject=folder, reason=error.strerror) from None
-    return descriptor
 
 
 def _efi_firmware(folder: str) -> Tuple[str, str]:

@@ -17,6 +17,7 @@ from collections import OrderedDict
 from typing import Any, BinaryIO, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from ...datapath.hashes import hash_file, read_hashes
+from ...datapath.files import open_stream
 from ...datapath.image import serve
 from ...errors import DamagedError, DataPathError, VadpError
 from ...libraries import blake3, nbd
@@ -40,7 +41,7 @@ class HashFile:
         self.path = path
         self.block_bytes: int = header["block_bytes"]
         self._pieces: Dict[int, List[Piece]] = {}
-        with open(path, "rb") as stream:
+        with open_stream(path) as stream:
             # mmap keeps a descriptor of its own.
             self._data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         self._first = self._data.find(b"\n") + 1

@@ -9,7 +9,7 @@ from typing import Any
 from pyVmomi import vim
 
 from .. import soap
-from ..model import Managed, now
+from ..model import Managed
 from ..services import AuthenticationFailed
 from . import Context, method, service
 
@@ -58,7 +58,7 @@ class ServiceInstance(Managed):
     type = vim.ServiceInstance
 
     def p_serverClock(self) -> Any:
-        return now()
+        return self.simulator.clock()
 
     def p_capability(self) -> Any:
         return vim.Capability(provisioningSupported=True, multiHostSupported=True, userShellAccessSupported=False)
@@ -99,7 +99,7 @@ def retrieve_content(context: Context, instance: ServiceInstance) -> Any:
 
 @method("ServiceInstance", "CurrentTime")
 def current_time(context: Context, instance: ServiceInstance) -> Any:
-    return now()
+    return context.simulator.clock()
 
 
 @service("SessionManager")

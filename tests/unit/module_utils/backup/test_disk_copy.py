@@ -17,10 +17,10 @@ import blake3
 import pytest
 from ansible_collections.openvadp.backup.plugins.module_utils.backup import disk_copy
 from ansible_collections.openvadp.backup.plugins.module_utils.backup.disk_copy import CopyJob, Reading, copy_disks
-from ansible_collections.openvadp.backup.plugins.module_utils.backup.disk_plan import DiskPlan
+from ansible_collections.openvadp.backup.plugins.module_utils.backup.disk_plan import DiskPlan, Pin
 from ansible_collections.openvadp.backup.plugins.module_utils.backup.request import ExportRequest
 from ansible_collections.openvadp.backup.plugins.module_utils.datapath.extents import Extents
-from ansible_collections.openvadp.backup.plugins.module_utils.datapath.hashes import read_hashes
+from ansible_collections.openvadp.backup.plugins.module_utils.datapath.hashes import read_content_id, read_hashes
 from ansible_collections.openvadp.backup.plugins.module_utils.datapath.processes import Child, RuntimeDir
 from ansible_collections.openvadp.backup.plugins.module_utils.datapath.progress import Progress
 from ansible_collections.openvadp.backup.plugins.module_utils.errors import (
@@ -169,7 +169,8 @@ def _plan(
 ) -> DiskPlan:
     candidates = [Candidate(name, True, [], "vddk") for name in transports]
     transport = Plan([Candidate("san", False, ["no LUN"]), *candidates], transports[0], "vddk")
-    return DiskPlan(disk, mode, parent, "because", areas, transport, DiskFacts(disk.label, disk.file))
+    pin = Pin() if parent is None else Pin("a" * 32, "0" * 64)
+    return DiskPlan(disk, mode, parent, "because", areas, transport, DiskFacts(disk.label, disk.file), pin)
 
 
 def _pattern(seed: int, length: int) -> bytes:
@@ -186,6 +187,10 @@ def test_a_full_and_an_incremental_hold_the_disk(world: World, compression: str)
     assert world.raw(2000, "one") == bytes(before)
     assert entry["bytes_stored"] == world.store.layer_path(2000, "one").stat().st_size < CAPACITY
     assert run.finished_disk(2000) == entry
+    # What is read again is another content, also where the bytes are the same.
+    assert read_content_id(str(world.store.hashes_path(2000, "one"))) == entry["content_id"]
+    again = world.copy(run, [_plan(disk)], "one", compression=compression)[2000]
+    assert read_content_id(str(world.store.hashes_path(2000, "one"))) == again["content_id"] != entry["content_id"]
 
     # The guest zeroes what the parent has, fills a hole, and writes the last sector.
     after = bytearray(before)
@@ -206,7 +211,7 @@ def test_a_full_and_an_incremental_hold_the_disk(world: World, compression: str)
     assert sum(length for _offset, length, _hash in pieces) == areas.total_bytes
     assert not world.store.part_files()
     lines = [json.loads(line) for line in (world.folder / "progress").read_text().splitlines()]
-    assert [line["state"] for line in lines if line["state"] != "running"] == ["done", "done"]
+    assert [line["state"] for line in lines if line["state"] != "running"] == ["done", "done", "done"]
 
 
 def test_nothing_changed_needs_no_connection(world: World) -> None:

@@ -14,6 +14,7 @@ from ansible_collections.openvadp.backup.plugins.module_utils.preflight import h
 from ansible_collections.openvadp.backup.plugins.module_utils.preflight.checks import Check, is_ready
 from ansible_collections.openvadp.backup.plugins.module_utils.preflight.network import Reached
 from ansible_collections.openvadp.backup.plugins.module_utils.preflight.plans import DiskOutcome
+from ansible_collections.openvadp.backup.plugins.module_utils.vsphere import clock
 from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.inventory import VmRef
 from pyVmomi import vim
 
@@ -273,11 +274,14 @@ def test_the_certificate(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("offset", "words"), [(0, "agree"), (59, "agree"), (120, "120 s ahead"), (-3600, "behind")])
 def test_the_clock(offset: int, words: str) -> None:
     theirs = NOW + datetime.timedelta(seconds=offset)
-    check = server.skew_check("vc", theirs, NOW, NOW)
+    seconds = clock.skew(theirs, NOW, NOW)
+    check = server.skew_check("vc", seconds)
     assert words in check.evidence and check.severity == ("ok" if words == "agree" else "warning")
-    assert server.skew_check("vc", theirs.replace(tzinfo=None), NOW, NOW) == check
+    assert clock.skew(theirs.replace(tzinfo=None), NOW, NOW) == seconds
+    # From five minutes on a time that a user states may mean another point.
+    assert ("named by a time" in check.evidence) == (abs(offset) > 300)
     # What the call took is no skew.
-    assert server.skew_check("vc", NOW, NOW - datetime.timedelta(hours=1), NOW).severity == "ok"
+    assert clock.skew(NOW, NOW - datetime.timedelta(hours=1), NOW) == 0
 
 
 def lacking(granted: server.Granted, *outcomes: DiskOutcome, proxy: Optional[str] = None) -> Dict[str, str]:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 from datetime import datetime, timedelta, timezone
@@ -14,6 +15,7 @@ import pytest
 from ansible_collections.openvadp.backup.plugins.module_utils.datapath.hashes import HashWriter
 from ansible_collections.openvadp.backup.plugins.module_utils.datapath.image import create_layer, shrink_to
 from ansible_collections.openvadp.backup.plugins.module_utils.repository.layout import Repository, VmStore, file_entry
+from ansible_collections.openvadp.backup.plugins.module_utils.repository.manifest import disk_of
 from ansible_collections.openvadp.backup.plugins.module_utils.repository.runs import new_run_id
 from ansible_collections.openvadp.backup.plugins.module_utils.repository.shapes import format_time
 
@@ -22,6 +24,24 @@ DISK_UUID = "6000C29a-1111-2222-3333-444455556666"
 PREFIX = "52 de c0 d9 b9 43 9d 10-61 d5 4c 1b e9 7b 65 63"
 BASE_TIME = datetime(2026, 11, 22, 8, 42, 3, tzinfo=timezone.utc)
 KEY = 2000
+
+
+#: The server that the points come from, if nothing else is said.
+SERVER = "5e0c0ffe-0000-4000-8000-000000000001"
+
+
+def content_id(point: str, key: int = KEY) -> str:
+    """The content ID of a disk at a point of that name."""
+    return hashlib.sha256(f"{point} {key}".encode()).hexdigest()[:32]
+
+
+def old(entry: Dict[str, Any]) -> Dict[str, Any]:
+    """A manifest, or an entry of one, as format 1 had it."""
+    added = ("sequence", "server_uuid", "content_id", "parent_content_id", "parent_layer_blake3", "named_in_vm")
+    found = {name: value for name, value in entry.items() if name not in added}
+    if "disks" in found:
+        found.update(format=1, disks=[old(disk) for disk in found["disks"]])
+    return found
 
 
 def disk_entry(point: str, **changes: Any) -> Dict[str, Any]:
@@ -47,6 +67,11 @@ def disk_entry(point: str, **changes: Any) -> Dict[str, Any]:
         "hashes": dict(stored, file=f"{point}.hashes"),
     }
     entry.update(changes)
+    parent = entry["parent"]
+    entry.setdefault("content_id", content_id(point, entry["key"]))
+    entry.setdefault("parent_content_id", None if parent is None else content_id(parent, entry["key"]))
+    entry.setdefault("parent_layer_blake3", None if parent is None else "0" * 64)
+    entry.setdefault("named_in_vm", True)
     return entry
 
 
@@ -54,7 +79,9 @@ def manifest_of(point: str, number: int, disks: List[Dict[str, Any]], **changes:
     """A manifest without a hash; *number* makes its snapshot later than those of smaller numbers."""
     moment = BASE_TIME + timedelta(minutes=number)
     manifest: Dict[str, Any] = {
-        "format": 1,
+        "format": 2,
+        "sequence": max(number, 1),
+        "server_uuid": SERVER,
         "repository_id": "00000000-0000-0000-0000-000000000001",
         "vm_uuid": UUID,
         "vm_name": "app01",
@@ -98,7 +125,8 @@ class World:
         folder = self.store.make_disk_folder(KEY)
         path = str(self.store.layer_path(KEY, point))
         create_layer(path, capacity, backing=None if parent is None else f"{parent}.qcow2")
-        with HashWriter(str(self.store.hashes_path(KEY, point)), capacity) as hashes:
+        identity = content_id(point)
+        with HashWriter(str(self.store.hashes_path(KEY, point)), capacity, content_id=identity) as hashes:
             commands = []
             sources = []
             for offset, data in writes:
@@ -119,8 +147,13 @@ class World:
                 source.unlink()
         shrink_to(path, capacity)
         self.count += 1
+        below = None if parent is None else self.store.point(parent)
+        pinned = disk_of(below, KEY) if below is not None else None
         return disk_entry(
             point,
+            content_id=identity,
+            parent_content_id=None if pinned is None else pinned.get("content_id"),
+            parent_layer_blake3=None if pinned is None else pinned["layer"]["blake3"],
             capacity_bytes=capacity,
             mode="full" if parent is None else "incremental",
             parent=parent,

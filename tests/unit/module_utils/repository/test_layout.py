@@ -313,7 +313,8 @@ def test_a_commit_needs_all_that_the_manifest_names(world: World) -> None:
         for broken, words in (
             (dict(full, capacity_bytes=2 * MIB), "the image has 1048576 bytes, the disk has 2097152"),
             (dict(full, layer=dict(full["layer"], size_bytes=1)), "the file has"),
-            (dict(full, mode="incremental", parent="p0"), "its parent p0 is missing"),
+            (dict(full, mode="incremental", parent="p0", parent_layer_blake3="0" * 64), "its parent p0 is missing"),
+            (dict(full, content_id="0" * 32), "p1.hashes has the content ID"),
             (dict(full, key=KEY + 1), "the file is missing"),
         ):
             with pytest.raises(RepositoryError, match=words):
@@ -338,8 +339,13 @@ def test_a_commit_needs_all_that_the_manifest_names(world: World) -> None:
         with pytest.raises(RepositoryError, match="its parent p1 has 1048576 bytes"):
             world.commit("p2", grown)
         alone = world.layer("p3", MIB, [(0, b"c" * 65536)])
+        pin = {"parent_content_id": full["content_id"], "parent_layer_blake3": full["layer"]["blake3"]}
         with pytest.raises(RepositoryError, match="its backing file is None, not 'p1.qcow2'"):
-            world.commit("p3", dict(alone, mode="incremental", parent="p1"))
+            world.commit("p3", dict(alone, mode="incremental", parent="p1", **pin))
+        with pytest.raises(RepositoryError, match="the layer of point p1 is another one"):
+            world.commit("p3", dict(alone, mode="incremental", parent="p1", **dict(pin, parent_layer_blake3="0" * 64)))
+        with pytest.raises(RepositoryError, match="point p1 is not the one that it was made upon"):
+            world.commit("p3", dict(alone, mode="incremental", parent="p1", **dict(pin, parent_content_id="0" * 32)))
     assert store.chain_facts().problems == {}
     layer = store.layer_path(KEY, "p1")
     os.truncate(str(layer), layer.stat().st_size - 1)

@@ -111,12 +111,17 @@ def test_a_missing_parent(chain: World) -> None:
 
 
 def rewrite(store: VmStore, point: str, change: Dict[str, Any]) -> None:
-    """Make the manifest agree with files that were changed behind its back, as a faulty writer would have made it."""
-    manifest = json.loads(store.manifest_path(point).read_bytes())
-    manifest["disks"][0].update(change)
-    store.manifest_path(point).unlink()
+    """Make the manifests agree with files that were changed behind their back, as a faulty writer would have made
+    them."""
     with store.lock(new_run_id(), "test"):
-        store.commit_point(manifest)
+        for manifest in store.points():
+            disk = manifest["disks"][0]
+            if manifest["point"] == point:
+                disk.update(change)
+            elif disk["parent"] == point and "layer" in change:
+                disk["parent_layer_blake3"] = change["layer"]["blake3"]
+            store.manifest_path(manifest["point"]).unlink()
+            store.commit_point(manifest)
 
 
 def test_level_data_finds_what_was_written_wrongly(chain: World) -> None:
@@ -160,7 +165,7 @@ def test_hashes_of_another_disk_size(world: World) -> None:
     with world.store.lock(new_run_id(), "test"):
         disk = world.layer("p1", CAPACITY, [(0, bytes_of(512))])
         hashes = world.store.hashes_path(KEY, "p1")
-        with HashWriter(str(hashes), CAPACITY + 512) as writer:
+        with HashWriter(str(hashes), CAPACITY + 512, content_id=disk["content_id"]) as writer:
             writer.add(0, bytes_of(512))
         world.commit("p1", dict(disk, hashes=file_entry(hashes)))
     found = problems(world.store, "data", "p1")

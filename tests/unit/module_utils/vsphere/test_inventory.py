@@ -8,7 +8,7 @@ from ansible_collections.openvadp.backup.plugins.module_utils.errors import (
     NotFoundError,
     VsphereError,
 )
-from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.inventory import find_vm
+from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.inventory import find_vm, require_only_one
 from pyVmomi import vim
 
 
@@ -117,6 +117,23 @@ def test_moid_and_uuid(session, inventory):
     assert find_vm(session, uuid="instance-2", use_instance_uuid=True).moid == "vm-2"
     with pytest.raises(NotFoundError):
         find_vm(session, uuid="instance-2")
+
+
+def test_two_machines_of_one_instance_uuid_are_named_both(session, inventory):
+    vm = find_vm(session, moid="vm-1")
+    found = [1]
+    inventory.methods["FindAllByUuid"] = lambda _index, _datacenter, uuid, vms, instance: [
+        vim.VirtualMachine(f"vm-{number}", inventory)
+        for number in found
+        if (uuid, vms, instance) == ("instance-1", True, True)
+    ]
+    require_only_one(session, vm)
+    # The secondary of a fault tolerant pair is no machine of its own.
+    found = [1, 6]
+    require_only_one(session, vm)
+    found = [1, 2]
+    with pytest.raises(AmbiguousError, match=r"app01 \(vm-1\); /Europe/DC1/vm/app01 \(vm-2\)"):
+        require_only_one(session, vm)
 
 
 def test_machine_without_configuration_is_an_error(session, inventory):
