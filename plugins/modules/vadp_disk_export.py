@@ -60,6 +60,8 @@ options:
     description:
       - Whether another run that is at work on the virtual machine is taken for over. A warning says which.
       - Without it the module fails until that run has ended, or its deadline has passed.
+      - A virtual machine that is off and carries the mark of a restore in place is read with it too. The point may hold
+        the mixture that the restore has left.
     type: bool
     default: false
   point:

@@ -110,9 +110,9 @@ options:
     description:
       - V(file) writes one image file for each disk into the folder O(dest). No vCenter is needed.
       - V(in_place) writes into the disks of an existing virtual machine. It has to be off, without snapshots, and its
-        disks as large as those of the point. All that they hold is replaced, so O(overwrite=true) is required. Change
-        tracking of these disks is not believed afterwards, so the machine's next backups are full ones until change
-        tracking was reset.
+        disks as large as those of the point. All that they hold is replaced, so O(overwrite=true) is required. They are
+        marked in the machine's advanced settings before the first write, change tracking is stopped, and started anew
+        after the last one. So the next backup of all disks is a full one, with every backup product.
       - V(new_vm) makes a virtual machine with the configuration, the NVRAM and the disks of the point. It has the old
         one's hardware, settings, PCI slots and BIOS UUID, and an instance UUID and disk UUIDs of its own. What belongs
         to one host (USB and passthrough devices, serial ports, images that are not there) is left away with a warning.
@@ -177,6 +177,9 @@ options:
     description:
       - Whether another run that is at work on the virtual machine is taken for over, with O(target=in_place) and
         O(target=new_vm). Without it the module fails until that run has ended, or its deadline has passed.
+      - With O(target=in_place), disks are written also where they carry the mark of another restore that is not known
+        to be over. Use it only when that restore was cut and can't be repeated, for two restores at the same time make
+        a mixture.
     type: bool
     default: false
   safety_run_id:
@@ -193,7 +196,11 @@ options:
       - Change tracking tells the areas that changed, by a snapshot that is made and removed before anything is written.
         They are compared with the point, and what differs is written. Where a random sample of them differs nearly all
         over, they are written without further comparison, and RV(restored[].reason) says so. All the rest of the disk
-        is believed to be as it was; if that is not good enough, use O(changed_only=false).
+        is believed to be as it was, and O(verify) compares a sample of it; if that is not good enough, use
+        O(verify=full) or O(changed_only=false).
+      - The virtual machine has to name this point, or one that was built upon it, as its newest in this repository; a
+        backup writes that name (C(openvadp.id.<repository ID>.<disk UUID>) in the advanced settings). Without it the
+        disk may have been restored from elsewhere, reverted or rolled back, and is written as a whole.
       - A disk is written as a whole, and RV(restored[].reason) says why, where change tracking can't tell. That is, if
         the point or the disk has no change id, if change tracking was reset or is not trusted since an earlier restore,
         if the machine had other snapshots at the point, if the disk is another one, or if the query fails.
@@ -203,8 +210,12 @@ options:
     type: bool
     default: false
   verify:
-    description: Whether what was written is read back and compared with the restore point.
-    type: bool
+    description:
+      - Whether what was written is read back and compared with the restore point, V(false), V(true) or V(full).
+      - With O(changed_only=true), V(true) also compares a random sample of the areas that are believed to be as they
+        were, holes included. It is 64 MiB or 1 % of the disk, whichever is more, at most 4 GiB, in pieces of 64 KiB.
+        V(full) compares all of them. One difference, and the whole disk is written.
+    type: raw
     default: true
   transports:
     description:
@@ -313,9 +324,9 @@ notes:
   - The repository may be read-only, in a place that it does not list, or of an older format. Lock, record and journal
     of a restore to a virtual machine then lie in C(/var/lib/openvadp/<repository id>) on the machine that runs it.
   - Required privileges for O(target=in_place) are C(VirtualMachine.Provisioning.DiskRandomAccess),
-    C(VirtualMachine.Provisioning.DiskRandomRead) and C(VirtualMachine.Provisioning.GetVmFiles). O(changed_only=true)
-    also takes C(VirtualMachine.State.CreateSnapshot), C(VirtualMachine.State.RemoveSnapshot) and
-    C(VirtualMachine.Config.ChangeTracking); without them the whole disks are written.
+    C(VirtualMachine.Provisioning.DiskRandomRead), C(VirtualMachine.Provisioning.GetVmFiles),
+    C(VirtualMachine.Config.AdvancedConfig), C(VirtualMachine.Config.ChangeTracking),
+    C(VirtualMachine.State.CreateSnapshot) and C(VirtualMachine.State.RemoveSnapshot).
   - For O(target=new_vm) also C(VirtualMachine.Inventory.Create) and C(VirtualMachine.Inventory.Unregister) on the
     folder, C(VirtualMachine.Config.AddNewDisk), C(VirtualMachine.Config.RemoveDisk),
     C(VirtualMachine.Config.AddRemoveDevice), C(VirtualMachine.Config.AdvancedConfig),
@@ -476,6 +487,17 @@ restored:
         - Null if nothing was compared; after transport V(https), with a warning, also where nothing can read the disk.
       type: bool
       sample: true
+    verification:
+      description:
+        - How much was compared. V(whole) is all of the disk; V(sampled) is what was written or known to have changed,
+          and a sample of the rest. Null if nothing was compared.
+        - It is not there for an image file, of which all is compared.
+      type: str
+      sample: sampled
+    sampled_percent:
+      description: The share of the rest that the sample compared, in percent, where it was not all of it.
+      type: float
+      sample: 1.0
     changed_only:
       description: Whether only what changed was written. It is not there for an image file.
       type: bool
@@ -620,7 +642,7 @@ def options() -> Options:
         changed_only=dict(type="bool", default=False),
         force=dict(type="bool", default=False),
         safety_run_id=dict(type="str"),
-        verify=dict(type="bool", default=True),
+        verify=dict(type="raw", default=True),
         rate_limit=dict(type="str"),
         cluster=dict(type="str"),
         esxi_hostname=dict(type="str"),

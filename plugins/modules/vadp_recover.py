@@ -409,7 +409,7 @@ run:
           type: str
           sample: Hard disk 1
         since:
-          description: Since when, in UTC.
+          description: Since when, in UTC; null where the virtual machine says it, whose mark tells no time.
           type: str
           sample: '2026-11-22T08:42:03Z'
         reason:

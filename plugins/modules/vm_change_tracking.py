@@ -57,9 +57,21 @@ options:
     description: Seconds that each step may last.
     type: int
     default: 3600
+  force:
+    description:
+      - With O(state=reset), remove the marks of restores in place that were cut, once change tracking has started anew.
+        A mark that can't be removed because no change ID proves the reset becomes one that waits for the next reset.
+      - Use it only when nothing writes to the disks any more and their content is as you want it. A restore that was
+        cut has left a mixture; running it again is what makes the disks whole.
+    type: bool
+    default: false
 notes:
   - Required privileges are C(VirtualMachine.Config.ChangeTracking), C(VirtualMachine.State.CreateSnapshot) and
-    C(VirtualMachine.State.RemoveSnapshot).
+    C(VirtualMachine.State.RemoveSnapshot), and C(VirtualMachine.Config.AdvancedConfig) where a restore has left its
+    mark.
+  - A restore in place marks the disks that it writes in the virtual machine's advanced settings
+    (C(openvadp.mark.<disk UUID>)). While such a mark says C(writing), change tracking of a virtual machine that is off
+    can be started with O(force=true) alone.
   - A temporary snapshot that a crash left is removed by the next run, whatever O(state) is.
 seealso:
   - module: openvadp.backup.vm_snapshot
@@ -80,6 +92,15 @@ EXAMPLES = r"""
     password: "{{ vcenter_password }}"
     name: app01
     state: reset
+
+- name: Start anew after a restore that was cut and is not repeated
+  openvadp.backup.vm_change_tracking:
+    hostname: vcenter.example.com
+    username: backup@vsphere.local
+    password: "{{ vcenter_password }}"
+    name: app01
+    state: reset
+    force: true
 """
 
 RETURN = r"""
@@ -110,11 +131,21 @@ change_tracking:
       elements: dict
       sample:
         - {key: 2000, label: Hard disk 1, change_id: 52 de c0 d9 b9 43 9d 10-61 d5 4c 1b e9 7b 65 63/81}
+    marks:
+      description:
+        - Disks that carry the mark of a restore in place.
+        - The state is V(writing) for one that is at work or was cut, V(done) for one after which no reset was proved,
+          and V(unknown) for a mark that can't be read.
+      type: list
+      elements: dict
+      sample:
+        - {key: 2000, label: Hard disk 1, state: done, run_id: 3f9a2b1c5d6e7f8091a2b3c4d5e6f708}
 """
 
 from ansible.module_utils.basic import AnsibleModule
 
 from ..module_utils.backup.run_steps import ensure_tracking
+from ..module_utils.errors import InputError
 from ..module_utils.runner import Options, connection_options, run_module, vm_options
 from ..module_utils.vsphere.change_tracking import ensure
 from ..module_utils.vsphere.inventory import find_vm, vm_selection
@@ -127,6 +158,7 @@ OPTIONS = Options(
         repository=dict(type="path"),
         run_id=dict(type="str"),
         timeout=dict(type="int", default=3600),
+        force=dict(type="bool", default=False),
     ),
     required_together=[("repository", "run_id")],
 )
@@ -135,13 +167,14 @@ OPTIONS = Options(
 def body(module: AnsibleModule) -> dict:
     params = module.params
     timeout = check_timeout(params["timeout"])
-    named = vm_selection(params)
+    if params["force"] and params["state"] != "reset":
+        raise InputError("The option force is for state=reset")
+    named, force = vm_selection(params), params["force"]
+    wanted = (params["state"], params["activate"], timeout, module.check_mode)
     with Session.connect(Connection.from_params(params)) as session:
         if params["run_id"] is not None:
-            run = (params["repository"], params["run_id"], named)
-            return ensure_tracking(session, *run, params["state"], params["activate"], timeout, module.check_mode)
-        vm = find_vm(session, **named)
-        return ensure(session, vm, params["state"], params["activate"], timeout, module.check_mode)
+            return ensure_tracking(session, params["repository"], params["run_id"], named, *wanted, force=force)
+        return ensure(session, find_vm(session, **named), *wanted, force=force)
 
 
 def main() -> None:

@@ -42,6 +42,8 @@ class NewMachines:
         for category, name in TAGS:
             self.control.call("make_tag", category=category, name=name)
             self.control.call("attach_tag", vm="app01", category=category, name=name)
+        # What a backup notes on a machine is saved with its configuration, and is not true of another machine.
+        self.control.call("set_extra_config", vm="app01", settings={"openvadp.mark.of-a-disk": "1", "mine": "2"})
         self.modules.track_changes()
         self.third = next(key for key in self.keys("app01") if key not in KEYS)
         self.simulator.write("app01", self.third, 0, 1 << 20, seed=3)
@@ -68,6 +70,11 @@ class NewMachines:
 
     def names(self) -> List[str]:
         return sorted(vm["name"] for vm in self.control.call("state")["vms"].values())
+
+    def settings(self, vm: str) -> Dict[str, str]:
+        """The advanced settings that are ours."""
+        found = self.simulator.vm(vm)["extra_config"]
+        return {key: value for key, value in found.items() if key.startswith("openvadp.")}
 
     def held(self, vm: str) -> Dict[int, Any]:
         return {key: self.simulator.disk(vm, key) for key in self.keys(vm)}
@@ -136,6 +143,8 @@ def test_a_new_machine_is_the_old_one_but_for_what_must_differ(machines: NewMach
     assert {"instanceUuid", "name", "hardware.device[2000].backing.uuid", "changeTrackingEnabled"} <= paths
     assert machines.administrator.attributes(result["vm"]["moid"]) == {"owner": "team web", "room": "B 12"}
     assert machines.control.call("tags", vm="copy-differential") == TAGS
+    assert not machines.settings("copy-full") and machines.settings("app01")
+    assert machines.simulator.vm("copy-full")["extra_config"]["mine"] == "2"
     assert copy.uuid == machines.app01.uuid and copy.annotation == machines.app01.annotation
     assert [card.macAddress for card in copy.hardware.device if hasattr(card, "macAddress")][1] == "00:50:56:11:22:33"
     assert [entry.deviceKey for entry in copy.bootOptions.bootOrder if hasattr(entry, "deviceKey")] == [2000]
@@ -259,6 +268,8 @@ def test_what_fails_on_the_way_is_removed_or_kept(machines: NewMachines) -> None
     result = machines.modules.run("vadp_disk_restore", **machines.options("broken", **SMALL, on_failure="keep"))
     assert result["failed"] and "is kept, as on_failure says" in result["msg"], result["msg"]
     assert machines.names() == sorted([*names, "broken"]) and not machines.runs()
+    # What is kept on purpose is nobody's of ours to remove any more.
+    assert not machines.settings("broken")
     machines.destroy("broken")
     control.call("inject", target="task", name="CreateVM_Task", fault="vim.fault.NoDiskSpace")
     result = machines.modules.run("vadp_disk_restore", **machines.options("broken", **SMALL))
@@ -287,6 +298,7 @@ def test_what_fails_on_the_way_is_removed_or_kept(machines: NewMachines) -> None
     )
     assert result["failed"] and "is restored, but it was not started" in result["msg"], result["msg"]
     assert machines.held("broken") == {2001: machines.modules.held["differential"][2001]} and not machines.runs()
+    assert not machines.settings("broken"), "the mark goes before the start"
     machines.destroy("broken")
     # Its removal fails too: the next run does that.
     control.call("inject", target="task", name="ReconfigVM_Task", fault="vim.fault.InvalidDeviceSpec", count=2)
@@ -328,6 +340,9 @@ def test_a_restore_that_is_killed_is_taken_away_by_the_next(machines: NewMachine
                 result = machines.modules.run("vadp_disk_restore", **options)
                 assert result["failed"] and "was not recorded" in result["msg"] and "killed" in machines.names(), result
                 machines.destroy("killed")
+        elif condition != "recorded":
+            mark = f"openvadp.new.{record['repository_id']}"
+            assert machines.settings("killed") == {mark: record["run_id"].lower()}
         result = machines.modules.done("vadp_disk_restore", **options)
         assert machines.held("killed") == {2001: machines.modules.held["full"][2001]}, record
         assert machines.names() == sorted([*names, "killed"]) and not machines.runs()

@@ -159,7 +159,8 @@ def test_a_machines_own_disks_are_not_trusted_afterwards(restores: Restores) -> 
     trust = json.loads((restores.repository / "vms" / restores.uuid / "trust.json").read_text())
     assert [entry["key"] for entry in trust["not_trusted"]] == [2000]
     modes = {disk["key"]: disk["mode"] for disk in restores.back_up("after-restore")["disks"]}
-    assert modes == {2000: "full", 2001: "incremental"}
+    # Change tracking is the whole machine's, and began anew.
+    assert modes == {2000: "full", 2001: "full"}
 
 
 def test_what_speaks_against_a_restore_is_said_and_nothing_is_touched(restores: Restores) -> None:

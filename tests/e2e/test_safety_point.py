@@ -109,9 +109,13 @@ def test_what_a_killed_restore_left_is_no_state_to_go_back_to(modules: Modules) 
     assert len(list(modules.repository.glob("vms/*"))) == 1
 
     other = Modules(simulator, modules.repository, vm="restore01")
-    other.point("mixture")
-    (warning,) = other.backups.manifest("restore01", "mixture")["warnings"]
-    assert "disk 2000 holds neither what it held nor a restore point" in warning
+    snapshot = other.snapshot("mixture")
+    refused = other.export(snapshot, "mixture")
+    assert refused["failed"] and "a restore into it is at work, or was cut" in refused["msg"], refused
+    other.make(snapshot, "mixture", force=True)
+    other.remove_snapshot(snapshot)
+    warnings = other.backups.manifest("restore01", "mixture")["warnings"]
+    assert any("disk 2000 holds neither what it held nor a restore point" in warning for warning in warnings)
     result = modules.done("vadp_disk_restore", **options)
     assert result["half_written"] == [] and half_written() == []
     assert {key: simulator.disk("restore01", key) for key in KEYS} == modules.held["p1"]

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from ..datapath.extents import Extents
@@ -120,6 +120,7 @@ def plan_disks(
     disk_facts: Mapping[int, DiskFacts],
     naming: Naming,
     present: Sequence[Disk],
+    full: Mapping[int, str],
 ) -> List[DiskPlan]:
     """Decide for each disk. Nothing is changed; the changed areas are read from vCenter.
 
@@ -129,12 +130,13 @@ def plan_disks(
     :param disk_facts: of :func:`..transport.facts.disk_facts`.
     :param naming: what the virtual machine says of itself.
     :param present: all its disks, not only those that are read.
+    :param full: of :class:`.marks.Verdict`.
     :raises TransportError: no transport can serve a disk.
     :raises RepositoryError: the mode that was asked for is not possible for a disk.
     :raises ChangedAreasUnavailable: the same, because the query failed.
     """
     points = store.points() if store else []
-    facts = _store_facts(store, points, disks)
+    facts = replace(_store_facts(store, points, disks), full=full)
     names = naming.names(store.repository.id if store else None, present)
     identified = vm_keys.identified(present)
     plans = []

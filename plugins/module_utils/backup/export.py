@@ -34,11 +34,12 @@ from ..transport.facts import disk_facts, proxy_facts
 from ..transport.opener import OpenContext
 from ..transport.planner import DiskFacts, ProxyFacts
 from ..transport.vddk import Vddk
-from ..vsphere import clock, configuration, tags
+from ..vsphere import clock, configuration, tags, vm_keys
 from ..vsphere.disks import Disk, disks_of, vm_obstacles
 from ..vsphere.inventory import VmRef, find_vm, require_only_one
 from ..vsphere.session import Session
 from ..vsphere.snapshots import Snapshot, VmState, pick_snapshot, snapshot_config, vm_state
+from . import marks
 from . import naming as names
 from .disk_copy import CopyJob, Reading, copy_disks
 from .disk_plan import DiskPlan, not_to_be_trusted, plan_disks, skipped_result
@@ -61,6 +62,7 @@ class Source:
     """What is to be read, as vCenter shows it before anything is touched.
 
     :param snapshot: None for a template, and where it does not exist yet (check mode).
+    :param verdict: what restores in place have left in the VM, seen after the snapshot was made.
     :param template: what a template has to stay like until it was read; None for all other VMs.
     :param disks: all that the VM has, not only those that are read.
     :param naming: what the VM says of itself.
@@ -77,6 +79,7 @@ class Source:
     naming: Naming
     warnings: List[str] = field(default_factory=list)
     template: Optional[TemplateState] = None
+    verdict: marks.Verdict = field(default_factory=marks.Verdict)
 
 
 @dataclass(frozen=True)
@@ -213,6 +216,7 @@ def _plans(
         facts.disks,
         source.naming,
         source.disks,
+        source.verdict.full,
     )
 
 
@@ -248,6 +252,7 @@ def _look(session: Session, vm: VmRef, request: ExportRequest, check_mode: bool)
             remedy="Make it with vm_snapshot",
         )
     naming = names.look(session, vm, settings, request.vm_ids)
+    verdict = marks.after_snapshot(vm, naming.keys, disks, state.power_state, request.force)
     return Source(
         vm=vm,
         snapshot=snapshot,
@@ -256,7 +261,10 @@ def _look(session: Session, vm: VmRef, request: ExportRequest, check_mode: bool)
         foreign=[item for item in state.snapshots if snapshot is None or item.moid != snapshot.moid],
         disks=disks,
         naming=naming,
-        warnings=warnings + [text for text in (naming.problem, clock.warning(session)) if text is not None],
+        warnings=warnings
+        + [text for text in (naming.problem, clock.warning(session)) if text is not None]
+        + verdict.warnings,
+        verdict=verdict,
     )
 
 
@@ -266,6 +274,7 @@ def _look_at_template(session: Session, vm: VmRef, request: ExportRequest) -> So
     template, state = look(session, vm)
     check_can_be_read(vm, state)
     disks = without_tracking(disks_of(state.devices))
+    verdict = marks.after_snapshot(vm, vm_keys.read(session, vm)[0], disks, state.power_state, request.force)
     return Source(
         vm=vm,
         snapshot=None,
@@ -274,8 +283,9 @@ def _look_at_template(session: Session, vm: VmRef, request: ExportRequest) -> So
         foreign=[],
         disks=disks,
         naming=names.look(session, vm, [], False),
-        warnings=[text for text in (clock.warning(session),) if text is not None],
+        warnings=[text for text in (clock.warning(session),) if text is not None] + verdict.warnings,
         template=template,
+        verdict=verdict,
     )
 
 
@@ -539,9 +549,9 @@ def _require_marker(source: Source, store: VmStore, run: Run) -> None:
 
 def _mark_untrusted(store: VmStore, source: Source) -> None:
     """Remember disks whose tracking was found on together with another snapshot (VADP facts 7)."""
-    points, marks = store.points(), trust.marks(store)
+    points, known = store.points(), trust.marks(store)
     for disk in not_to_be_trusted(source.selection.disks, points, source.foreign):
-        if trust.in_force(marks, points, disk.key, disk.uuid) is None:
+        if trust.in_force(known, points, disk.key, disk.uuid) is None:
             names = ", ".join(f"'{item.name}'" for item in source.foreign[:3])
             trust.mark(
                 store,

@@ -24,12 +24,14 @@ from ..repository.layout import (
 from ..repository.runs import new_run_id
 from ..transport.facts import VDDK_TRANSPORTS
 from ..transport.vddk import look_for_library, named_library_error
+from ..vsphere import vm_keys
 from ..vsphere.disks import disks_of
 from ..vsphere.inventory import VmRef, find_vm, require_only_one, vm_selection
 from ..vsphere.session import Connection, Session
 from ..vsphere.snapshots import marker_text, vm_state, what_is_left
 from . import access, naming
 from .leftovers import DEVICE_DIR, SYSFS_DIR, Recovery, recover, would_end
+from .marks import before_snapshot
 from .request import ExportRequest, parse_rate
 from .run_steps import run_vm
 
@@ -116,6 +118,8 @@ def recover_vm(request: RecoverRequest, check_mode: bool) -> Dict[str, Any]:
         with store.lock(request.run_id or new_run_id(), "vadp_recover"):
             ending = None if request.begin or request.run_id is None else request.run_id
             warnings = [] if ending else store.refuse_busy(force=request.force)
+            if ending is None and vm is not None:
+                _doubt_copies(session, store, vm)
             facts = None if ending is None else _facts_of(session, store, vm, ending)
             if ending is not None:
                 _end(store, ending)
@@ -165,6 +169,20 @@ def forget_repository(params: Dict[str, Any], check_mode: bool) -> Dict[str, Any
         vm = find_vm(session, **vm_selection(params))
         keys = naming.forget_repository(session, vm, repository_id, check_mode)
     return {"changed": bool(keys), "recovered": [], "run": None, "warnings": [], "forgotten": keys}
+
+
+def _doubt_copies(session: Session, store: VmStore, vm: VmRef) -> None:
+    """Where the VM names content that is not here, this is a copy or was rolled back: its records may be those of the
+    original's runs, so they are told and not acted upon (proofs 3)."""
+    if not store.runs():
+        return
+    keys, _version = vm_keys.read(session, vm)
+    elsewhere = naming.names_elsewhere(store.points(), keys, store.repository.id)
+    if elsewhere:
+        store.doubt(
+            f"{vm} names content of this repository that is not here ({', '.join(elsewhere)}): this is a copy of the"
+            " repository, or it was rolled back"
+        )
 
 
 def _end(store: VmStore, run_id: str) -> None:
@@ -303,7 +321,7 @@ def _run_to_begin(
         **_named(store, vm, run_id or new_run_id(), name),
         "complete": complete,
         "snapshot_gone": None,
-        "not_trusted": [] if store is None or vm.template else _not_trusted(session, store, vm),
+        "not_trusted": [] if vm.template else _not_trusted(session, store, vm),
     }
 
 
@@ -363,9 +381,12 @@ def _is_removal(item: Dict[str, Any]) -> bool:
     return bool(item["what"] == "new_vm" and item["action"].startswith("removed"))
 
 
-def _not_trusted(session: Session, store: VmStore, vm: VmRef) -> List[Dict[str, Any]]:
-    """Disks whose change tracking has to be reset. vCenter is asked only where something is marked."""
-    marks = trust.marks(store)
-    if not marks:
-        return []
-    return trust.waiting_for_reset(marks, store.points(), disks_of(vm_state(session, vm).devices))
+def _not_trusted(session: Session, store: Optional[VmStore], vm: VmRef) -> List[Dict[str, Any]]:
+    """Disks whose change tracking has to be reset: the virtual machine says so, or this repository."""
+    found = before_snapshot(session, vm)
+    marks = trust.marks(store) if store is not None else []
+    if store is not None and marks:
+        keys = {disk["key"] for disk in found}
+        waiting = trust.waiting_for_reset(marks, store.points(), disks_of(vm_state(session, vm).devices))
+        found += [disk for disk in waiting if disk["key"] not in keys]
+    return found

@@ -190,10 +190,13 @@ def ensure_tracking(
     activate: bool,
     timeout: float,
     check_mode: bool,
+    force: bool = False,
 ) -> Dict[str, Any]:
     """All of ``vm_change_tracking`` for a run: the snapshot of its stun cycle carries the ids of the run."""
     if check_mode:
-        return change_tracking.ensure(session, find_vm(session, **named), wanted, activate, timeout, True)
+        return change_tracking.ensure(session, find_vm(session, **named), wanted, activate, timeout, True, force=force)
     with step(session, repository, run_id, named, "vm_change_tracking") as work:
         description = change_tracking.stun_description(repository_id=work.store.repository.id, run_id=run_id)
-        return change_tracking.ensure(session, work.vm, wanted, activate, timeout, False, description=description)
+        return change_tracking.ensure(
+            session, work.vm, wanted, activate, timeout, False, description=description, force=force
+        )

@@ -44,10 +44,12 @@ class StoreFacts:
 
     :param problems: why a stored layer can't be built upon, by (point, device key); absent means it is sound.
     :param marks: of :func:`.trust.marks`.
+    :param full: why a disk is read in full whatever the repository holds, by device key (backup/marks.py).
     """
 
     problems: Mapping[Tuple[str, int], str] = field(default_factory=dict)
     marks: Sequence[Dict[str, Any]] = ()
+    full: Mapping[int, str] = field(default_factory=dict)
 
 
 NAMED, ABSENT, UNKNOWN, TWICE = "named", "absent", "unknown", "twice"
@@ -109,6 +111,8 @@ def decide(
     facts = facts or StoreFacts()
     mode = DIFFERENTIAL if requested == DIFFERENTIAL else INCREMENTAL
     parent, obstacle = _find_parent(disk, points, mode, facts, names or Names())
+    if disk.key in facts.full:
+        parent, obstacle = None, facts.full[disk.key]
     if parent is not None:
         obstacle = _obstacle(disk, parent, points, facts, revert_excluded)
     if parent is None or obstacle is not None:

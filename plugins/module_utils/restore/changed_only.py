@@ -20,8 +20,9 @@ from ..repository import journal, trust
 from ..repository.chain import DiskNow, tracking_obstacle
 from ..repository.layout import VmStore
 from ..repository.runs import Run, new_run_id
+from ..vsphere import vm_keys
 from ..vsphere.changed_areas import ChangedAreasUnavailable, query_changed_areas
-from ..vsphere.disks import Disk
+from ..vsphere.disks import Disk, disks_of
 from ..vsphere.inventory import VmRef
 from ..vsphere.session import Session
 from ..vsphere.snapshots import (
@@ -44,6 +45,8 @@ _JOINED_SHARE = 8
 _SAMPLE_PIECES = 128
 _SAMPLE_BYTES = 65536
 _SAME_SHARE = 40
+# So much of what is believed unchanged is compared with the point, holes included: the larger of the first two.
+_CHECK_BYTES, _CHECK_SHARE, _CHECK_MOST = 64 << 20, 100, 4 << 30
 
 Pairs = Sequence[Tuple[PointDisk, Disk]]
 
@@ -88,9 +91,19 @@ class Changes:
         """What the journal has to hold before *wanted* is written."""
         return (self.areas if self.kept is None else self.kept).union(wanted)
 
+    def unseen(self, capacity_bytes: int) -> Extents:
+        """What nobody has compared with the point: it holds the point's bytes if what is known of changes is right."""
+        return Extents.whole(capacity_bytes).subtract(self.areas)
+
     def to_verify(self, wanted: Extents) -> Extents:
         """What is read back after *wanted* was written. The rest of a finished disk was compared before."""
         return self.areas.union(wanted) if self.kept is None else wanted
+
+
+def sample_of(areas: Extents, capacity_bytes: int) -> Extents:
+    """Pieces all over *areas*, drawn by the system's randomness (proofs 14)."""
+    wanted = min(max(_CHECK_BYTES, capacity_bytes // _CHECK_SHARE), _CHECK_MOST)
+    return areas.sample(wanted // _SAMPLE_BYTES, _SAMPLE_BYTES, random.SystemRandom())
 
 
 #: By device key of the disk that is written: its changes, or why it is written as a whole.
@@ -109,13 +122,21 @@ def journal_of(vm: VmRef, point: Point, source: PointDisk, disk: Disk) -> journa
     )
 
 
+@dataclass(frozen=True)
+class Base:
+    """The point whose change id is asked from: its disk holds the bytes of the point that is restored."""
+
+    manifest: Dict[str, Any]
+    entry: Dict[str, Any]
+
+
 def plan_changes(session: Session, vm: VmRef, point: Point, store: VmStore, run: Run, pairs: Pairs) -> ChangesOf:
     """Find out what changed. A snapshot is made and removed; nothing else is touched. Under the VM's lock.
 
     :param run: gets the snapshot's intent.
     :raises VsphereError: no answer, or the snapshot can't be removed.
     """
-    found = known_beforehand(vm, point, store, pairs)
+    found, bases = _beforehand(session, vm, point, store, pairs)
     unknown = [(source, disk) for source, disk in pairs if disk.key not in found]
     if not unknown:
         return found
@@ -126,7 +147,7 @@ def plan_changes(session: Session, vm: VmRef, point: Point, store: VmStore, run:
         run.update(intent, moid=moid, server_uuid=session.server_uuid)
 
     try:
-        found.update(_asked(session, vm, point, store, run, name, unknown, made))
+        found.update(_asked(session, vm, point, store, run, name, unknown, made, bases))
     except BaseException:
         # What brought us here is what has to be told.
         with suppress(VadpError):
@@ -136,23 +157,112 @@ def plan_changes(session: Session, vm: VmRef, point: Point, store: VmStore, run:
     return found
 
 
-def known_beforehand(vm: VmRef, point: Point, store: VmStore, pairs: Pairs) -> ChangesOf:
+def known_beforehand(session: Session, vm: VmRef, point: Point, store: VmStore, pairs: Pairs) -> ChangesOf:
     """What needs no snapshot: disks that are finished from a journal, and those that must be written as a whole.
 
     A disk that is not in the answer is to be asked about.
     """
+    return _beforehand(session, vm, point, store, pairs)[0]
+
+
+def _beforehand(
+    session: Session, vm: VmRef, point: Point, store: VmStore, pairs: Pairs
+) -> Tuple[ChangesOf, Dict[int, Base]]:
+    """As :func:`known_beforehand`, and for the disks that are to be asked about from which point."""
+    values = session.read(vm.obj, *vm_keys.PATHS, "config.hardware.device")
+    keys, _version = vm_keys.of_values(values)
+    alone = vm_keys.identified(disks_of(values["config.hardware.device"] or []))
     points, marks = store.points(), trust.marks(store)
     found: ChangesOf = {}
+    bases: Dict[int, Base] = {}
     for source, disk in pairs:
         known: Changes | str | None = _not_the_same(vm, point, source, disk)
+        if known is None and disk.key not in alone:
+            known = "another disk of the virtual machine has the same UUID, so nothing is known of either"
         if known is None:
             marked = trust.in_force(marks, points, disk.key, disk.uuid) is not None
             known = _interrupted(vm, point, store, source, disk, marked)
         if known is None:
+            known = _marked(keys, disk)
+        if known is None:
             known = _untracked(point, source, disk, points, marks)
+        if known is None:
+            base = base_of(keys, point.repository.id, point.manifest, source.entry, points)
+            if isinstance(base, Base):
+                bases[disk.key] = base
+            else:
+                known = base
         if known is not None:
             found[disk.key] = known
-    return found
+    return found, bases
+
+
+def _marked(keys: vm_keys.VmKeys, disk: Disk) -> Optional[str]:
+    mark = keys.marks_of([disk]).get(disk.key)
+    if mark is None:
+        return None
+    if mark.state == vm_keys.UNKNOWN:
+        return "what the virtual machine says of restores into it can't be read"
+    if mark.state == vm_keys.WRITING:
+        return f"the virtual machine carries the mark of a restore (run {mark.run_id}) that did not come to its end"
+    return "its change tracking was not reset since a restore wrote to it"
+
+
+def base_of(
+    keys: vm_keys.VmKeys,
+    repository_id: str,
+    manifest: Dict[str, Any],
+    entry: Dict[str, Any],
+    points: Sequence[Dict[str, Any]],
+) -> Base | str:
+    """What the virtual machine says that it stands on, if that is the point or was built upon it (proofs 14).
+
+    Without that the disk may have been written by a restore from another repository, reverted, or rolled back by its
+    storage, and change tracking would not tell.
+
+    :param entry: the disk in *manifest*.
+    :param points: all manifests of the virtual machine.
+    :returns: why it is not known to stand there, as a string.
+    """
+    name, key = manifest["point"], entry["key"]
+    if entry.get("content_id") is None:
+        return f"point {name} has no content ID of it"
+    state, content_id = keys.naming(repository_id, str(entry["uuid"]))
+    if state != "named" or content_id is None:
+        return _UNNAMED[state]
+    layers = {
+        disk["content_id"]: Base(one, disk)
+        for one in points
+        for disk in one["disks"]
+        if disk["key"] == key and disk.get("content_id")
+    }
+    # A point on which nothing changed is not named: its content is that of the point below it (proofs 21).
+    same = {entry["content_id"]: Base(manifest, entry)}
+    below = entry
+    while not (below["areas"] or below["bytes_read"]) and below.get("parent_content_id") in layers:
+        base = layers[below["parent_content_id"]]
+        if base.entry["content_id"] in same:
+            break
+        below = base.entry
+        same[below["content_id"]] = base
+    seen = set()
+    current: Optional[str] = content_id
+    while current is not None and current not in seen:
+        if current in same:
+            return same[current]
+        seen.add(current)
+        current = layers[current].entry.get("parent_content_id") if current in layers else None
+    if content_id not in layers:
+        return "the virtual machine names a restore point that is not in this repository"
+    return f"the restore point that the virtual machine names is not built upon point {name}"
+
+
+_UNNAMED = {
+    "absent": "the virtual machine names no restore point of this repository: since the last one it was restored or"
+    " rolled back, or the name could not be written",
+    "foreign": "the restore point that the virtual machine names is one of the machine that it was cloned from",
+    vm_keys.UNKNOWN: "which restore point the virtual machine stands on can't be read",
+}
 
 
 def _not_the_same(vm: VmRef, point: Point, source: PointDisk, disk: Disk) -> Optional[str]:
@@ -210,6 +320,7 @@ def _asked(
     name: str,
     pairs: Pairs,
     on_made: Callable[[str], None],
+    bases: Dict[int, Base],
 ) -> ChangesOf:
     description = marker_text(store.repository.id, run.run_id, point.name)
     try:
@@ -222,18 +333,21 @@ def _asked(
     frozen = {disk.key: disk for disk in made.disks}
     points, marks = store.points(), trust.marks(store)
     found: ChangesOf = {}
-    for source, disk in pairs:
+    for _source, disk in pairs:
         now = frozen.get(disk.key)
         if now is None or now.uuid != disk.uuid:
             found[disk.key] = "the snapshot to compare with does not hold it"
             continue
-        obstacle = tracking_obstacle(now, point.manifest, points, marks)
-        found[disk.key] = _areas(session, vm, made.snapshot, now, source) if obstacle is None else obstacle
+        base = bases[disk.key]
+        obstacle = tracking_obstacle(now, base.manifest, points, marks)
+        if obstacle is not None:
+            found[disk.key] = obstacle
+        else:
+            found[disk.key] = _areas(session, vm, made.snapshot, now, base.entry["change_id"])
     return found
 
 
-def _areas(session: Session, vm: VmRef, snapshot: Snapshot, disk: Disk, source: PointDisk) -> Changes | str:
-    then = source.entry["change_id"]
+def _areas(session: Session, vm: VmRef, snapshot: Snapshot, disk: Disk, then: str) -> Changes | str:
     try:
         # Extents.of reads to the end, so the pages are known to cover the disk.
         areas = Extents.of(query_changed_areas(session, vm, snapshot.obj, disk.key, disk.capacity_bytes, then))

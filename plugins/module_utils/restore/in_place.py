@@ -3,9 +3,10 @@
 """A restore point into the disks of an existing virtual machine, whole disks or what changed of them.
 
 Look (nothing is touched), check the point -> lock -> record the run -> ask what changed, where that is wanted -> look
-again -> mark the disks "tracking not trusted" -> write each disk, flush, read it back -> the run is over. A disk that
-was half written stays in the run's record; running the restore again writes all of it anew, or finishes it from its
-journal.
+again -> mark the disks in the virtual machine, look once more, stop change tracking (marking.py, proofs 12) -> mark
+them in the repository too, as the second line -> write each disk, flush, read it back -> start change tracking anew,
+take the marks away -> the run is over. A disk that was half written stays in the run's record; running the restore
+again writes all of it anew, or finishes it from its journal.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import contextlib
 import threading
 import time
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
@@ -34,16 +35,28 @@ from ..transport.facts import disk_facts, proxy_facts
 from ..transport.hotadd import recover
 from ..transport.opener import OpenContext, all_failed, open_disk, same_way_failed
 from ..transport.planner import WRITE, Candidate, DiskFacts, Plan, ProxyFacts, plan
+from ..vsphere import vm_keys
 from ..vsphere.disks import Disk, disks_of, is_multi_writer
 from ..vsphere.inventory import VmRef, find_vm
 from ..vsphere.session import Session
 from ..vsphere.snapshots import VmState, vm_state
-from .changed_only import Changes, ChangesOf, clear_leftovers, journal_of, known_beforehand, plan_changes
+from .changed_only import (
+    Changes,
+    ChangesOf,
+    clear_leftovers,
+    journal_of,
+    known_beforehand,
+    plan_changes,
+    sample_of,
+)
+from .marking import Marking, check_marks
 from .point import Point, PointDisk, checked_beside, open_connected, require_intact
 from .readback import differing_areas, first_difference
-from .request import RestoreRequest
+from .request import FULL_VERIFY, RestoreRequest
 from .safety import require_safety_point
 
+# How much of a disk is read back and compared: all of it; the areas that were written, and a sample of the rest.
+WHOLE, SAMPLED = "whole", "sampled"
 # Of an entry until the result is made of it: whether the disk was, or would be, written to.
 _CHANGED = "changed"
 # A disk is a whole number of these, and NFC writes nothing smaller (VADP facts 23).
@@ -66,6 +79,9 @@ class _Written:
 
     :param reasons: why by none of the transports before.
     :param how: a word on how what was written was chosen.
+    :param instead: why the whole disk was written in the end, though what changed seemed to be known.
+    :param verification: ``WHOLE``, ``SAMPLED``; None: nothing was read back.
+    :param sampled_percent: how much of the areas believed unchanged was compared, where that is not all of them.
     """
 
     result: CopyResult
@@ -75,6 +91,18 @@ class _Written:
     reasons: List[str]
     notes: List[str]
     how: str = ""
+    instead: str = ""
+    verification: Optional[str] = None
+    sampled_percent: Optional[float] = None
+
+
+@dataclass(frozen=True)
+class _Verified:
+    """What reading back came to. :param differs: the sample shows that the disk is not the point; None: it does not."""
+
+    verification: Optional[str] = None
+    sampled_percent: Optional[float] = None
+    differs: Optional[int] = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +111,7 @@ class _Job:
 
     :param changes: with ``changed_only``, by device key of the disk that is written.
     :param proven: returns when the point is known to be sound.
+    :param marking: the marks in the virtual machine; None where the disks were just made.
     :param fresh: the disks were just made, and read as zeros.
     """
 
@@ -98,14 +127,24 @@ class _Job:
     progress: Progress
     changes: ChangesOf
     proven: Callable[[], None]
+    marking: Optional[Marking] = None
     fresh: bool = False
+
+    def protect(self, target: DiskTarget) -> DiskTarget:
+        """Before a disk is opened for writing: the marks are there, and the disk is looked at as it is then."""
+        if self.marking is None:
+            return target
+        self.marking.begin()
+        targets, _proxy = self.marking.seen
+        (now,) = [one for one in targets if one.source.key == target.source.key]
+        return replace(target, disk=now.disk, facts=now.facts)
 
 
 def restore_point(request: RestoreRequest, check_mode: bool) -> Dict[str, Any]:
     """Write the disks of a point into a virtual machine that is off.
 
     :param check_mode: all checks, but nothing is written and no lock is taken.
-    :returns: {changed, point, vm, half_written, restored, diff}.
+    :returns: {changed, point, vm, half_written, restored, warnings, diff}.
     :raises VadpError: before the first write nothing was touched; after it the run's record says what was.
     """
     request.check()
@@ -129,9 +168,9 @@ def restore_point(request: RestoreRequest, check_mode: bool) -> Dict[str, Any]:
         if check_mode or not request.changed_only:
             proven()
         if check_mode:
-            return _result(point, vm, _predicted(point, vm, targets, request))
-        restored = _restore_locked(session, vm, point, targets, request, progress, proven)
-    return _result(point, vm, restored)
+            return _result(point, vm, _predicted(session, point, vm, targets, request), [])
+        restored, warnings = _restore_locked(session, vm, point, targets, request, progress, proven)
+    return _result(point, vm, restored, warnings)
 
 
 def _restore_locked(
@@ -142,8 +181,8 @@ def _restore_locked(
     request: RestoreRequest,
     progress: Progress,
     proven: Callable[[], None],
-) -> List[Dict[str, Any]]:
-    """All that happens under the VM's lock.
+) -> Tuple[List[Dict[str, Any]], List[str]]:
+    """All that happens under the VM's lock. -> the disks, and warnings
 
     :param proven: returns when the point is known to be sound; called before anything is written.
     """
@@ -169,12 +208,14 @@ def _restore_locked(
         cancel = threading.Event()
         stack.enter_context(run.working(cancel))
         stack.enter_context(session.remembering(run.remember_task))
+        marking: Optional[Marking] = None
         try:
             changes: ChangesOf = {}
             if request.changed_only:
                 changes = plan_changes(session, vm, point, store, run, _pairs(targets))
             # The check of the point may have taken long, and a snapshot may rename files.
             targets, proxy = _look(session, vm, point, request)
+            marking = _marking(session, vm, point, store, run, targets, request)
             with RuntimeDir(run_id) as run_dir:
                 context = OpenContext(
                     session=session,
@@ -194,13 +235,67 @@ def _restore_locked(
                     stage_dir=store.work_path,
                     cancel=cancel,
                 )
-                return _restore(point, targets, store, context, request, progress, changes, proven)
+                restored = _restore(point, targets, store, context, request, progress, changes, proven, marking)
+                return restored, marking.warnings
         finally:
-            # As long as every disk is either what it was or wholly restored, and nothing is attached, there is
-            # nothing to remember.
+            # As long as every disk is either what it was or wholly restored, and nothing is attached or marked, there
+            # is nothing to remember.
             open_ended = run.intents("attachment") or run.intents("snapshot") or run.intents("task")
-            if not (_half_written(run) or open_ended):
+            if not (_half_written(run) or open_ended or (marking is not None and marking.remains)):
                 run.remove()
+
+
+def _marking(
+    session: Session,
+    vm: VmRef,
+    point: Point,
+    store: VmStore,
+    run: Run,
+    targets: List[DiskTarget],
+    request: RestoreRequest,
+) -> Marking:
+    """The marks of this restore, of which nothing is written yet."""
+    uuids = {target.disk.key: target.disk.uuid for target in targets}
+
+    def look_again() -> Tuple[List[DiskTarget], ProxyFacts]:
+        now = _look(session, vm, point, request)
+        other = [target.disk.label for target in now[0] if uuids.get(target.disk.key, "") != target.disk.uuid]
+        if other:
+            raise VsphereError(
+                "Another disk took the place of one that was about to be written, and nothing was touched",
+                subject=f"{', '.join(other)} of {vm}",
+                remedy="See what changes the virtual machine, and run again",
+            )
+        return now
+
+    marking = Marking.look(
+        session,
+        vm,
+        run,
+        [target.disk for target in targets],
+        look_again=look_again,
+        is_over=partial(_is_over, point, store),
+        force=request.force,
+        mandatory=_mark_is_mandatory(point),
+    )
+    # Before anything is read for long.
+    check_marks(vm, marking.disks, marking.keys, run.run_id, marking.is_over, request.force)
+    return marking
+
+
+def _mark_is_mandatory(point: Point) -> bool:
+    """Whether the repository can't keep what would tell later backups of this restore (proofs 4)."""
+    return not point.repository.may_write
+
+
+def _is_over(point: Point, held: VmStore, run_id: str) -> bool:
+    """Whether a run that left its mark is one of this repository, and is over by what its record proves (proofs 6)."""
+    stores = [held, *(store for store in point.repository.vms() if store.uuid != held.uuid)]
+    for store in stores:
+        for run in store.runs():
+            if run.run_id.lower() == run_id and not run.old:
+                return store.busy(run) is None
+    return False
 
 
 def _pairs(targets: List[DiskTarget]) -> List[Tuple[PointDisk, Disk]]:
@@ -330,6 +425,7 @@ def _restore(
     progress: Progress,
     changes: ChangesOf,
     proven: Callable[[], None],
+    marking: Marking,
 ) -> List[Dict[str, Any]]:
     """Under the VM's lock. The run's record is on the disk before anything is opened."""
     vm, run = context.vm, context.run
@@ -344,12 +440,38 @@ def _restore(
         half_written=[],
     )
     job = _Job(
-        context.session, vm, point, store, run, intent, context, request, context.run_dir, progress, changes, proven
+        context.session,
+        vm,
+        point,
+        store,
+        run,
+        intent,
+        context,
+        request,
+        context.run_dir,
+        progress,
+        changes,
+        proven,
+        marking,
     )
-    restored = [_restore_disk(target, job) for target in targets]
+    try:
+        restored = [_restore_disk(target, job) for target in targets]
+    except VadpError as error:
+        _let_go(marking, run, error)
+        raise
+    marking.finish()
     run.done(intent)
     _forget_earlier(store, vm, run, keys)
     return restored
+
+
+def _let_go(marking: Marking, run: Run, error: VadpError) -> None:
+    """A restore failed. Where no disk is half written, its marks need not stay."""
+    if not marking.written:
+        marking.undo(error)
+    elif not _half_written(run):
+        with contextlib.suppress(VadpError):
+            marking.finish()
 
 
 def write_new_disks(
@@ -409,7 +531,8 @@ def read_back(
     with image.serve(target.source.layer, run_dir=job.run_dir) as reader, job.run.recorded(reader):
         for candidate in target.transport.usable():
             try:
-                return _verify(reader.uri, target, job, candidate, Extents.whole(target.source.capacity_bytes))
+                _verify(reader.uri, target, job, candidate, Extents.whole(target.source.capacity_bytes))
+                return
             except VadpError as error:
                 if not (_is_transport(error, False) or _is_transport(error, True)):
                     raise
@@ -442,7 +565,8 @@ def _forget_healed(store: VmStore, vm: VmRef, run: Run, keys: List[int]) -> None
         ours = all(intent["what"] in ("restore", "process") for intent in intents)
         restores = [intent for intent in intents if intent["what"] == "restore"]
         healed = all(intent.get("vm_uuid") == vm.instance_uuid for intent in restores)
-        healed = healed and set(_half_written(other)) <= set(keys)
+        written = [key for intent in restores for key in intent.get("disks", [])]
+        healed = healed and set(_half_written(other)) | set(written) <= set(keys)
         if ours and healed and not (other.intents("process") and not (other.here or other.of_an_ended_boot)):
             remove_files_of(store, [other])
             RuntimeDir.leftovers(other.run_id, remove=True)
@@ -477,12 +601,13 @@ def _restore_disk(target: DiskTarget, job: _Job) -> Dict[str, Any]:
         raise
     finally:
         report.finish(state)
+    changed_only = not (isinstance(changes, str) or written.instead)
     return _entry(
         target,
         job.vm,
-        _reason(changes, touched, written.how),
+        _reason(written.instead or changes, touched, written.how),
         written=written,
-        changed_only=not isinstance(changes, str),
+        changed_only=changed_only,
         bytes_read=written.result.bytes_read,
         seconds=round(time.monotonic() - begun, 3),
         verified=True if request.verify else None,
@@ -507,6 +632,8 @@ def _reason(changes: Changes | str, touched: bool, how: str) -> str:
 
 
 def _mark_untrusted(target: DiskTarget, job: _Job) -> None:
+    if job.marking is not None and job.marking.mandatory:
+        return
     if job.store.uuid == job.vm.instance_uuid.lower() and not job.fresh:
         trust.mark(
             job.store,
@@ -536,38 +663,59 @@ def _write_disk(reader_uri: str, target: DiskTarget, job: _Job, changes: Changes
         begun: List[str] = []
         try:
             if isinstance(changes, Changes):
-                result, count, how = _write_changes(reader_uri, target, job, candidate, changes, begun, on_progress)
+                written = _write_changes(reader_uri, target, job, candidate, changes, begun, on_progress)
             else:
-                how = ""
-                result = _write_whole(reader_uri, target, job, candidate, begun, on_progress)
-                count = result.bytes_written if job.fresh else target.source.capacity_bytes
+                written = _write_whole(reader_uri, target, job, candidate, begun, on_progress)
         except VadpError as error:
             if len(begun) > 1 or not _is_transport(error, bool(begun)):
                 raise
             failed[candidate.transport] = error
             told[candidate.transport] = f"it failed: {error.what}" + (f": {error.reason}" if error.reason else "")
             continue
-        reasons = target.transport.reasons(candidate.transport, told)
-        return _Written(result, count, candidate.transport, candidate.method, reasons, list(candidate.notes), how)
+        return replace(written, reasons=target.transport.reasons(candidate.transport, told))
     raise all_failed("written", failed)
 
 
 def _write_whole(
-    reader_uri: str, target: DiskTarget, job: _Job, candidate: Candidate, begun: List[str], on_progress: Any
-) -> CopyResult:
+    reader_uri: str,
+    target: DiskTarget,
+    job: _Job,
+    candidate: Candidate,
+    begun: List[str],
+    on_progress: Any,
+    instead: str = "",
+) -> _Written:
     """:param begun: gets an entry once the disk is open, and another one once it is written."""
     whole = Extents.whole(target.source.capacity_bytes)
     job.proven()
+    target = job.protect(target)
     with _open(target, job, candidate, writable=True) as disk:
         # Before the first write (VADP facts 12), but not for a disk that can't be written at all.
-        _mark_untrusted(target, job)
-        job.run.update(job.intent, half_written=[target.disk.key])
+        _about_to_write(target, job)
         begun.append(disk.transport)
         result = _write(reader_uri, disk, target, job, whole, on_progress)
     begun.append("written")
+    verification = None
     if job.request.verify:
-        _verify(reader_uri, target, job, candidate, whole)
-    return result
+        verification = _verify(reader_uri, target, job, candidate, whole).verification
+    return _Written(
+        result,
+        result.bytes_written if job.fresh else target.source.capacity_bytes,
+        candidate.transport,
+        candidate.method,
+        [],
+        list(candidate.notes),
+        instead=instead,
+        verification=verification,
+    )
+
+
+def _about_to_write(target: DiskTarget, job: _Job) -> None:
+    """The repository's own mark and record, before the first byte."""
+    _mark_untrusted(target, job)
+    job.run.update(job.intent, half_written=[target.disk.key])
+    if job.marking is not None:
+        job.marking.written = True
 
 
 def _write_changes(
@@ -578,32 +726,59 @@ def _write_changes(
     changes: Changes,
     begun: List[str],
     on_progress: Any,
-) -> Tuple[CopyResult, int, str]:
+) -> _Written:
     """Write what differs from the point in the areas that changed. A disk where nothing does is not touched.
 
+    Where the disk is not the point after that, all of it is written.
+
     :param begun: as of :func:`_write_whole`.
-    :returns: the copy's figures, how many bytes were written, and a word on how they were chosen.
     """
     with _open(target, job, candidate, writable=False) as disk:
         begun.append(disk.transport)
         wanted, how = _wanted(partial(_compare, reader_uri, disk, target, job, on_progress), changes)
     begun.clear()
-    if not wanted:
-        return CopyResult(), 0, how
-    job.proven()
-    # The whole list before the first write, and what tells of the journal before the mark: without either, change
-    # tracking could be asked once more (VADP facts 12).
-    kept = journal_of(job.vm, job.point, target.source, target.disk)
-    journal.write(job.run, kept, changes.to_keep(wanted))
-    with _open(target, job, candidate, writable=True) as disk:
-        job.run.update(job.intent, half_written=[target.disk.key])
-        _mark_untrusted(target, job)
-        begun.append(disk.transport)
-        result = _write(reader_uri, disk, target, job, wanted, on_progress)
-    begun.append("written")
+    result, own = CopyResult(), wanted
+    if wanted:
+        job.proven()
+        target = job.protect(target)
+        # The whole list before the first write, and what tells of the journal before the mark: without either, change
+        # tracking could be asked once more (VADP facts 12).
+        kept = journal_of(job.vm, job.point, target.source, target.disk)
+        journal.write(job.run, kept, changes.to_keep(wanted))
+        with _open(target, job, candidate, writable=True) as disk:
+            _about_to_write(target, job)
+            begun.append(disk.transport)
+            result = _write(reader_uri, disk, target, job, wanted, on_progress)
+        begun.append("written")
+        own = changes.to_verify(wanted)
+    verified = _Verified()
     if job.request.verify:
-        _verify(reader_uri, target, job, candidate, changes.to_verify(wanted))
-    return result, wanted.total_bytes, how
+        rest = changes.unseen(target.source.capacity_bytes)
+        full = job.request.verify == FULL_VERIFY
+        verified = _verify(
+            reader_uri,
+            target,
+            job,
+            candidate,
+            Extents.whole(target.source.capacity_bytes).subtract(rest) if full else own,
+            rest if full else sample_of(rest, target.source.capacity_bytes),
+            rest,
+        )
+    if verified.differs is not None:
+        begun.clear()
+        instead = f"it differed at byte {verified.differs}, where nothing was known to have changed"
+        return _write_whole(reader_uri, target, job, candidate, begun, on_progress, instead)
+    return _Written(
+        result,
+        wanted.total_bytes,
+        candidate.transport,
+        candidate.method,
+        [],
+        list(candidate.notes),
+        how=how,
+        verification=verified.verification,
+        sampled_percent=verified.sampled_percent,
+    )
 
 
 def _wanted(
@@ -698,22 +873,43 @@ def _write(
         raise disk.explain(error) from error
 
 
-def _verify(reader_uri: str, target: DiskTarget, job: _Job, candidate: Candidate, areas: Extents) -> None:
-    """Read the areas back through a second, read-only endpoint (VADP facts 29), so that no cache answers."""
-    report = job.progress.disk(target.source.key, f"{target.source.label}, read back", areas.total_bytes)
+def _verify(
+    reader_uri: str,
+    target: DiskTarget,
+    job: _Job,
+    candidate: Candidate,
+    areas: Extents,
+    sample: Optional[Extents] = None,
+    rest: Optional[Extents] = None,
+) -> _Verified:
+    """Read back through a second, read-only endpoint (VADP facts 29), so that no cache answers.
+
+    :param areas: what has to hold the point's bytes by now.
+    :param sample: of *rest*, which was believed to hold them all the time.
+    :raises DataPathError: one of *areas* does not.
+    """
+    sample, rest = sample or Extents.of(), rest or Extents.of()
+    total = areas.total_bytes + sample.total_bytes
+    report = job.progress.disk(target.source.key, f"{target.source.label}, read back", total)
     job.context.on_wait = report.wait
-    state = "failed"
+    state, differs = "failed", None
     try:
         with _open(target, job, candidate, writable=False) as disk:
-            try:
-                difference = first_difference(
+
+            def compare(wanted: Extents, before: int) -> Optional[int]:
+                return first_difference(
                     reader_uri,
                     disk.uri,
                     target.source.capacity_bytes,
-                    areas=areas,
-                    on_progress=report.update,
+                    areas=wanted,
+                    on_progress=lambda done, _total: report.update(before + done),
                     io_timeout=job.request.io_timeout,
                 )
+
+            try:
+                difference = compare(areas, 0) if areas else None
+                if difference is None and sample:
+                    differs = compare(sample, areas.total_bytes)
             except DataPathError as error:
                 raise disk.explain(error) from error
         if difference is not None:
@@ -726,6 +922,9 @@ def _verify(reader_uri: str, target: DiskTarget, job: _Job, candidate: Candidate
         state = "done"
     finally:
         report.finish(state)
+    if sample.total_bytes == rest.total_bytes:
+        return _Verified(WHOLE, None, differs)
+    return _Verified(SAMPLED, round(100 * sample.total_bytes / rest.total_bytes, 3), differs)
 
 
 # Results
@@ -752,17 +951,27 @@ def _entry(
         "bytes_written": written.bytes_written,
         "seconds": measured.get("seconds", 0.0),
         "verified": measured.get("verified"),
+        "verification": written.verification,
+        "sampled_percent": written.sampled_percent,
         "changed_only": measured.get("changed_only", False),
         "reason": reason,
         _CHANGED: measured.get("written_to", True),
     }
 
 
-def _predicted(point: Point, vm: VmRef, targets: List[DiskTarget], request: RestoreRequest) -> List[Dict[str, Any]]:
-    """The disks as they would be written. What changed on them is not known without a snapshot."""
+def _predicted(
+    session: Session, point: Point, vm: VmRef, targets: List[DiskTarget], request: RestoreRequest
+) -> List[Dict[str, Any]]:
+    """The disks as they would be written. What changed on them is not known without a snapshot.
+
+    :raises VsphereError: another restore may be at work on them.
+    """
+    keys, _version = vm_keys.read(session, vm)
+    recorded = {run.run_id.lower() for store in point.repository.vms() for run in store.runs()}
+    check_marks(vm, [target.disk for target in targets], keys, "", recorded.__contains__, request.force)
     if not request.changed_only:
         return [_entry(target, vm, "it would be written") for target in targets]
-    known = known_beforehand(vm, point, _journal_store(point, vm, targets), _pairs(targets))
+    known = known_beforehand(session, vm, point, _journal_store(point, vm, targets), _pairs(targets))
     entries = []
     for target in targets:
         changes = known.get(target.disk.key)
@@ -775,7 +984,7 @@ def _predicted(point: Point, vm: VmRef, targets: List[DiskTarget], request: Rest
     return entries
 
 
-def _result(point: Point, vm: VmRef, restored: List[Dict[str, Any]]) -> Dict[str, Any]:
+def _result(point: Point, vm: VmRef, restored: List[Dict[str, Any]], warnings: List[str]) -> Dict[str, Any]:
     written = [entry for entry in restored if entry.pop(_CHANGED)]
     return {
         "changed": bool(written),
@@ -783,6 +992,7 @@ def _result(point: Point, vm: VmRef, restored: List[Dict[str, Any]]) -> Dict[str
         "vm": {"moid": vm.moid, "name": vm.name, "path": vm.path, "instance_uuid": vm.instance_uuid},
         "half_written": half_written.half_written(point.repository, vm.instance_uuid),
         "restored": restored,
+        "warnings": warnings,
         "diff": {
             "before": {entry["target"]: "its present content" for entry in written},
             "after": {entry["target"]: f"disk {entry['key']} of {point}" for entry in written},

@@ -47,7 +47,7 @@ from ..transport.planner import (
     plan,
     plan_new_machine,
 )
-from ..vsphere import new_machine, placement, tags
+from ..vsphere import new_machine, placement, tags, vm_keys
 from ..vsphere.configuration import restore_config
 from ..vsphere.datastore_files import http_size
 from ..vsphere.disks import Disk, disks_of, split_datastore_path
@@ -511,6 +511,10 @@ class _Restore:
             half_written=[],
             leased=False,
         )
+        # A machine without it is nobody's of ours to remove (proofs 10).
+        self.mark = vm_keys.new_key(point.repository.id)
+        own = vim.option.OptionValue(key=self.mark, value=vm_keys.new_value(run.run_id))
+        planned.machine.spec.extraConfig = [*vm_keys.strip(planned.machine.spec.extraConfig), own]
         self.vm: Optional[VmRef] = None
         self.leased = False
         self.tagged = tags.Restored([], [])
@@ -541,6 +545,8 @@ class _Restore:
         self._unmark(vm)
         self.run.update(self.intent, complete=True)
         try:
+            # Before it is started: from then on it is its owner's.
+            self._release(vm)
             if self.request.power_on:
                 new_machine.power_on(self.session, vm)
         finally:
@@ -562,6 +568,19 @@ class _Restore:
             self._made(vm)
             restored = self._fill(vm, None, plans)
         return vm, restored, self._compare(vm)
+
+    def _release(self, vm: VmRef) -> None:
+        """Take away the mark by which a recovery might remove the machine.
+
+        :raises VsphereError: it is there still. The machine is restored, and was not started.
+        """
+        vm_keys.update(
+            self.session,
+            vm,
+            lambda _keys: {self.mark: ""},
+            what=f"The new virtual machine is there, but its mark ({self.mark}) was not removed",
+            sleep=self.session.sleep,
+        )
 
     def _made(self, vm: VmRef) -> None:
         self.vm = vm
@@ -703,6 +722,10 @@ class _Restore:
         if last and self.request.on_failure == KEEP and not self.leased:
             self._unmark(vm)
             error.remedy = _with(error.remedy, f"{vm} is kept, as on_failure says, and is not whole")
+            try:
+                self._release(vm)
+            except VadpError as left:
+                error.remedy = _with(error.remedy, f"{left.what}: remove that advanced setting")
             self._over()
             return False
         with suppress(VadpError):

@@ -23,7 +23,7 @@ from ..vsphere.inventory import VmRef, find_vm
 from ..vsphere.placement import Placement
 from ..vsphere.session import Session
 from .dest import require_room
-from .in_place import plan_targets, read_back
+from .in_place import WHOLE, plan_targets, read_back
 from .point import Point, PointDisk
 from .request import RestoreRequest
 
@@ -145,6 +145,8 @@ class Import:
                     "bytes_written": size,
                     "seconds": round(seconds, 3),
                     "verified": True if self.request.verify and source.key not in unread else None,
+                    "verification": WHOLE if self.request.verify and source.key not in unread else None,
+                    "sampled_percent": None,
                     "changed_only": False,
                     "reason": "its whole content was written",
                 }

@@ -69,6 +69,7 @@ _STATE_OF_TOOLS = ("toolsVersion", "toolsInstallType", "pendingCustomization", "
 LEFT_SETTINGS: Tuple[Tuple[str, str], ...] = (
     (r"nvram", "the file is named after the new machine"),
     (r"(scsi|sata|nvme|ide)\d+:\d+\..*|ctkEnabled", "it tells of disk files that stay behind, or of their tracking"),
+    (r"openvadp\..*", "what backups noted on the old machine is not true of the new one"),
     (r"uuid\..*|vc\.uuid|viv\.moid|vm\.genid|vm\.genidX", "it is the identity of the machine that was backed up"),
     (r"ethernet\d+\.(generatedAddress.*|address.*)", "the network card itself carries its address"),
     (r"sched\.swap\.(derivedName|dir)|migrate\..*|checkpoint\..*|vmotion\..*", "it names files of the old machine"),

@@ -24,6 +24,9 @@ FILE_FORMATS = (*FORMATS, OVA)
 SAME = "same"
 PROVISIONING = (SAME, "thin", "thick", "eager")
 REMOVE, KEEP = "remove", "keep"
+#: Of the option ``verify``: what was not written is compared too.
+FULL_VERIFY = "full"
+_TRUE, _FALSE = ("true", "yes", "on", "1", "t", "y"), ("false", "no", "off", "0", "f", "n")
 # vCenter's limit.
 _NAME_CHARACTERS = 80
 VM_OPTIONS = ("name", "uuid", "use_instance_uuid", "moid", "folder", "datacenter")
@@ -47,13 +50,26 @@ class DiskChoice:
     provisioning: Optional[str] = None
 
 
+def verify_of(value: Any) -> bool | str:
+    """The option ``verify``: false, true or full, also as the strings that a survey or the command line sends.
+
+    :raises InputError: it is none of them.
+    """
+    text = str(value).strip().lower()
+    if text == FULL_VERIFY:
+        return FULL_VERIFY
+    if text in _TRUE + _FALSE:
+        return text in _TRUE
+    raise InputError("The option verify has no such value", subject=repr(value), remedy="Use false, true or full")
+
+
 @dataclass(frozen=True)
 class RestoreRequest:
     """The options of ``vadp_disk_restore``.
 
     :param vm: the options that name the VM to write to, as :func:`..vsphere.inventory.find_vm` takes them.
     :param rate_limit: bytes a second, for in_place and new_vm.
-    :param force: other runs that are at work on the VM are taken for over.
+    :param force: other runs that are at work on the VM are taken for over, and marks of restores count for nothing.
     :param safety_run_id: nothing is overwritten unless this run has made a point of the VM, for in_place.
     :param cluster: this and what follows is of the new machine, for new_vm.
     """
@@ -70,7 +86,7 @@ class RestoreRequest:
     changed_only: bool = False
     force: bool = False
     safety_run_id: Optional[str] = None
-    verify: bool = True
+    verify: bool | str = True
     progress_file: Optional[str] = None
     connection: Optional[Connection] = None
     vm: Mapping[str, Any] = field(default_factory=dict)
@@ -105,13 +121,14 @@ class RestoreRequest:
     @classmethod
     def from_params(cls, params: Dict[str, Any], rate_limit: Optional[int]) -> RestoreRequest:
         """From ``module.params``. :raises InputError: an option makes no sense."""
-        names = set(cls.__dataclass_fields__) - {"connection", "vm", "disks", "rate_limit", "networks"}
+        names = set(cls.__dataclass_fields__) - {"connection", "vm", "disks", "rate_limit", "networks", "verify"}
         request = cls(
             connection=Connection.from_params(params) if params["target"] in (IN_PLACE, NEW_VM) else None,
             vm={name: params[name] for name in VM_OPTIONS},
             disks=[DiskChoice(**choice) for choice in params["disks"] or []],
             rate_limit=rate_limit,
             networks={str(name): str(other) for name, other in (params["networks"] or {}).items()},
+            verify=verify_of(params["verify"]),
             **{name: params[name] for name in names},
         )
         request.check()
@@ -140,6 +157,8 @@ class RestoreRequest:
                 raise InputError("The option safety_run_id is for target=in_place")
         if self.changed_only and self.target != IN_PLACE:
             raise InputError("The option changed_only is for target=in_place")
+        if self.force and self.target == FILE:
+            raise InputError("The option force is for target=in_place and target=new_vm")
         if self.target != NEW_VM:
             self._check_not_new()
         if self.target == FILE:

@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""Changed block tracking of a virtual machine: on, off, and started anew (VADP facts 7 and 8)."""
+"""Changed block tracking of a virtual machine: on, off, and started anew (VADP facts 7 and 8).
+
+A restore in place leaves a mark in the virtual machine (proofs 11). One that says ``writing`` belongs to a restore that
+is at work, or was cut: tracking is not started then, unless that is forced. One that says ``done`` waits for a reset.
+"""
 
 from __future__ import annotations
 
 import json
 import uuid
 from dataclasses import dataclass, replace
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Mapping, Optional
 
-from ..errors import VsphereError
+from ..errors import PrivilegeError, VsphereError
 from ..libraries import vim
+from . import vm_keys
 from .disks import Disk, disks_of
 from .inventory import VmRef
 from .session import Session
@@ -242,13 +247,20 @@ def ensure(
     timeout: float,
     check_mode: bool,
     description: Optional[str] = None,
+    force: bool = False,
 ) -> Dict[str, Any]:
     """All of module ``vm_change_tracking`` but its options. Check mode makes no changing call.
 
     :param description: as of :func:`apply`.
+    :param force: with ``reset``: a restore that was cut has left its mark, and nothing writes to the disks any more.
     """
-    before = state(session, vm)
+    values = session.read(vm.obj, *TRACKING_PATHS, *vm_keys.PATHS)
+    before = state_of(values)
+    keys, _version = vm_keys.of_values(values)
+    marks = keys.marks_of(before.disks)
     steps = plan(vm, before, wanted, activate)
+    if keys.readable and not force:
+        _check_not_written(vm, before, marks, steps)
     if check_mode:
         after = _predict(before, steps)
     else:
@@ -258,9 +270,12 @@ def ensure(
         "change_tracking": after.to_dict(),
         "diff": {"before": _words(before), "after": _words(after)},
     }
+    warnings = []
     if wanted == "reset":
         result["diff"]["after"] += "change ids start anew: the next backup of each disk is a full one\n"
-    warnings = []
+        if not check_mode and (marks or not keys.readable):
+            marks, warnings = _settle(session, vm, before, after, force)
+    result["change_tracking"]["marks"] = _told(after.disks, marks)
     if wanted == "enabled" and after.snapshots:
         listed = ", ".join(f"'{item.name}' ({item.moid})" for item in after.snapshots)
         warnings.append(
@@ -274,6 +289,88 @@ def ensure(
     if warnings:
         result["warnings"] = warnings
     return result
+
+
+# The marks of restores (proofs 11)
+
+
+def _told(disks: List[Disk], marks: Mapping[int, vm_keys.Mark]) -> List[Dict[str, Any]]:
+    return [
+        {"key": disk.key, "label": disk.label, "state": marks[disk.key].state, "run_id": marks[disk.key].run_id or None}
+        for disk in disks
+        if disk.key in marks
+    ]
+
+
+def _check_not_written(vm: VmRef, before: Tracking, marks: Mapping[int, vm_keys.Mark], steps: List[str]) -> None:
+    """Tracking that starts in the middle of a restore takes what is written afterwards for the point's.
+
+    While the machine runs, nothing but itself can write to its disks: a restore that left its mark was cut.
+    """
+    held = [disk for disk in before.disks if disk.key in marks and marks[disk.key].state != vm_keys.DONE]
+    if held and "enable" in steps and before.power_state == "poweredOff":
+        runs = sorted({marks[disk.key].run_id for disk in held} - {""})
+        raise VsphereError(
+            "Change tracking can't start while a restore may be at work",
+            subject=str(vm),
+            reason=f"a restore{' (run ' + ', '.join(runs) + ')' if runs else ''} is writing to"
+            f" {', '.join(repr(disk.label) for disk in held)}, or was cut",
+            remedy="Wait for it, or run that restore again. If nothing writes to the disks any more and their content"
+            " is as you want it, use state=reset with force=true",
+            details={"marks": _told(before.disks, marks)},
+        )
+
+
+def _settle(session: Session, vm: VmRef, before: Tracking, after: Tracking, force: bool) -> Any:
+    """Take away the marks that a reset makes void. -> (marks that stay, warnings)"""
+    ids = {disk.key: disk.change_id for disk in before.disks}
+    named: Dict[str, List[Disk]] = {}
+    for disk in after.disks:
+        named.setdefault(vm_keys.mark_name(disk), []).append(disk)
+    left: Dict[int, vm_keys.Mark] = {}
+
+    def is_void(mark: vm_keys.Mark, disks: List[Disk]) -> bool:
+        """Two disks of one UUID have one mark: it goes when both are reset."""
+        for disk in disks:
+            was, new = vm_keys.first_part(ids.get(disk.key)), vm_keys.first_part(disk.change_id)
+            if new is None or new in (was, mark.first_part):
+                return False
+        foreign = not any(mark.in_force(ids.get(disk.key)) for disk in disks)
+        return force or mark.state == vm_keys.DONE or foreign
+
+    def decide(keys: vm_keys.VmKeys) -> Dict[str, str]:
+        changes: Dict[str, str] = {}
+        left.clear()
+        for name, disks in named.items():
+            mark = keys.mark(name)
+            if mark is None:
+                continue
+            if keys.readable and is_void(mark, disks):
+                changes[vm_keys.mark_key(name)] = ""
+                continue
+            if force and mark.state == vm_keys.WRITING:
+                change_id = ids.get(disks[0].key)
+                value = vm_keys.mark_value(keys.vm_instance_uuid, mark.run_id, vm_keys.DONE, change_id)
+                changes[vm_keys.mark_key(name)] = value
+                mark = replace(mark, state=vm_keys.DONE)
+            left.update((disk.key, mark) for disk in disks)
+        return changes
+
+    what = "Change tracking was reset, but the marks of restores were not removed"
+    try:
+        vm_keys.update(session, vm, decide, what=what, sleep=session.sleep)
+    except PrivilegeError as error:
+        if force:
+            raise
+        return left, [str(error)]
+    warnings = []
+    if left:
+        labels = ", ".join(f"'{disk.label}'" for disk in after.disks if disk.key in left)
+        why = "no change id proves that their tracking began anew, so the next backup reads them in full"
+        if any(mark.state != vm_keys.DONE for mark in left.values()):
+            why = "a restore into them was cut: run it again, or use force=true if their content is as you want it"
+        warnings.append(f"The marks on disks {labels} of {vm} stay: {why}.")
+    return left, warnings
 
 
 def _predict(before: Tracking, steps: List[str]) -> Tracking:

@@ -21,6 +21,7 @@ from .disks import disks_of
 from .inventory import VmRef, readable
 from .session import Session, filter_spec
 from .snapshots import Snapshot, utc_text
+from .vm_keys import strip
 
 FORMAT = 1
 
@@ -178,14 +179,17 @@ def _custom_attributes(facts: Dict[str, Any]) -> Dict[str, str]:
 
 
 def restore_config(saved: Dict[str, Any]) -> Any:
-    """The ``vim.vm.ConfigInfo`` of what :func:`save` returned."""
+    """The ``vim.vm.ConfigInfo`` of what :func:`save` returned, without the keys that are ours."""
     if saved.get("format") != FORMAT:
         raise InputError(
             "The saved configuration can't be read",
             reason=f"it has format {saved.get('format')}, and this version reads {FORMAT}",
             remedy="Use the version of openvadp.backup that wrote it, or a newer one",
         )
-    return from_json(saved["config"])
+    config = from_json(saved["config"])
+    # What was true of that machine is not true of one that is made after it (proofs 20).
+    config.extraConfig = strip(config.extraConfig)
+    return config
 
 
 def _surroundings(session: Session, facts: Dict[str, Any]) -> Dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Dict, Iterable, List, Tuple
 
 # Tasks
 BACKUP = "backup"
+KEYS = "keys"
 VDDK = "vddk"
 ACCESS = "access"
 HOTADD = "hotadd"
@@ -25,6 +26,7 @@ LAN = "backup_lan"
 
 TASKS: Dict[str, str] = {
     BACKUP: "snapshots and change tracking: every backup",
+    KEYS: "noting in a virtual machine which point it stands on; a backup works without, and can prove less",
     VDDK: "reading through VDDK: san, hotadd, nbdssl, nbd",
     ACCESS: "the access calls of VDDK (vadp_access)",
     HOTADD: "attaching disks to the proxy VM: hotadd",
@@ -69,9 +71,22 @@ class Privilege:
 
 
 PRIVILEGES: Tuple[Privilege, ...] = (
-    Privilege("VirtualMachine.State.CreateSnapshot", VM, (BACKUP,), "make the snapshot that is read"),
-    Privilege("VirtualMachine.State.RemoveSnapshot", VM, (BACKUP,), "remove it, and consolidate"),
-    Privilege("VirtualMachine.Config.ChangeTracking", VM, (BACKUP,), "switch changed block tracking on, query it"),
+    Privilege(
+        "VirtualMachine.State.CreateSnapshot", VM, (BACKUP, RESTORE), "make the snapshot that is read; stun cycles"
+    ),
+    Privilege("VirtualMachine.State.RemoveSnapshot", VM, (BACKUP, RESTORE), "remove it, and consolidate"),
+    Privilege(
+        "VirtualMachine.Config.ChangeTracking",
+        VM,
+        (BACKUP, RESTORE),
+        "switch changed block tracking on, query it; start it anew after a restore",
+    ),
+    Privilege(
+        "VirtualMachine.Config.AdvancedConfig",
+        VM,
+        (KEYS, RESTORE),
+        "note the newest point of each disk; mark disks that a restore writes",
+    ),
     Privilege("VirtualMachine.Provisioning.DiskRandomRead", VM, (VDDK, RESTORE), "read the disks"),
     Privilege("VirtualMachine.Provisioning.GetVmFiles", VM, (BACKUP, VDDK, HTTPS), "read the machine's files"),
     Privilege("VirtualMachine.Provisioning.DiskRandomAccess", VM, (RESTORE,), "write the disks"),
@@ -103,6 +118,7 @@ PRIVILEGES: Tuple[Privilege, ...] = (
         (HOTADD, NEW_VM),
         "change settings, the boot order of a new machine too",
     ),
+    Privilege("VirtualMachine.Config.AdvancedConfig", PROXY, (HOTADD,), "change the proxy's advanced settings"),
     Privilege("VirtualMachine.Config.Resource", PROXY, (HOTADD,), "change the proxy's resources"),
     Privilege(
         "VirtualMachine.Config.AddRemoveDevice", PROXY, (HOTADD, NEW_VM), "add a controller; a new machine's devices"
@@ -130,8 +146,20 @@ PRIVILEGES: Tuple[Privilege, ...] = (
 
 # The roles that the docs offer: for backups alone, and for restores too.
 ROLES: Dict[str, Tuple[str, ...]] = {
-    "openvadp-backup": (BACKUP, VDDK, ACCESS, HOTADD, HTTPS, ENCRYPTED, ENCRYPTED_HOTADD),
-    "openvadp-restore": (BACKUP, VDDK, ACCESS, HOTADD, HTTPS, ENCRYPTED, ENCRYPTED_HOTADD, RESTORE, NEW_VM, TAGS),
+    "openvadp-backup": (BACKUP, KEYS, VDDK, ACCESS, HOTADD, HTTPS, ENCRYPTED, ENCRYPTED_HOTADD),
+    "openvadp-restore": (
+        BACKUP,
+        KEYS,
+        VDDK,
+        ACCESS,
+        HOTADD,
+        HTTPS,
+        ENCRYPTED,
+        ENCRYPTED_HOTADD,
+        RESTORE,
+        NEW_VM,
+        TAGS,
+    ),
 }
 
 

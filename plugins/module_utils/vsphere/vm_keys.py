@@ -136,6 +136,15 @@ def identified(disks: Iterable[Any]) -> Dict[int, str]:
     return {key: uuid for key, uuid in found if often[uuid] == 1}
 
 
+def mark_name(disk: Any) -> str:
+    """What the mark on a disk is named after: its UUID; where it has none its device key, as long as it stays there.
+
+    Two disks of one UUID have one mark, which is about both.
+    """
+    uuid = (disk.uuid or "").lower()
+    return uuid if _NAME.fullmatch(uuid) and len(uuid) <= 64 else f"key-{disk.key}"
+
+
 # Reading
 
 
@@ -204,15 +213,16 @@ class VmKeys:
         value = self.raw.get(key, "")
         return _mark_of(value, self.vm_instance_uuid) if value else None
 
-    def marks(self) -> Dict[str, Mark]:
-        """Disk UUID in lower case -> its mark, of all disks that have one, whether the machine has these or not."""
+    def marks_of(self, disks: Iterable[Any]) -> Dict[int, Mark]:
+        """Device key -> the mark on that disk, where it has one that is in force.
+
+        :param disks: objects with ``key``, ``uuid`` and the present ``change_id``.
+        """
         found = {}
-        for key in self.raw:
-            uuid = key[len(_MARK) :]
-            if key.startswith(_MARK) and _NAME.fullmatch(uuid):
-                mark = self.mark(uuid)
-                if mark is not None:
-                    found[uuid] = mark
+        for disk in disks:
+            mark = self.mark(mark_name(disk))
+            if mark is not None and mark.in_force(disk.change_id):
+                found[disk.key] = mark
         return found
 
     def content_id(self, repository_id: str, disk_uuid: str) -> Optional[str]:

@@ -71,8 +71,8 @@ def test_the_roles_hold_what_their_tasks_need(name: str) -> None:
 
 
 def test_the_table_of_privileges_is_sound() -> None:
-    names = [one.name for one in privileges.PRIVILEGES]
-    assert len(names) == len(set(names))
+    places = [(one.name, one.on) for one in privileges.PRIVILEGES]
+    assert len(places) == len(set(places))
     used = {task for one in privileges.PRIVILEGES for task in one.tasks}
     assert used == set(privileges.TASKS)
     assert {task for tasks in privileges.OF_TRANSPORT.values() for task in tasks} <= used

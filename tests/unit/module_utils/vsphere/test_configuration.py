@@ -140,6 +140,16 @@ def test_unknown_type_and_format_say_what_to_do():
         configuration.restore_config({"format": 9})
 
 
+def test_our_keys_are_not_restored():
+    options = [
+        vim.option.OptionValue(key=key, value="1")
+        for key in ("nvram", "openvadp.mark.a", "OpenVADP.id.b.c", "guestinfo.openvadp.x")
+    ]
+    saved = {"format": 1, "config": configuration.to_json(vim.vm.ConfigInfo(extraConfig=options))}
+    restored = configuration.restore_config(saved)
+    assert [option.key for option in restored.extraConfig] == ["nvram", "guestinfo.openvadp.x"]
+
+
 def test_save_names_what_surrounds_the_machine(session, stub, vm, make):
     host = vim.HostSystem("host-1", stub)
     cluster = stub.add(vim.ClusterComputeResource("domain-c1", stub), name="cluster1")

@@ -11,7 +11,7 @@ from ansible_collections.openvadp.backup.plugins.module_utils.errors import (
     TaskError,
     VsphereError,
 )
-from ansible_collections.openvadp.backup.plugins.module_utils.vsphere import change_tracking, snapshots
+from ansible_collections.openvadp.backup.plugins.module_utils.vsphere import change_tracking, snapshots, vm_keys
 from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.snapshot_state import Wanted, ensure
 from pyVmomi import vim, vmodl
 
@@ -42,6 +42,7 @@ class Machine:
         self.ignores_quiesce = False
         self.task_number = 0
         self.recent = []
+        self.settings, self.version = {"nvram": "app01.nvram"}, 1
         stub.add(self.obj, refresh=self.refresh)
         stub.methods["RefreshStorageInfo"] = None
         for name in CHANGING - {"RefreshStorageInfo"}:
@@ -62,6 +63,11 @@ class Machine:
                 "runtime.consolidationNeeded": self.consolidation_needed,
                 "guest.toolsRunningStatus": self.tools,
                 "config.template": False,
+                "config.extraConfig": [
+                    vim.option.OptionValue(key=key, value=value) for key, value in self.settings.items()
+                ],
+                "config.changeVersion": str(self.version),
+                "config.instanceUuid": "5000-instance",
                 "config.hardware.device": self.devices,
                 "config.changeTrackingEnabled": self.tracking,
                 "capability.changeTrackingSupported": self.supported,
@@ -138,6 +144,12 @@ class Machine:
 
     def ReconfigVM_Task(self, _vm, spec):
         def action():
+            self.version += 1
+            for option in spec.extraConfig:
+                self.settings[option.key] = option.value
+            self.settings = {key: value for key, value in self.settings.items() if value}
+            if spec.changeTrackingEnabled is None:
+                return
             self.tracking = spec.changeTrackingEnabled
             if self.power == "poweredOff":
                 self.active, self.generation = self.tracking, self.generation + self.tracking
@@ -428,3 +440,83 @@ def test_a_temporary_snapshot_left_by_a_crash_goes(session, vm, machine, make, s
     machine.tracking = machine.active = True
     machine.nodes = [make.tree_node(stub, "snapshot-9", "tmp", change_tracking.stun_description())]
     assert tracking(session, vm)["changed"] and machine.nodes == []
+
+
+# Change tracking, and the marks of restores
+
+
+def marked(machine, state, change_id="52 9/1", vm_uuid="5000-instance"):
+    """The mark on the machine's disk."""
+    key = vm_keys.mark_key(machine.devices[1].backing.uuid)
+    machine.settings[key] = vm_keys.mark_value(vm_uuid, "run1", state, change_id)
+    return key
+
+
+def test_tracking_does_not_start_while_a_restore_may_write(session, vm, machine):
+    machine.power = "poweredOff"
+    key = marked(machine, vm_keys.WRITING)
+    for state in ("enabled", "reset"):
+        with pytest.raises(VsphereError, match="a restore .run run1. is writing to 'Hard disk 1', or was cut"):
+            tracking(session, vm, state)
+    assert not machine.changing_calls() and machine.settings[key].split(":")[3] == "writing"
+    # What nobody can read may be that too.
+    machine.settings[key] = "2:something"
+    with pytest.raises(VsphereError, match="may be at work"):
+        tracking(session, vm)
+    # Off is never in the way, and a clone's tracking is its own.
+    marked(machine, vm_keys.WRITING, vm_uuid="6000-other")
+    machine.tracking = machine.active = True
+    assert tracking(session, vm, "disabled")["changed"]
+
+
+def test_a_reset_takes_away_what_waits_for_it_and_force_the_rest(session, vm, machine):
+    key = marked(machine, vm_keys.DONE)
+    result = tracking(session, vm, "reset")
+    assert key not in machine.settings and result["change_tracking"]["marks"] == []
+    # A running machine has its disks for itself: the restore was cut. Only force says that its content is wanted.
+    marked(machine, vm_keys.WRITING)
+    result = tracking(session, vm, "reset")
+    assert result["change_tracking"]["marks"] == [
+        {"key": 2000, "label": "Hard disk 1", "state": "writing", "run_id": "run1"}
+    ]
+    assert "was cut" in result["warnings"][0] and key in machine.settings
+    assert "warnings" not in change_tracking.ensure(session, vm, "reset", True, 600, False, force=True)
+    assert key not in machine.settings
+    machine.settings[key] = "2:something"
+    assert tracking(session, vm, "reset")["warnings"] and key in machine.settings
+    change_tracking.ensure(session, vm, "reset", True, 600, False, force=True)
+    assert key not in machine.settings
+
+
+def test_without_a_change_id_nothing_proves_a_reset(session, vm, machine, stub):
+    machine.power = "poweredOff"
+    real = stub.methods["ReconfigVM_Task"]
+
+    def without_ids(obj, spec):
+        task = real(obj, spec)
+        machine.active = False
+        return task
+
+    stub.methods["ReconfigVM_Task"] = without_ids
+    stub.methods["CreateSnapshot_Task"] = _keeps_inactive(machine, stub.methods["CreateSnapshot_Task"])
+    key = marked(machine, vm_keys.WRITING)
+    result = change_tracking.ensure(session, vm, "reset", True, 600, False, force=True)
+    assert machine.settings[key].split(":")[3] == "done"
+    assert result["change_tracking"]["marks"][0]["state"] == "done" and "no change id proves" in result["warnings"][0]
+    assert tracking(session, vm, "reset")["warnings"] and machine.settings[key].split(":")[3] == "done"
+
+
+def _keeps_inactive(machine, real):
+    def create(*args):
+        task = real(*args)
+        machine.active = False
+        return task
+
+    return create
+
+
+def test_check_mode_touches_no_mark(session, vm, machine):
+    key = marked(machine, vm_keys.DONE)
+    result = tracking(session, vm, "reset", check_mode=True)
+    assert key in machine.settings and result["change_tracking"]["marks"][0]["state"] == "done"
+    assert not machine.changing_calls()

@@ -75,9 +75,17 @@ def test_a_mark_is_read_as_it_was_written():
     assert (mark.state, mark.run_id, mark.first_part, mark.foreign) == (WRITING, RUN, PART, False)
     assert keys().mark(DISK) is None
     assert keys((mark_key(DISK), "")).mark(DISK) is None
-    assert keys((mark_key(DISK), mark_value(VM, RUN, DONE, None))).marks() == {
-        DISK.lower(): vm_keys.Mark(DONE, RUN, None, VM)
-    }
+
+
+def test_marks_are_found_for_the_disks_that_a_machine_has():
+    disks = [SimpleNamespace(key=2000 + at, uuid=uuid, change_id=None) for at, uuid in enumerate((DISK, None, DISK))]
+    read = keys(
+        (mark_key(DISK), mark_value(VM, RUN, DONE, None)),
+        (mark_key("key-2001"), mark_value(VM, RUN, WRITING, None)),
+        (mark_key(OTHER), mark_value(VM, RUN, WRITING, None)),
+    )
+    done = vm_keys.Mark(DONE, RUN, None, VM)
+    assert read.marks_of(disks) == {2000: done, 2001: vm_keys.Mark(WRITING, RUN, None, VM), 2002: done}
 
 
 @pytest.mark.parametrize(
