@@ -16,7 +16,7 @@ help:
 	@echo "make test       set up, then sanity, lint, unit and end-to-end tests"
 	@echo "make sanity|lint|unit|e2e|soak-short   one of them (after make setup)"
 	@echo "make soak       the same sequences, kills and flipped bits as in make test, by the hundred: SOAK_MINUTES=60 SOAK_KILLS=1000;"
-	@echo "                and the end-to-end tests that take long"
+	@echo "                repositories in which any file is anything: SOAK_FUZZ=5000; and the end-to-end tests that take long"
 	@echo "make bench      the figures of docs/benchmarks.md, or some: make bench BENCH=name,name (build/bench.json)"
 	@echo "make simulator  a vCenter to play with, until Ctrl-C (state in build/simulator)"
 	@echo "make build      the collection as an archive for ansible-galaxy, in build/"
@@ -59,7 +59,8 @@ soak-short:
 soak:
 	@tests/setup.sh soak
 	SOAK_DEBIAN13=1 SOAK_MINUTES=$${SOAK_MINUTES:-15} SOAK_KILLS=$${SOAK_KILLS:-300} SOAK_CHILD_KILLS=$${SOAK_CHILD_KILLS:-60} \
-	    SOAK_PLAYBOOK_KILLS=$${SOAK_PLAYBOOK_KILLS:-10} SOAK_FLIPS=$${SOAK_FLIPS:-500} SOAK_RECORDS=$${SOAK_RECORDS:-2000} \
+	    SOAK_PLAYBOOK_KILLS=$${SOAK_PLAYBOOK_KILLS:-10} SOAK_FLIPS=$${SOAK_FLIPS:-500} SOAK_FUZZ=$${SOAK_FUZZ:-5000} \
+	    SOAK_RECORDS=$${SOAK_RECORDS:-2000} \
 	    SOAK_FILES=$${SOAK_FILES:-10000} SOAK_FILE_SYSTEMS=$${SOAK_FILE_SYSTEMS:-20} \
 	    SOAK_SEED=$${SOAK_SEED:-$$(date +%s)} $(PYTHON) -m pytest -q --timeout 0 tests/soak tests/unit/module_utils/restore/files
 	$(PYTHON) -m pytest -q -n 2 --dist loadfile -m soak tests/e2e

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""Text for people on the controller's screen, as it is: no quotes, no escapes."""
+"""Text for people on the controller's screen: no quotes; escapes only for what would not stay in its line."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any, Dict, Optional
 from ansible import constants as C
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
+
+from ..module_utils.shown import shown
 
 display = Display()
 
@@ -28,6 +30,6 @@ class ActionModule(ActionBase):
         callback = str(C.DEFAULT_STDOUT_CALLBACK)  # type: ignore[attr-defined]
         machine_readable = callback.rsplit(".", 1)[-1] in ("json", "jsonl")
         for line in arguments["lines"]:
-            display.display(line, stderr=machine_readable)
+            display.display(shown(line), stderr=machine_readable)
         result["changed"] = False
         return result

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from typing import Any, Callable, Dict, List, Mapping, Sequence, Tuple
 
+from ..module_utils.shown import shown as printable
 from ..plugin_utils.tables import NONE, fold, format_bytes, render, require_results
 
 DOCUMENTATION = r"""
@@ -75,7 +76,7 @@ def file_table(results: Sequence[Mapping[str, Any]], most: int = 40, width: int 
                     str(file.get("state") or NONE),
                 ]
             )
-        below += [json.dumps(one, ensure_ascii=False) for one in others[:most]]
+        below += [printable(json.dumps(one, ensure_ascii=False)) for one in others[:most]]
         more = sum(max(0, len(shown) - most) for shown in (files, others))
         if more:
             below.append(f"and {more} more")

@@ -4,13 +4,17 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, Callable, Dict, List, Sequence
 
 from ansible.module_utils.basic import AnsibleModule, env_fallback, missing_required_lib
 
-from .errors import VadpError
+from .datapath.processes import no_core_files
+from .errors import InputError, VadpError
+from .exhausted import told_as_errors
 from .lease import Ended, ends_in_order
 from .libraries import first_missing
+from .shown import LINES, shown, shown_deep
 
 
 class Options:
@@ -138,6 +142,38 @@ def progress_options() -> Options:
     return Options(dict(progress_file=dict(type="path"), lease=dict(type="dict", options=lease)))
 
 
+def _check_texts(params: Dict[str, Any]) -> None:
+    """:raises InputError: an option is no UTF-8: such a path can stand neither in results nor in records."""
+    for name, value in params.items():
+        for text in _texts(value):
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError:
+                raise InputError(
+                    f"The option {name} is no UTF-8",
+                    subject=shown(text),
+                    reason="it holds bytes that are no characters",
+                    remedy="Rename what it names, or reach it by another path (a bind mount)",
+                ) from None
+
+
+def _texts(value: Any) -> List[str]:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    return [text for item in value for text in _texts(item)] if isinstance(value, (list, tuple)) else []
+
+
+class _Module(AnsibleModule):
+    """An AnsibleModule that gets as far as :func:`_check_texts`."""
+
+    def _log_invocation(self) -> None:
+        # What is no UTF-8 can't be written to the system's log: Ansible fails with a traceback.
+        with suppress(UnicodeEncodeError):
+            super()._log_invocation()
+
+
 def run_module(
     options: Options, body: Callable[[AnsibleModule], Dict[str, Any]], libraries: Sequence[str] = ()
 ) -> None:
@@ -145,23 +181,28 @@ def run_module(
 
     :param body: takes the module, returns the result (``changed`` included; ``warnings`` are given out, ``diff`` is
         passed on in diff mode only); a :class:`VadpError` becomes ``fail_json``
-        with the message and an ``error`` dictionary, anything else keeps its traceback. SIGTERM, and the loss of the
+        with the message and an ``error`` dictionary, anything else keeps its traceback. Texts are as
+        :func:`.shown.shown` has them: they end on screens and in logs. SIGTERM, and the loss of the
         option ``lease``, end it in order.
     :param libraries: import names (see ``libraries``) without which the module can't do its work.
     """
-    module = AnsibleModule(argument_spec=options.argument_spec, supports_check_mode=True, **options.rules)
+    module = _Module(argument_spec=options.argument_spec, supports_check_mode=True, **options.rules)
+    # What is censored is censored as it is shown, too.
+    module.no_log_values.update([shown(str(value), LINES) for value in module.no_log_values])
     name, what, trace = first_missing(*libraries)
     if name:
         module.fail_json(msg=missing_required_lib(what), exception=trace)
+    no_core_files()
     try:
-        with ends_in_order(module.params.get("lease")):
+        _check_texts(module.params)
+        with told_as_errors(), ends_in_order(module.params.get("lease")):
             result = body(module)
     except VadpError as error:
-        module.fail_json(msg=str(error), error=error.to_result())
+        module.fail_json(msg=shown(str(error), LINES), error=shown_deep(error.to_result()))
     except Ended as end:
         module.fail_json(msg=f"The module was ended before its work was done: {end}. Run it again.")
     for warning in result.pop("warnings", ()):
-        module.warn(warning)
+        module.warn(shown(str(warning)))
     if not module._diff:
         result.pop("diff", None)
-    module.exit_json(**result)
+    module.exit_json(**shown_deep(result))

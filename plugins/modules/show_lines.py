@@ -9,7 +9,8 @@ short_description: Print lines on the controller's screen
 version_added: 0.1.0
 author: openvadp maintainers (@openvadp)
 description:
-  - Prints text for people as it is, without the quotes and escapes of M(ansible.builtin.debug).
+  - Prints text for people as it is, without the quotes and escapes of M(ansible.builtin.debug). Only control and
+    bidirectional characters stand as escapes, so that a name can't move the cursor.
   - It runs on the controller and needs no connection.
 options:
   lines:

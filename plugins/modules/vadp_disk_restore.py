@@ -126,8 +126,8 @@ options:
       - The files are named C(<name of the virtual machine>-<label of the disk>-<device key>.<extension>), such as
         C(app01-hard-disk-1-2000.raw); with O(format=ova) there is one, C(<name of the virtual machine>.ova).
         RV(restored) returns their paths.
-      - An image appears there when it is complete. Until then it is beside, with C(.part-) in its name. What a crashed
-        restore left in the folder is removed.
+      - An image appears there when it is complete, with mode 0600. Until then it is in a hidden folder there,
+        C(.openvadp-restore-*), that only this user can enter. What a crashed restore left in the folder is removed.
     type: path
   format:
     description:

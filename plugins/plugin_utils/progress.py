@@ -37,6 +37,7 @@ from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 
 from ..module_utils.lease import identity
+from ..module_utils.shown import shown
 
 display = Display()
 
@@ -315,7 +316,7 @@ class ProgressAction(ActionBase):
             except (AnsibleConnectionFailure, LostJob) as error:
                 if time.monotonic() - reached > LOST_SECONDS:
                     raise
-                display.vvv(f"The job on the proxy was not reached, trying again: {error}")
+                display.vvv(shown(f"The job on the proxy was not reached, trying again: {error}"))
                 self._reset_connection()
                 continue
             reached = time.monotonic()
@@ -398,7 +399,7 @@ class ProgressAction(ActionBase):
         try:
             return self._shell_words(command)
         except AnsibleConnectionFailure as error:
-            display.vvv(f"The proxy was not reached for cleaning up: {error}")
+            display.vvv(shown(f"The proxy was not reached for cleaning up: {error}"))
             return ""
 
     def _reset_connection(self) -> None:
@@ -407,7 +408,7 @@ class ProgressAction(ActionBase):
             try:
                 reset()
             except AnsibleConnectionFailure as error:
-                display.vvv(f"The connection was not reset: {error}")
+                display.vvv(shown(f"The connection was not reset: {error}"))
 
 
 #: Ends the list of a job's processes.
@@ -498,7 +499,7 @@ def _check_parent() -> None:
 def _print(line: str) -> None:
     # A callback that prints JSON owns stdout; the lines go beside it then.
     callback = str(C.DEFAULT_STDOUT_CALLBACK)  # type: ignore[attr-defined]
-    display.display(line, stderr=callback.rsplit(".", 1)[-1] in ("json", "jsonl"))
+    display.display(shown(line), stderr=callback.rsplit(".", 1)[-1] in ("json", "jsonl"))
 
 
 __all__: List[str] = [

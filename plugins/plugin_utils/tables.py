@@ -9,6 +9,8 @@ from typing import Any, Collection, List, Mapping, Optional, Sequence
 
 from ansible.errors import AnsibleFilterError
 
+from ..module_utils.shown import shown
+
 Row = List[str]
 NONE = "-"
 _LEAST_WIDTH = 40
@@ -46,7 +48,9 @@ def disk_name(disk: Mapping[str, Any]) -> str:
 
 def fold(text: str, width: int, first: str = "", others: str = "  ") -> List[str]:
     """A text as lines of at most *width* columns."""
-    return textwrap.wrap(text, max(width, _LEAST_WIDTH), initial_indent=first, subsequent_indent=others)
+    return textwrap.wrap(
+        shown(" ".join(text.split())), max(width, _LEAST_WIDTH), initial_indent=first, subsequent_indent=others
+    )
 
 
 class Notes:
@@ -74,7 +78,7 @@ class Notes:
 
 def render(headings: Sequence[str], right: Collection[str], rows: Sequence[Row]) -> List[str]:
     """The lines of a table. :param right: the headings whose columns are aligned to the right."""
-    table = [list(headings)] + list(rows)
+    table = [list(headings)] + [[shown(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in table) for column in range(len(headings))]
 
     def line(row: Row) -> str:
@@ -84,4 +88,4 @@ def render(headings: Sequence[str], right: Collection[str], rows: Sequence[Row])
         ]
         return "  ".join(cells).rstrip()
 
-    return [line(table[0]), "  ".join("-" * size for size in widths)] + [line(row) for row in rows]
+    return [line(table[0]), "  ".join("-" * size for size in widths)] + [line(row) for row in table[1:]]

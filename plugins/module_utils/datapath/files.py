@@ -46,6 +46,8 @@ _KINDS = (
     (stat.S_ISBLK, "a device"),
 )
 _REMEDY = "Find out who put it there, and bring back the file from a copy"
+#: What to do about what everybody may write.
+CLOSE = "Look at what it holds, then take that right away: chmod o-w, or file_mode and dir_mode of the mount (CIFS)"
 _NUMBER_DIGITS = 20
 
 
@@ -103,9 +105,12 @@ def _read_all(stream: BinaryIO, limit: int) -> bytes:
 
 
 def _require_regular(status: os.stat_result, path: str, what: str) -> None:
-    reason = kind_problem(status) or writers_problem(status)
+    reason = kind_problem(status)
     if reason is not None:
         raise DamagedError(what, subject=path, reason=reason, remedy=_REMEDY)
+    reason = writers_problem(status)
+    if reason is not None:
+        raise DamagedError(what, subject=path, reason=reason, remedy=CLOSE)
 
 
 def kind_problem(status: os.stat_result) -> Optional[str]:
@@ -184,6 +189,29 @@ class Folder:
         except FileNotFoundError:
             return None
 
+    @property
+    def proc_path(self) -> str:
+        """A path of the folder for this process, whatever happens to its name."""
+        return f"/proc/self/fd/{self.descriptor}"
+
+    def open(self, name: str) -> Optional[int]:
+        """A descriptor to read an ordinary file from, None if there is none.
+
+        :raises DamagedError: it is something else. Anybody may write it: it is no file of a repository.
+        """
+        path = os.path.join(self.path, name)
+        status = self.status(name)
+        problem = None if status is None else kind_problem(status)
+        if status is None:
+            return None
+        if problem is None:
+            descriptor = os.open(name, _READ, dir_fd=self.descriptor)
+            problem = kind_problem(os.fstat(descriptor))
+            if problem is None:
+                return descriptor
+            os.close(descriptor)
+        raise DamagedError("A file can't be used", subject=path, reason=problem)
+
     def unlink(self, name: str) -> None:
         """Remove a file; one that is gone is no error."""
         with contextlib.suppress(FileNotFoundError):
@@ -211,7 +239,7 @@ class Stage:
         while True:
             name = f"{stem}{secrets.token_hex(8)}"
             os.mkdir(name, 0o700, dir_fd=self.folder.descriptor)
-            descriptor = _own_folder(self.folder, name)
+            descriptor = own_folder(self.folder.descriptor, name)
             if descriptor is not None:
                 return name, descriptor
             # Somebody took it away, or put another in its place, within this moment: again.
@@ -247,13 +275,13 @@ class Stage:
         self.folder.sync()
 
 
-def _own_folder(folder: Folder, name: str) -> Optional[int]:
-    """The descriptor of a folder that is this user's, locked; None if it is not, or another process has locked it.
+def own_folder(parent: int, name: str) -> Optional[int]:
+    """The descriptor of a folder that is this user's alone, locked; None if it is not, or if it is locked already.
 
     An own file has the owner of an own folder, whatever root_squash makes of both.
     """
     try:
-        descriptor = os.open(name, _FOLDER, dir_fd=folder.descriptor)
+        descriptor = os.open(name, _FOLDER, dir_fd=parent)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.EACCES):
             return None
@@ -287,7 +315,7 @@ def remove_stages(folder: Folder, stem: str) -> None:
     for name in os.listdir(folder.descriptor):
         if pattern.fullmatch(name) is None:
             continue
-        descriptor = _own_folder(folder, name)
+        descriptor = own_folder(folder.descriptor, name)
         if descriptor is not None:
             try:
                 remove_tree(folder.descriptor, name, descriptor)

@@ -39,7 +39,7 @@ _FILE_CHUNK = 1 << 20
 _HASH_CHUNK = 2 << 20
 _HASH_THREADS = 2
 _HEX = re.compile(r"[0-9a-f]{64}")
-_LINE_LIMIT = 4096
+LINE_LIMIT = 4096
 _LARGEST = {"block_bytes": 64 << 20, "capacity_bytes": (1 << 63) - 1}
 _DAMAGED = "A file of hashes is damaged"
 
@@ -202,7 +202,7 @@ def read_hashes(path: str) -> Tuple[Dict[str, Any], Iterator[Piece]]:
     except OSError as error:
         raise DamagedError("A file of hashes can't be read", subject=path, reason=error.strerror) from error
     try:
-        header = _parse(path, 1, stream.readline(_LINE_LIMIT))
+        header = _parse(path, 1, stream.readline(LINE_LIMIT))
         if not isinstance(header, dict) or header.get("format") != FORMAT or header.get("algorithm") != ALGORITHM:
             raise _damaged(path, 1, f"its header is not of format {FORMAT}, {ALGORITHM}")
         for name in ("block_bytes", "capacity_bytes"):
@@ -231,7 +231,7 @@ def _read_pieces(path: str, stream: Any, block_bytes: int, capacity_bytes: int) 
     with stream:
         last_end = 0
         number = 1
-        for line in iter(lambda: stream.readline(_LINE_LIMIT), ""):
+        for line in iter(lambda: stream.readline(LINE_LIMIT), ""):
             number += 1
             piece = _parse(path, number, line)
             if not isinstance(piece, list) or len(piece) != 3:
@@ -249,6 +249,19 @@ def _read_pieces(path: str, stream: Any, block_bytes: int, capacity_bytes: int) 
                 raise _damaged(path, number, "its sum is not 64 hexadecimal digits")
             last_end = offset + length
             yield offset, length, digest
+
+
+def parse_piece(path: str, line: bytes, block_bytes: int) -> Piece:
+    """(offset, length, hex) of one line of a file whose header is known. :raises DamagedError: it is none."""
+    try:
+        offset, length, digest = files.parse(line)
+    except (ValueError, TypeError, RecursionError):
+        raise DamagedError(_DAMAGED, subject=path, reason="a line is no [offset, length, hex]") from None
+    if not _is_count(offset) or not _is_count(length) or not 0 < length <= block_bytes - offset % block_bytes:
+        raise DamagedError(_DAMAGED, subject=path, reason="offset or length of a piece is no number of bytes")
+    if not isinstance(digest, str) or not _HEX.fullmatch(digest):
+        raise DamagedError(_DAMAGED, subject=path, reason="the sum of a piece is not 64 hexadecimal digits")
+    return offset, length, digest
 
 
 def _is_count(value: Any) -> bool:

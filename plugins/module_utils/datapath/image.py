@@ -36,6 +36,7 @@ _VMDK_MAGIC = b"KDMV"
 _VMDK_TYPE = re.compile(rb'createType="([A-Za-z0-9]+)"')
 _SECTOR_BYTES = 512
 
+_HEADER_BYTES = 2 * CLUSTER_BYTES
 _QCOW2_MAGIC = 0x514649FB
 _INCOMPATIBLE_DATA_FILE = 1 << 2
 _EXTENSION_BACKING_FORMAT = 0xE2792ACA
@@ -48,32 +49,28 @@ def driver_of(image_format: str) -> str:
     return "vmdk" if image_format in _VMDK_TYPES else image_format
 
 
-def is_of_format(path: str, image_format: str) -> bool:
-    """Whether a file may be what :func:`convert` writes in that format, as far as its header tells."""
+def is_of_format(image: int, image_format: str) -> bool:
+    """Whether an open file may be what :func:`convert_into` writes in that format, as far as its header tells."""
     if image_format == "qcow2":
         try:
-            return read_header(path).backing is None
+            header = _parse_header(os.pread(image, _HEADER_BYTES, 0), "")
         except DamagedError:
             return False
+        return header.backing is None and not header.external_data
     if image_format in _VMDK_TYPES:
-        return _vmdk_type(path) == _VMDK_TYPES[image_format]
+        return _vmdk_type(image) == _VMDK_TYPES[image_format]
     return True
 
 
-def _vmdk_type(path: str) -> Optional[str]:
+def _vmdk_type(image: int) -> Optional[str]:
     """What a sparse VMDK calls itself in the descriptor that it holds."""
-    try:
-        with files.open_stream(path, what="An image can't be read") as image:
-            header = image.read(_SECTOR_BYTES)
-            if len(header) < _SECTOR_BYTES or not header.startswith(_VMDK_MAGIC):
-                return None
-            offset, length = struct.unpack_from("<QQ", header, 28)
-            if not 0 < length <= 2048 or offset > 1 << 32:
-                return None
-            image.seek(offset * _SECTOR_BYTES)
-            found = _VMDK_TYPE.search(image.read(length * _SECTOR_BYTES))
-    except OSError as error:
-        raise DataPathError("An image can't be read", subject=path, reason=error.strerror) from error
+    header = os.pread(image, _SECTOR_BYTES, 0)
+    if len(header) < _SECTOR_BYTES or not header.startswith(_VMDK_MAGIC):
+        return None
+    offset, length = struct.unpack_from("<QQ", header, 28)
+    if not 0 < length <= 2048 or offset > 1 << 32:
+        return None
+    found = _VMDK_TYPE.search(os.pread(image, length * _SECTOR_BYTES, offset * _SECTOR_BYTES))
     return found.group(1).decode("ascii") if found else None
 
 
@@ -93,13 +90,17 @@ def read_header(path: str) -> Qcow2Header:
     """
     try:
         with files.open_stream(path, what="A layer can't be used") as image:
-            data = image.read(2 * CLUSTER_BYTES)
+            data = image.read(_HEADER_BYTES)
     except FileNotFoundError:
         raise DamagedError(
             "A layer is missing", subject=path, remedy="Bring the file back; without it its overlays can't be read"
         ) from None
     except OSError as error:
         raise DataPathError("A layer can't be read", subject=path, reason=error.strerror) from error
+    return _parse_header(data, path)
+
+
+def _parse_header(data: bytes, path: str) -> Qcow2Header:
     try:
         magic, version, backing_offset, backing_length = struct.unpack_from(">IIQI", data)
         if magic != _QCOW2_MAGIC or version not in (2, 3):
@@ -187,7 +188,9 @@ def create_layer(path: str, capacity_bytes: int, *, backing: Optional[str] = Non
     try:
         run_tool(command + [path, str(size)], what="A layer can't be made", subject=path)
     except DataPathError as error:
-        os.unlink(path)
+        # qemu-img itself removes what it could not make, where the disk is full.
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
         if "compression" in (error.reason or "").lower() or "zstd" in (error.reason or "").lower():
             error.remedy = "This qemu-img knows no zstd: install qemu 5.1 or newer, built with zstd"
         raise
@@ -331,17 +334,25 @@ def check(path: str) -> Dict[str, Any]:
 
 
 def compare(
-    a: str, b: str, *, a_format: str = "qcow2", b_format: str = "qcow2", b_window: Optional[Tuple[int, int]] = None
+    a: str,
+    b: str,
+    *,
+    a_format: str = "qcow2",
+    b_format: str = "qcow2",
+    b_window: Optional[Tuple[int, int]] = None,
+    b_descriptor: Optional[int] = None,
 ) -> bool:
     """Both images hold the same bytes and have the same size.
 
     :param b_window: offset and length of the image within the file *b*, if it does not fill it (an archive).
+    :param b_descriptor: *b* is this open file; what it is called does not count. Who opened it looked at its header.
     :raises DataPathError: one of them can't be read.
     """
     for path, image_format in ((a, a_format), (b, b_format)):
-        if image_format == "qcow2":
+        if image_format == "qcow2" and not (path is b and b_descriptor is not None):
             chain_files(path)
-    a_opts, b_opts = _image_opts(a, driver_of(a_format), False), _image_opts(b, driver_of(b_format), False)
+    b_path = b if b_descriptor is None else f"/proc/self/fd/{b_descriptor}"
+    a_opts, b_opts = _image_opts(a, driver_of(a_format), False), _image_opts(b_path, driver_of(b_format), False)
     if b_window is not None:
         within = f"file.driver=raw,file.offset={b_window[0]},file.size={b_window[1]},file.file.driver=file,file.file."
         b_opts = b_opts.replace("file.driver=file,file.", within, 1)
@@ -350,6 +361,7 @@ def compare(
         what="Two images can't be compared",
         subject=f"{a} and {b}",
         accept=(0, 1),
+        pass_fds=() if b_descriptor is None else (b_descriptor,),
     )
     # qemu-img takes images for identical if the longer one ends in zeros, and says so.
     return result.returncode == 0 and "image size mismatch" not in (result.stdout + result.stderr).lower()
@@ -363,23 +375,72 @@ def convert(
     part_id: Optional[str] = None,
     on_progress: Optional[Callable[[int, int], None]] = None,
 ) -> None:
-    """Write a layer with all it stands on into an image file that stands alone.
+    """As :func:`convert_into`, to a path in a folder that nobody else can write (the repository).
 
     Written to ``<dest>.part-<part_id>``, synced, then renamed, so *dest* is either whole or what it was.
 
+    :param part_id: the run's id; a random one otherwise.
+    """
+    dest = os.path.abspath(dest)
+    part = f"{dest}.part-{part_id or uuid.uuid4().hex[:12]}"
+    try:
+        descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, files.PRIVATE)
+        try:
+            _convert(source, part, dest, format, descriptor, (), on_progress)
+        finally:
+            os.close(descriptor)
+        os.rename(part, dest)
+    except OSError as error:
+        raise DataPathError("An image could not be written", subject=dest, reason=error.strerror) from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(part)
+    fsync_dir(os.path.dirname(dest))
+
+
+def convert_into(
+    stage: files.Stage,
+    name: str,
+    source: str,
+    format: str,
+    *,
+    on_progress: Optional[Callable[[int, int], None]] = None,
+) -> int:
+    """Write a layer with all it stands on into an image file (mode 0600) that stands alone, and sync it.
+
+    :param name: what it is called in the stage. A VMDK tells its own name: it should be the final one.
     :param source: a qcow2 layer.
     :param format: raw, qcow2, vmdk (monolithicSparse) or vmdk_stream (streamOptimized).
-    :param part_id: the run's id; a random one otherwise.
     :param on_progress: gets done and total bytes.
+    :returns: the open file; the caller closes it.
     :raises DamagedError: the chain leaves the layer's folder, or a file of it is missing.
-    :raises DataPathError: qemu-img failed; no part file stays.
+    :raises DataPathError: qemu-img failed. OSError: the file can't be made. The stage's end removes what was written.
     """
+    descriptor = stage.create(name)
+    try:
+        shown = os.path.join(stage.folder.path, name)
+        _convert(source, stage.path(name), shown, format, descriptor, (stage.descriptor,), on_progress)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _convert(
+    source: str,
+    target: str,
+    shown: str,
+    format: str,
+    descriptor: int,
+    pass_fds: Tuple[int, ...],
+    on_progress: Optional[Callable[[int, int], None]],
+) -> None:
+    """qemu-img into a file that is there, empty, so that it is nobody else's."""
     if format not in FORMATS:
         raise ValueError(f"not one of {FORMATS}: {format!r}")
-    source, dest = os.path.abspath(source), os.path.abspath(dest)
+    source = os.path.abspath(source)
     chain_files(source)
     total = read_header(source).capacity_bytes
-    part = f"{dest}.part-{part_id or uuid.uuid4().hex[:12]}"
     command = ["qemu-img", "convert", "-f", "qcow2", "-O", driver_of(format), "-m", "16"]
     # Who imports a streamOptimized VMDK reads it once, from the beginning to the end: its grains stay in order.
     command += ["-o", "subformat=streamOptimized,adapter_type=lsilogic"] if format == "vmdk_stream" else ["-W"]
@@ -389,21 +450,14 @@ def convert(
         if found and on_progress is not None:
             on_progress(int(total * float(found[-1]) / 100), total)
 
-    try:
-        tool_result(
-            command + (["-p"] if on_progress else []) + [source, part],
-            what="An image could not be written",
-            subject=dest,
-            on_output=percent if on_progress else None,
-        )
-        fsync_file(part)
-        os.rename(part, dest)
-    except OSError as error:
-        raise DataPathError("An image could not be written", subject=dest, reason=error.strerror) from error
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(part)
-    fsync_dir(os.path.dirname(dest))
+    tool_result(
+        command + (["-p"] if on_progress else []) + [source, target],
+        what="An image could not be written",
+        subject=shown,
+        on_output=percent if on_progress else None,
+        pass_fds=pass_fds,
+    )
+    os.fsync(descriptor)
 
 
 def fsync_file(path: str) -> None:

@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import os
 import re
+import resource
 import select
 import shutil
 import signal
@@ -28,10 +29,15 @@ PREFIX = "openvadp-"
 _PATH_LIMIT = 60
 _RUN_ID_CHARACTERS = 24
 _POLL_SECONDS = 0.01
+# What the logs of a run take at least.
+_ROOM_BYTES = 256 * 1024
 _TAIL_BYTES = 64 * 1024
 
 # After the death signal is set, a shell makes sure that the parent is still there, then becomes the program.
-_STILL_OURS = 'test "$PPID" = "$1" || exit 125; shift; exec "$@"'
+# No core file: it would hold the password.
+_STILL_OURS = 'ulimit -c 0; test "$PPID" = "$1" || exit 125; shift; exec "$@"'
+
+_NO_CORE = 'ulimit -c 0; exec "$@"'
 
 # Program -> the packages that hold it, where none is named like it everywhere.
 _PACKAGES = dict.fromkeys(("qemu-img", "qemu-nbd"), "qemu-utils (Debian, Ubuntu) or qemu-img (Fedora, RHEL)")
@@ -70,9 +76,9 @@ def run_prefix() -> str:
 class RuntimeDir:
     """A private folder (0700) with a short path for a run's sockets and logs; removed at exit.
 
-    It lies in ``/run/user/<uid>``, ``$TMPDIR`` or ``/tmp``, whichever comes first, can be written and keeps the path
-    below 60 bytes. It is named after the run, and locked while its owner lives: so :meth:`leftovers` tells what a
-    crash left, at whatever moment it came.
+    It lies in ``/run/user/<uid>``, ``$TMPDIR`` or ``/tmp``, whichever comes first, can be written, has some room and
+    keeps the path below 60 bytes. It is named after the run, and locked while its owner lives: so :meth:`leftovers`
+    tells what a crash left, at whatever moment it came.
     """
 
     def __init__(self, run_id: str) -> None:
@@ -101,6 +107,7 @@ class RuntimeDir:
                     path = tempfile.mkdtemp(prefix=stem, dir=base)
                     lock = _lock_folder(path)
                     if lock is not None:
+                        _require_room(path, lock)
                         return path, lock
                     # Who clears up after a run of this name took it for a leftover before it was locked: again.
             except OSError as error:
@@ -108,7 +115,7 @@ class RuntimeDir:
         raise DataPathError(
             "No folder for sockets could be made",
             reason="; ".join(reasons),
-            remedy="Make /tmp writable, or set TMPDIR to a folder with a short path",
+            remedy="Make /tmp writable, with some room in it, or set TMPDIR to such a folder with a short path",
         )
 
     def __enter__(self) -> RuntimeDir:
@@ -149,6 +156,23 @@ class RuntimeDir:
         return found
 
 
+def _require_room(path: str, lock: int) -> None:
+    """Logs and configurations have room in a new folder. :raises OSError: they don't; the folder is gone."""
+    try:
+        descriptor = os.open("room", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=lock)
+        try:
+            data = memoryview(bytes(_ROOM_BYTES))
+            while data:
+                data = data[os.write(descriptor, data) :]
+        finally:
+            os.close(descriptor)
+            os.unlink("room", dir_fd=lock)
+    except OSError:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(lock)
+        raise
+
+
 def _lock_folder(path: str) -> Optional[int]:
     """The descriptor that holds the lock of a private folder of this user; None if it is no such folder, or locked."""
     try:
@@ -170,6 +194,11 @@ def _lock_folder(path: str) -> Optional[int]:
         raise
     os.close(descriptor)
     return None
+
+
+def no_core_files() -> None:
+    """Neither this process nor its children leave a core file, should they crash: it would hold passwords."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
 
 
 def _environment(extra: Optional[Mapping[str, str]] = None) -> Dict[str, str]:
@@ -204,7 +233,7 @@ def start_detached(argv: Sequence[str], *, log_path: str, pass_fds: Sequence[int
     log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
         return subprocess.Popen(
-            list(argv),
+            ["/bin/sh", "-c", _NO_CORE, "sh", *argv],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -404,6 +433,7 @@ def tool_result(
     timeout: Optional[float] = None,
     accept: Tuple[int, ...] = (0,),
     on_output: Optional[Callable[[bytes], None]] = None,
+    pass_fds: Sequence[int] = (),
 ) -> ToolResult:
     """Run a tool to its end. It dies with the calling thread.
 
@@ -412,12 +442,14 @@ def tool_result(
     :param timeout: seconds; then it is killed.
     :param accept: exit statuses that are no failure.
     :param on_output: called with each piece of standard output as it comes; ``stdout`` of the result is then empty.
+    :param pass_fds: file descriptors that it inherits under the same numbers.
     :raises DataPathError: with the tool's last words.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
     # In memory: a crash must not leave a file.
     with open(os.memfd_create("stderr"), "w+b") as stderr, open(os.memfd_create("stdout"), "w+b") as stdout:
-        process = _spawn(argv, stdout=stdout if on_output is None else subprocess.PIPE, stderr=stderr)
+        output = stdout if on_output is None else subprocess.PIPE
+        process = _spawn(argv, stdout=output, stderr=stderr, pass_fds=tuple(pass_fds))
         try:
             if on_output is not None and process.stdout is not None:
                 for piece in _pieces(process.stdout.fileno(), deadline):

@@ -8,8 +8,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
 import threading
 import time
 from typing import Any, Callable, Optional
@@ -17,6 +19,17 @@ from typing import Any, Callable, Optional
 from ..errors import InputError
 
 INTERVAL_SECONDS = 0.5
+
+
+def _open(path: str) -> int:
+    """It may lie where others can put something in its place."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o600)
+    mode = os.fstat(descriptor).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISCHR(mode)):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no ordinary file", path)
+    return descriptor
 
 
 class Progress:
@@ -31,7 +44,7 @@ class Progress:
         self._file: Optional[int] = None
         if path is not None:
             try:
-                self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+                self._file = _open(path)
             except OSError as error:
                 raise InputError(
                     "The progress file can't be written",

@@ -23,6 +23,7 @@ from ..datapath import files
 from ..datapath.hashes import hash_file
 from ..datapath.image import Qcow2Header, atomic_write, fsync_dir, read_header
 from ..errors import DamagedError, InputError, LockedError, RepositoryError
+from ..shown import shown
 from . import adoption, content, places, sequence, state, trust
 from . import manifest as manifests
 from .chain import StoreFacts
@@ -295,6 +296,7 @@ class Repository:
             created = _create_repository(root, places.place_of(str(root)))
         repository = cls(root, read_description(root))
         repository.created = created
+        repository.inside()
         if adopt is not None and adoption.wanted(repository, adopt):
             if check_mode:
                 adoption.check(repository, adopt)
@@ -477,7 +479,7 @@ class Repository:
                     "A folder of the repository can't be trusted",
                     subject=str(folder),
                     reason=problem,
-                    remedy="Take that right away (chmod o-w), after a look at what lies there",
+                    remedy=files.CLOSE,
                 )
 
     def vm(self, uuid: str) -> VmStore:
@@ -521,7 +523,7 @@ class Repository:
         damaged: Optional[RepositoryError] = None
         for store in self.vms():
             try:
-                if store.name == vm_name:
+                if vm_name in (store.name, shown(store.name or "")):
                     found.append(store)
             except RepositoryError as error:
                 damaged = error
@@ -1455,9 +1457,18 @@ def _look(path: str) -> Tuple[Path, List[str]]:
         )
     try:
         root = Path(os.path.realpath(path))
-        return root, os.listdir(str(root))
+        names = os.listdir(str(root))
+        str(root).encode("utf-8")
     except OSError as error:
         raise _unusable(path, error) from None
+    except UnicodeEncodeError:
+        raise InputError(
+            "The repository's path is not UTF-8",
+            subject=shown(str(root)),
+            reason="it holds bytes that are not characters",
+            remedy="Rename the folder, or reach it by another path (a bind mount)",
+        ) from None
+    return root, names
 
 
 def _identity_of(path: Path) -> Optional[Tuple[int, int]]:
@@ -1486,6 +1497,10 @@ def _create_repository(root: Path, place: Place) -> bool:
     """
     made = False
     try:
+        # What everybody may write is no repository (see inside); an empty folder becomes one that is not so.
+        mode = os.stat(str(root)).st_mode
+        if mode & stat.S_IWOTH:
+            os.chmod(str(root), stat.S_IMODE(mode) & ~stat.S_IWOTH)
         # Each clears away what it takes for leftovers of a crash, so one may lose its unfinished file to the other:
         # again then.
         while not (root / REPOSITORY_FILE).exists():

@@ -433,7 +433,9 @@ def stored_areas(path: str) -> Iterator[Tuple[int, int]]:
 
 
 def _table(image: Any, offset: int, count: int, path: str) -> array.array[int]:
-    data = os.pread(image.fileno(), count * 8, offset)
+    # A size of the image's own making is not worth its memory.
+    fits = offset + count * 8 <= os.fstat(image.fileno()).st_size
+    data = os.pread(image.fileno(), count * 8, offset) if fits else b""
     if len(data) != count * 8:
         raise DamagedError("A layer's tables are damaged", subject=path, reason="a table lies outside the file")
     entries = array.array("Q", data)

@@ -13,14 +13,14 @@ import re
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence
 
-from ..datapath import image
+from ..datapath import files, image
 from ..datapath.processes import run_tool
-from ..errors import DataPathError, InputError
+from ..errors import DamagedError, DataPathError, InputError
 from ..repository.chain import chain_of
 from ..repository.layout import REPOSITORY_FILE
 from ..repository.manifest import entry_of
-from ..repository.runs import new_run_id
 from ..repository.shapes import RUN_ID_PATTERN
+from ..shown import shown
 from .point import Point, PointDisk
 
 # A file's name may have 255 bytes: this leaves enough for the disk's part, twice ".part-<run id>" and the extension.
@@ -28,16 +28,18 @@ _VM_NAME_BYTES = 100
 _LABEL_CHARACTERS = 30
 # What an image file has besides data and tables, and more.
 _IMAGE_BYTES = 4 << 20
+_STAGE = ".openvadp-restore-"
 _LOCK = re.compile(rf"\.openvadp-restore-({RUN_ID_PATTERN})\.lock")
 _EXTENSIONS = "|".join(sorted({image.driver_of(image_format) for image_format in image.FORMATS}))
 _BEHIND = rf"\.part-({RUN_ID_PATTERN})(?:\.part-{RUN_ID_PATTERN})?"
-#: The name of a file that a restore has not finished.
+#: The name of a file that a restore of an older release has not finished.
 UNFINISHED = re.compile(rf"(?:.+-[0-9]+\.(?:{_EXTENSIONS})|.+\.ova){_BEHIND}")
 
 
 def vm_stem(vm_name: str) -> str:
     """The virtual machine's name as the beginning of a file's name."""
-    cleaned = re.sub(r"[/\x00-\x1f\x7f]", "_", vm_name).lstrip(".-") or "vm"
+    printable = "".join(letter if shown(letter) == letter else "_" for letter in vm_name)
+    cleaned = printable.replace("/", "_").lstrip(".-") or "vm"
     while len(cleaned.encode("utf-8")) > _VM_NAME_BYTES:
         cleaned = cleaned[:-1]
     return cleaned
@@ -49,8 +51,8 @@ def file_name(vm_name: str, label: str, key: int, image_format: str) -> str:
     return f"{vm_stem(vm_name)}-{slug}-{key}.{image.driver_of(image_format)}"
 
 
-def dest_folder(dest: Optional[str]) -> Path:
-    """The folder. InputError: it does not exist, or lies in a repository."""
+def dest_folder(dest: Optional[str]) -> files.Folder:
+    """The folder, open. InputError: it does not exist, or lies in a repository."""
     if dest is None:
         raise InputError("There is no folder for the image files", remedy="Give dest")
     folder = Path(dest)
@@ -68,26 +70,34 @@ def dest_folder(dest: Optional[str]) -> Path:
                 reason=f"{parent} is one",
                 remedy="Choose a folder outside it",
             )
-    return folder
+    try:
+        return files.Folder(dest)
+    except OSError as error:
+        raise InputError("The image files can't be written", subject=dest, reason=error.strerror) from None
 
 
-def require_writable(folder: Path) -> None:
+def require_writable(folder: files.Folder) -> None:
     """:raises InputError: this user may not write there."""
-    if not os.access(str(folder), os.W_OK | os.X_OK):
+    if not is_writable(folder):
         raise InputError(
             "The image files can't be written",
-            subject=str(folder),
+            subject=folder.path,
             reason=f"user id {os.geteuid()} may not write there, or it is mounted read-only",
             remedy="Give that user the folder, or choose another",
         )
 
 
-def require_room(folder: Path, disks: Sequence[PointDisk], point: Point, twice: bool = False) -> None:
+def is_writable(folder: files.Folder) -> bool:
+    """Whether this user may write there."""
+    return os.access(folder.proc_path, os.W_OK | os.X_OK)
+
+
+def require_room(path: str, disks: Sequence[PointDisk], point: Point, twice: bool = False) -> None:
     """:raises DataPathError: the folder's file system has less free space than the disks' data take.
 
     :param twice: the largest of the disks takes its space twice for a while.
     """
-    status = os.statvfs(str(folder))
+    status = os.statvfs(path)
     free = status.f_bavail * status.f_frsize
     points = point.store.points()
     if _needed([_stored_bytes_at_most(disk, point, points) for disk in disks], twice) <= free:
@@ -96,7 +106,7 @@ def require_room(folder: Path, disks: Sequence[PointDisk], point: Point, twice: 
     if needed > free:
         raise DataPathError(
             "There is not enough free space for the image files",
-            subject=str(folder),
+            subject=path,
             reason=f"they take about {needed} bytes, {free} are free",
             remedy="Free some space, choose another folder, or restore fewer disks at a time",
             details={"needed_bytes": needed, "free_bytes": free},
@@ -127,62 +137,38 @@ def _stored_bytes(disk: PointDisk) -> int:
 
 
 @contextlib.contextmanager
-def own_run(folder: Path) -> Iterator[str]:
-    """The id of this restore, which unfinished files carry. While its lock file is locked, they are in use.
+def staged(folder: files.Folder) -> Iterator[files.Stage]:
+    """A place of this restore alone for files that are not complete. What crashed restores left goes first.
 
-    What crashed restores left in the folder goes first: unfinished files whose lock nobody holds any more.
+    :raises DataPathError: it can't be made.
     """
-    run_id = new_run_id()
-    lock = folder / f".openvadp-restore-{run_id}.lock"
-    descriptor = _open_lock(lock)
-    try:
+    with files.as_data_path_error("The image files can't be written", folder.path):
         remove_leftovers(folder)
-        yield run_id
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            lock.unlink()
-        os.close(descriptor)
+        stage = files.Stage(folder, _STAGE)
+    with stage:
+        yield stage
 
 
-def _open_lock(lock: Path) -> int:
-    while True:
-        try:
-            descriptor = os.open(str(lock), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        except OSError as error:
-            raise DataPathError(
-                "The image files can't be written", subject=str(lock.parent), reason=error.strerror
-            ) from None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if lock.exists() and os.fstat(descriptor).st_ino == lock.stat().st_ino:
-                return descriptor
-            # Another restore took it for a leftover before it was locked: again.
-            os.close(descriptor)
-        except OSError as error:
-            os.close(descriptor)
-            raise DataPathError(
-                "The folder's file system does not support locks", subject=str(lock.parent), reason=error.strerror
-            ) from None
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove unfinished files whose lock nobody holds."""
-    names = sorted(os.listdir(str(folder)))
+def remove_leftovers(folder: files.Folder) -> None:
+    """Remove unfinished files that nobody works on any more."""
+    files.remove_stages(folder, _STAGE)
+    # Older versions had their unfinished files in the folder itself, and a file as their lock.
+    names = sorted(os.listdir(folder.descriptor))
     alive = set()
     for name in names:
         found = _LOCK.fullmatch(name)
-        if found and _is_locked(folder / name):
+        if found and _is_locked(folder, name):
             alive.add(found.group(1))
     for name in names:
         found = UNFINISHED.fullmatch(name) or _LOCK.fullmatch(name)
         if found and found.group(1) not in alive:
-            with contextlib.suppress(FileNotFoundError):
-                (folder / name).unlink()
+            folder.unlink(name)
 
 
-def _is_locked(lock: Path) -> bool:
+def _is_locked(folder: files.Folder, name: str) -> bool:
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
-        descriptor = os.open(str(lock), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        descriptor = os.open(name, flags, dir_fd=folder.descriptor)
     except FileNotFoundError:
         return False
     except OSError:
@@ -197,3 +183,26 @@ def _is_locked(lock: Path) -> bool:
     finally:
         os.close(descriptor)
     return False
+
+
+@contextlib.contextmanager
+def existing(folder: files.Folder, name: str, what: str) -> Iterator[Optional[int]]:
+    """A descriptor of the file of that name, None if there is none. InputError: something else is there.
+
+    :param what: what the message calls its place ("an image file's place").
+    """
+    try:
+        with files.as_data_path_error("A file can't be read", os.path.join(folder.path, name)):
+            descriptor = folder.open(name)
+    except DamagedError as error:
+        raise InputError(
+            f"There is something at {what}",
+            subject=error.subject,
+            reason=error.reason,
+            remedy="Move it away, or choose another folder",
+        ) from None
+    try:
+        yield descriptor
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)

@@ -59,7 +59,7 @@ class Import:
         :raises VadpError: there is no room to pack a disk; the machine was not made.
         """
         for disk in self.point.disks:
-            require_room(self.store.work_path, [disk], self.point)
+            require_room(str(self.store.work_path), [disk], self.point)
         with import_machine(self.session, placement, spec, io_timeout=self.request.io_timeout) as lease:
             yield find_vm(self.session, moid=lease.entity._moId), lease
             lease.complete()

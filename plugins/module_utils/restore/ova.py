@@ -20,11 +20,21 @@ from pathlib import Path
 from typing import IO, Any, Callable, Dict, List, Optional, Tuple
 
 from ..datapath import files, image
+from ..datapath.files import Folder, Stage
 from ..datapath.hashes import hash_file
 from ..datapath.progress import Progress
 from ..errors import DamagedError, DataPathError, InputError
 from ..repository.shapes import parse_time
-from .dest import dest_folder, own_run, remove_leftovers, require_room, require_writable, vm_stem
+from .dest import (
+    dest_folder,
+    existing,
+    is_writable,
+    remove_leftovers,
+    require_room,
+    require_writable,
+    staged,
+    vm_stem,
+)
 from .ovf import PackedDisk, descriptor
 from .point import Point, PointDisk, checked_beside
 from .request import OVA, RestoreRequest
@@ -90,25 +100,26 @@ def restore_point(point: Point, request: RestoreRequest, check_mode: bool) -> Di
     :returns: {changed, point, restored, diff, warnings}.
     :raises VadpError: a file that was not finished is not there, and one that was there is what it was.
     """
-    folder = dest_folder(request.dest)
-    package = _Package(point)
-    # What the descriptor can't be made of shows before the disks are read.
-    package.descriptor(package.disks)
-    path = folder / f"{vm_stem(package.vm_name)}.ova"
+    with dest_folder(request.dest) as folder:
+        package = _Package(point)
+        # What the descriptor can't be made of shows before the disks are read.
+        package.descriptor(package.disks)
+        return _restore(folder, package, point, request, check_mode)
+
+
+def _restore(
+    folder: Folder, package: _Package, point: Point, request: RestoreRequest, check_mode: bool
+) -> Dict[str, Any]:
+    name = f"{vm_stem(package.vm_name)}.ova"
+    path = Path(folder.path) / name
     with Progress(None if check_mode else request.progress_file) as progress, checked_beside(point, progress) as proven:
-        exists = os.path.lexists(str(path))
         same = False
-        if exists:
-            if path.is_symlink() or not path.is_file():
-                raise InputError(
-                    "There is something at the OVA's place",
-                    subject=str(path),
-                    reason="it is no ordinary file",
-                    remedy="Move it away, or choose another folder",
-                )
-            proven()
-            same = _holds(path, package, point)
-            if not same and not request.overwrite:
+        with existing(folder, name, "the OVA's place") as found:
+            exists = found is not None
+            if found is not None:
+                proven()
+                same = _holds(found, path, package, point)
+            if exists and not same and not request.overwrite:
                 raise InputError(
                     "There is a file with other content at the OVA's place",
                     subject=str(path),
@@ -116,18 +127,18 @@ def restore_point(point: Point, request: RestoreRequest, check_mode: bool) -> Di
                 )
         if same:
             restored = [_entry(disk, path, "it holds the point's bytes already", verified=True) for disk in point.disks]
-            if not check_mode and os.access(str(folder), os.W_OK):
+            if not check_mode and is_writable(folder):
                 remove_leftovers(folder)
         else:
-            require_room(folder, point.disks, point, twice=True)
+            require_room(folder.proc_path, point.disks, point, twice=True)
             if check_mode:
                 proven()
                 reason = "it holds other bytes" if exists else "it is not there"
                 restored = [_entry(disk, path, reason) for disk in point.disks]
             else:
                 require_writable(folder)
-                with own_run(folder) as run_id:
-                    restored = _write(path, run_id, package, point, request, progress, proven)
+                with staged(folder) as stage:
+                    restored = _write(path, stage, package, point, request, progress, proven)
                 reason = "it held other bytes" if exists else "it was not there"
                 for entry in restored:
                     entry["reason"] = reason
@@ -182,20 +193,20 @@ def _stored(path: Path, stored: Dict[str, Any], what: str) -> bytes:
 
 def _write(
     path: Path,
-    run_id: str,
+    stage: Stage,
     package: _Package,
     point: Point,
     request: RestoreRequest,
     progress: Progress,
     proven: Callable[[], None],
 ) -> List[Dict[str, Any]]:
-    part = Path(f"{path}.part-{run_id}")
     try:
-        with open(str(part), "xb") as archive:
-            entries = _fill(archive, path, run_id, package, point, progress)
+        with os.fdopen(stage.create(path.name), "w+b") as archive:
+            entries = _fill(archive, path, stage, package, point, progress)
             archive.flush()
             os.fsync(archive.fileno())
-        if request.verify and not _holds(part, package, point):
+            holds = not request.verify or _holds(archive.fileno(), path, package, point)
+        if not holds:
             raise DataPathError(
                 "The OVA does not hold what the restore point holds",
                 subject=str(path),
@@ -203,20 +214,16 @@ def _write(
                 remedy="Check the file system and the memory of this machine, and restore again",
             )
         proven()
-        os.rename(str(part), str(path))
-        image.fsync_dir(str(path.parent))
+        stage.publish(path.name, path.name)
     except OSError as error:
         raise DataPathError("The OVA can't be written", subject=str(path), reason=error.strerror) from None
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            part.unlink()
     for entry in entries:
         entry["verified"] = True if request.verify else None
     return entries
 
 
 def _fill(
-    archive: IO[bytes], path: Path, run_id: str, package: _Package, point: Point, progress: Progress
+    archive: IO[bytes], path: Path, stage: Stage, package: _Package, point: Point, progress: Progress
 ) -> List[Dict[str, Any]]:
     created = _moment(point)
     longest = len(package.descriptor(package.disks))
@@ -227,7 +234,7 @@ def _fill(
     entries: List[Dict[str, Any]] = []
     for disk, plan in zip(point.disks, package.disks):
         begun = time.monotonic()
-        size, hashes[plan.href] = _append_disk(archive, path, run_id, disk, plan, created, progress)
+        size, hashes[plan.href] = _append_disk(archive, stage, disk, plan, created, progress)
         packed.append(replace(plan, size_bytes=size))
         entries.append(
             _entry(
@@ -272,7 +279,7 @@ class _Member:
 
     def header(self, created: int) -> bytes:
         info = tarfile.TarInfo(self.name)
-        info.size, info.mtime, info.mode = self.size, created, 0o644
+        info.size, info.mtime, info.mode = self.size, created, files.PRIVATE
         info.uname = info.gname = "root"
         # OVF asks for USTAR, which can't tell the size of a larger file; what reads OVAs understands GNU's way as well.
         form = tarfile.USTAR_FORMAT if self.size < _USTAR_BYTES else tarfile.GNU_FORMAT
@@ -286,17 +293,15 @@ def _append(archive: IO[bytes], name: str, data: bytes, created: int) -> str:
 
 
 def _append_disk(
-    archive: IO[bytes], path: Path, run_id: str, disk: PointDisk, plan: PackedDisk, created: int, progress: Progress
+    archive: IO[bytes], stage: Stage, disk: PointDisk, plan: PackedDisk, created: int, progress: Progress
 ) -> Tuple[int, str]:
     """Convert a disk beside the archive, append it: its size there and its SHA-256."""
     report = progress.disk(disk.key, disk.label, disk.capacity_bytes)
     state = "failed"
-    # Named so that it is known for a leftover, should we die.
-    part = f"{path.with_suffix('')}-disk-{disk.key}.vmdk.part-{run_id}"
     digest = hashlib.sha256()
     try:
-        image.convert(disk.layer, part, "vmdk_stream", part_id=run_id, on_progress=report.update)
-        with open(part, "rb") as source:
+        part = image.convert_into(stage, plan.href, disk.layer, "vmdk_stream", on_progress=report.update)
+        with os.fdopen(part, "rb") as source:
             member = _Member(plan.href, os.fstat(source.fileno()).st_size)
             archive.write(member.header(created))
             while True:
@@ -310,18 +315,19 @@ def _append_disk(
         state = "done"
     finally:
         report.finish(state)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(part)
+        with contextlib.suppress(OSError):
+            stage.unlink(plan.href)
     return member.size, digest.hexdigest()
 
 
 # Reading back
 
 
-def _holds(path: Path, package: _Package, point: Point) -> bool:
+def _holds(found: int, path: Path, package: _Package, point: Point) -> bool:
     """Whether an OVA is whole, and its disks, descriptor and NVRAM are those of the point."""
     try:
-        with tarfile.open(str(path), "r:") as archive:
+        os.lseek(found, 0, os.SEEK_SET)
+        with os.fdopen(os.dup(found), "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
             members = archive.getmembers()
             if [member.name for member in members] != package.names() or not all(map(tarfile.TarInfo.isreg, members)):
                 return False
@@ -348,6 +354,7 @@ def _holds(path: Path, package: _Package, point: Point) -> bool:
                 disk.layer,
                 str(path),
                 b_format="vmdk",
+                b_descriptor=found,
                 b_window=(by_name[plan.href].offset_data, by_name[plan.href].size),
             )
             for disk, plan in zip(point.disks, package.disks)

@@ -21,7 +21,6 @@ import shlex
 import shutil
 import signal
 import stat
-import tempfile
 import time
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import IO, Any, Dict, Iterator, List, Optional, Sequence
 from urllib.parse import quote
 
+from ..datapath.files import nameless
 from ..datapath.image import atomic_write, create_overlay, layer_opts, overlay_opts
 from ..datapath.processes import is_listening, require_program, start_detached
 from ..errors import DamagedError, DataPathError, InputError, check_range
@@ -200,8 +200,6 @@ class _Place:
         record = self.record() or {}
         for path in _sockets(record):
             _remove_socket(path)
-        if record.get("overlays"):
-            shutil.rmtree(str(record["overlays"]), ignore_errors=True)
         shutil.rmtree(str(self.folder), ignore_errors=True)
 
 
@@ -392,14 +390,17 @@ def _start(place: _Place, store: VmStore, request: ServeRequest, record: Dict[st
     if lock is None:
         raise DataPathError("Somebody has begun to serve there meanwhile", subject=str(place.folder), retryable=True)
     begun = False
+    overlays: List[int] = []
     try:
         place.folder.mkdir(mode=0o700)
-        if request.writable_overlay:
-            record["overlays"] = tempfile.mkdtemp(prefix="openvadp-serve-", dir=request.overlay_dir)
         atomic_write(str(place.folder / _RECORD), json.dumps(record), mode=0o600)
         commands = []
         for number, disk in enumerate(record["disks"]):
-            command = _command(place, store, request, record, number)
+            overlay = None
+            if request.writable_overlay:
+                overlay = nameless(request.overlay_dir, "openvadp-serve-")
+                overlays.append(overlay)
+            command = _command(place, store, request, record, number, overlay)
             commands.append(f"timeout --foreground -k 10 {request.timeout} {shlex.join(command)} &")
             if disk["socket"]:
                 _remove_socket(disk["socket"])
@@ -408,16 +409,15 @@ def _start(place: _Place, store: VmStore, request: ServeRequest, record: Dict[st
         log_path = str(place.folder / "log")
         # Held open: a server that ends at once removes its folder, and what it said must not go with it.
         with open(log_path, "x+", encoding="utf-8", errors="replace") as log:
-            server = start_detached(["/bin/sh", "-c", script], log_path=log_path, pass_fds=(lock,))
+            server = start_detached(["/bin/sh", "-c", script], log_path=log_path, pass_fds=(lock, *overlays))
             _wait_until_ready(place, server, len(commands), log)
         begun = True
     except OSError as error:
         raise DataPathError("The point can't be served", subject=str(place.folder), reason=error.strerror) from None
     finally:
-        os.close(lock)
         # The servers have the overlays open: without names, they vanish with them, however those end.
-        if record.get("overlays"):
-            shutil.rmtree(record["overlays"], ignore_errors=True)
+        for descriptor in (lock, *overlays):
+            os.close(descriptor)
         if not begun:
             place.end()
 
@@ -428,6 +428,7 @@ def _command(
     request: ServeRequest,
     record: Dict[str, Any],
     number: int,
+    overlay: Optional[int],
 ) -> List[str]:
     disk = record["disks"][number]
     layer = str(store.layer_path(disk["key"], record["point"]))
@@ -440,10 +441,10 @@ def _command(
         folder = str(request.tls_certificates).replace(",", ",,")
         command += [f"--bind={request.address}", f"--port={request.port + number}", "--tls-creds=tls0"]
         command += ["--object", f"tls-creds-x509,id=tls0,endpoint=server,dir={folder},verify-peer={verify}"]
-    if request.writable_overlay:
-        overlay = os.path.join(record["overlays"], f"disk-{disk['key']}.qcow2")
-        create_overlay(overlay, disk["capacity_bytes"])
-        command += ["--cache=writeback", "--discard=unmap", "--image-opts", overlay_opts(layer, overlay)]
+    if overlay is not None:
+        create_overlay(f"/proc/{os.getpid()}/fd/{overlay}", disk["capacity_bytes"])
+        options = overlay_opts(layer, f"/proc/self/fd/{overlay}")
+        command += ["--cache=writeback", "--discard=unmap", "--image-opts", options]
     else:
         command += ["--read-only", "--image-opts", layer_opts(layer)]
     return command
@@ -455,8 +456,6 @@ def _script(place: _Place, record: Dict[str, Any], commands: List[str]) -> str:
     lines = ["umask 077", f"echo $$ >{pid}.new && mv {pid}.new {pid}", *commands, "wait"]
     if sockets:
         lines.append(f"rm -f -- {' '.join(sockets)}")
-    if record.get("overlays"):
-        lines.append(f"rm -rf -- {shlex.quote(record['overlays'])}")
     return "\n".join([*lines, f"rm -rf -- {folder}"])
 
 

@@ -13,14 +13,23 @@ import contextlib
 import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Optional
 
 from ..datapath import image
+from ..datapath.files import Folder, Stage
 from ..datapath.progress import Progress
 from ..errors import DataPathError, InputError
 from . import ova
-from .dest import dest_folder, file_name, own_run, remove_leftovers, require_room, require_writable
+from .dest import (
+    dest_folder,
+    existing,
+    file_name,
+    is_writable,
+    remove_leftovers,
+    require_room,
+    require_writable,
+    staged,
+)
 from .point import Point, PointDisk, checked_beside, open_point
 from .request import OVA, RestoreRequest
 
@@ -30,6 +39,7 @@ class ImageFile:
     """Where a disk goes. ``exists`` and ``same`` say what is there before the restore."""
 
     disk: PointDisk
+    name: str
     path: str
     format: str
     exists: bool
@@ -47,22 +57,26 @@ def restore_point(request: RestoreRequest, check_mode: bool) -> Dict[str, Any]:
     point = open_point(request)
     if request.format == OVA:
         return ova.restore_point(point, request, check_mode)
-    folder = dest_folder(request.dest)
+    with dest_folder(request.dest) as folder:
+        return _restore(folder, point, request, check_mode)
+
+
+def _restore(folder: Folder, point: Point, request: RestoreRequest, check_mode: bool) -> Dict[str, Any]:
     with Progress(None if check_mode else request.progress_file) as progress, checked_beside(point, progress) as proven:
         files = [_look(disk, folder, point, request, proven) for disk in point.disks]
         _require_consent(files, request)
         todo = [file for file in files if not file.same]
-        require_room(folder, [file.disk for file in todo], point)
+        require_room(folder.proc_path, [file.disk for file in todo], point)
         restored: Dict[int, Dict[str, Any]] = {file.disk.key: _unchanged(file) for file in files if file.same}
         if check_mode:
             proven()
             restored.update({file.disk.key: _planned(file) for file in todo})
         elif todo:
             require_writable(folder)
-            with own_run(folder) as run_id:
+            with staged(folder) as stage:
                 for file in todo:
-                    restored[file.disk.key] = _write(file, run_id, request, progress, proven)
-        elif os.access(str(folder), os.W_OK):
+                    restored[file.disk.key] = _write(file, stage, request, progress, proven)
+        elif is_writable(folder):
             # The last act of a restore that crashed may have been to finish the files.
             remove_leftovers(folder)
     return {
@@ -80,30 +94,26 @@ def restore_point(request: RestoreRequest, check_mode: bool) -> Dict[str, Any]:
 
 
 def _look(
-    disk: PointDisk, folder: Path, point: Point, request: RestoreRequest, proven: Callable[[], None]
+    disk: PointDisk, folder: Folder, point: Point, request: RestoreRequest, proven: Callable[[], None]
 ) -> ImageFile:
     """Where a disk goes, and whether its bytes are there already."""
     image_format = disk.choice.format or request.format
-    path = folder / file_name(str(point.manifest["vm_name"]), disk.label, disk.key, image_format)
-    if not os.path.lexists(str(path)):
-        return ImageFile(disk, str(path), image_format, exists=False, same=False)
-    if path.is_symlink() or not path.is_file():
-        raise InputError(
-            "There is something at an image file's place",
-            subject=str(path),
-            reason="it is no ordinary file",
-            remedy="Move it away, or choose another folder",
-        )
-    proven()
-    return ImageFile(disk, str(path), image_format, exists=True, same=_holds(str(path), image_format, disk))
+    name = file_name(str(point.manifest["vm_name"]), disk.label, disk.key, image_format)
+    path = os.path.join(folder.path, name)
+    with existing(folder, name, "an image file's place") as found:
+        if found is None:
+            return ImageFile(disk, name, path, image_format, exists=False, same=False)
+        proven()
+        same = _holds(found, path, image_format, disk)
+        return ImageFile(disk, name, path, image_format, exists=True, same=same)
 
 
-def _holds(path: str, image_format: str, disk: PointDisk) -> bool:
+def _holds(found: int, path: str, image_format: str, disk: PointDisk) -> bool:
     """Whether an image file holds exactly the disk's bytes."""
     try:
-        if not image.is_of_format(path, image_format):
+        if not image.is_of_format(found, image_format):
             return False
-        return image.compare(disk.layer, path, b_format=image_format)
+        return image.compare(disk.layer, path, b_format=image_format, b_descriptor=found)
     except DataPathError:
         # The point was found intact, so it is the file that is no image of this format.
         return False
@@ -123,18 +133,18 @@ def _require_consent(files: List[ImageFile], request: RestoreRequest) -> None:
 
 
 def _write(
-    file: ImageFile, run_id: str, request: RestoreRequest, progress: Progress, proven: Callable[[], None]
+    file: ImageFile, stage: Stage, request: RestoreRequest, progress: Progress, proven: Callable[[], None]
 ) -> Dict[str, Any]:
     """Write one image beside its place, compare it, put it there once the point is *proven* to be intact."""
     begun = time.monotonic()
     disk = file.disk
-    part = f"{file.path}.part-{run_id}"
     report = progress.disk(disk.key, disk.label, disk.capacity_bytes)
     state = "failed"
+    part: Optional[int] = None
     try:
-        image.convert(disk.layer, part, file.format, part_id=run_id, on_progress=report.update)
+        part = image.convert_into(stage, file.name, disk.layer, file.format, on_progress=report.update)
         report.update(disk.capacity_bytes)
-        if request.verify and not image.compare(disk.layer, part, b_format=file.format):
+        if request.verify and not _holds(part, file.path, file.format, disk):
             raise DataPathError(
                 "The image file does not hold the bytes of the restore point",
                 subject=file.path,
@@ -142,16 +152,17 @@ def _write(
                 remedy="Check the file system and the memory of this machine, and restore again",
             )
         proven()
-        written = os.stat(part).st_blocks * 512
-        os.rename(part, file.path)
-        image.fsync_dir(os.path.dirname(file.path))
+        written = os.fstat(part).st_blocks * 512
+        stage.publish(file.name, file.name)
         state = "done"
     except OSError as error:
         raise DataPathError("The image file can't be written", subject=file.path, reason=error.strerror) from None
     finally:
         report.finish(state)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(part)
+        if part is not None:
+            os.close(part)
+        with contextlib.suppress(OSError):
+            stage.unlink(file.name)
     reason = "it was not there" if not file.exists else "it held other bytes"
     return _entry(
         file,

@@ -102,8 +102,9 @@ class Slot:
         if len(self.hosts) > 1:
             seen = endpoint.log_path.stat().st_size
             arguments = (endpoint.log_path, seen)
-            self._follower = threading.Thread(target=self._follow, args=arguments, name="serving host", daemon=True)
-            self._follower.start()
+            follower = threading.Thread(target=self._follow, args=arguments, name="serving host", daemon=True)
+            follower.start()
+            self._follower = follower
 
     def _follow(self, log: Path, seen: int) -> None:
         """Read what is new in the log, as the connection may break and the disk be opened at another host."""

@@ -43,6 +43,7 @@ from ..errors import (
 )
 from ..libraries import vim
 from ..vsphere import faults
+from ..vsphere.answers import download
 from ..vsphere.datastore_files import folder_url, http_range, http_stream
 from ..vsphere.disks import CONTROLLER_CLASSES, Disk
 from ..vsphere.session import ConnectFailure, Connection, Session, Tls
@@ -713,7 +714,7 @@ class _Download:
 
     def _once(self, tls: Tls) -> None:
         url = urlsplit(self._address.url)
-        connection = tls.new()
+        connection = tls.new(download(self._at_most, self._io_timeout))
         try:
             connection.connect()
             connection.sock.settimeout(self._io_timeout)
@@ -741,12 +742,18 @@ class _Download:
             retryable=True,
         )
 
+    @property
+    def _at_most(self) -> int:
+        """What a stream of the disk can take: its data do not compress at all, and tables and markers."""
+        return self._disk.capacity_bytes + self._disk.capacity_bytes // 32 + (64 << 20)
+
     def _receive(self, response: http.client.HTTPResponse) -> None:
         length = response.length
         expected = length or int(self._address.fileSize or 0) or self._disk.capacity_bytes
         done, told = 0, 0.0
         with self._writing():
-            descriptor = os.open(str(self._stage), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+            descriptor = os.open(str(self._stage), flags, 0o600)
         with os.fdopen(descriptor, "wb", buffering=0) as stream:
             while True:
                 data = response.read(_PIECE)

@@ -4,11 +4,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import secrets
 import shutil
 import stat
 import struct
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, List, Mapping, Optional, Sequence, Tuple
@@ -36,6 +39,8 @@ __all__ = [
 ]
 
 _PROBE_TIMEOUT = 60
+# Two processes that make a folder at the same time see each other's.
+_SETTLE_SECONDS = 0.05
 
 # VADP facts 40: which thumbprint `thumbprint=` takes, by the major version of VDDK; any other version takes SHA-1.
 THUMBPRINT_OF_VERSION = {9: "sha256"}
@@ -203,7 +208,15 @@ def write_config(
     if san_devices:
         option = "allowList" if vddk.major >= ALLOW_LIST_FROM_VERSION else "whitelist"
         lines.append(f'vixDiskLib.transport.san.{option}="{",".join(san_devices)}"')
-    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    try:
+        Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise TransportError(
+            "VDDK's configuration can't be written",
+            subject=str(path),
+            reason=error.strerror,
+            remedy="Make room there, or set TMPDIR to another folder with a short path",
+        ) from error
 
 
 def connection_bytes(vddk: Vddk) -> int:
@@ -233,32 +246,80 @@ def temporary_folder(parent: str | Path = "/var/tmp") -> Path:
 def private_folder(stem: str, what: str, parent: str | Path = "/var/tmp", path: Optional[Path] = None) -> Path:
     """A folder that is always the same for one user of this machine, and nobody else's; made where it is not there.
 
-    :param stem: its name begins so, and ends with the user's number.
+    Where another user was first to take its name, it has a random end, and is found again by its owner.
+
+    :param stem: its name begins so, and goes on with the user's number.
     :param what: what messages call it.
     :param path: the folder itself, if it has another name.
     :raises TransportError: something of that name is there and is not a folder of this user alone.
     """
-    path = path or Path(parent) / f"{stem}-{os.getuid()}"
+    usual = path or Path(parent) / f"{stem}-{os.getuid()}"
+    if path is None and not os.path.lexists(str(usual)):
+        # One with a random end stays in use, also when the usual name has become free.
+        others = _own_folders(usual)
+        if others:
+            return others[0]
     while True:
         try:
-            path.mkdir(mode=0o700)
+            usual.mkdir(mode=0o700)
         except FileExistsError:
             pass
         except OSError as error:
-            raise TransportError(f"{what} can't be made", subject=str(path), reason=str(error)) from error
+            raise TransportError(f"{what} can't be made", subject=str(usual), reason=str(error)) from error
         try:
-            found = path.lstat()
+            found = usual.lstat()
             break
         except FileNotFoundError:
             continue  # another process has just removed it
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise TransportError(
-            f"{what} can't be trusted",
-            subject=str(path),
-            reason="it is not a folder that belongs to this user alone",
-            remedy="Remove it, and run again",
-        )
-    return path
+    if _is_private(found):
+        return usual
+    if path is None and found.st_uid != os.getuid():
+        return _other_folder(usual, what)
+    raise TransportError(
+        f"{what} can't be trusted",
+        subject=str(usual),
+        reason="it is not a folder that belongs to this user alone",
+        remedy="Remove it, and run again",
+    )
+
+
+def _is_private(status: os.stat_result) -> bool:
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077
+
+
+def _other_folder(usual: Path, what: str) -> Path:
+    """Of this user's folders beside *usual* the first; a new one if there is none."""
+    made = None
+    while True:
+        own = _own_folders(usual)
+        if own:
+            # Of two processes that made one at the same time both go on with the same.
+            if made is not None and made != own[0]:
+                with contextlib.suppress(OSError):
+                    made.rmdir()
+            return own[0]
+        try:
+            # Sorted by time: who comes later finds the earlier one first.
+            made = usual.with_name(f"{usual.name}-{time.time_ns():020d}-{secrets.token_hex(4)}")
+            made.mkdir(mode=0o700)
+            time.sleep(_SETTLE_SECONDS)
+        except OSError as error:
+            raise TransportError(f"{what} can't be made", subject=str(usual.parent), reason=str(error)) from error
+
+
+def _own_folders(usual: Path) -> List[Path]:
+    found = []
+    try:
+        names = sorted(os.listdir(str(usual.parent)))
+    except OSError:
+        return []  # what is wrong is told where a folder is made
+    for name in names:
+        path = usual.parent / name
+        if name.startswith(f"{usual.name}-"):
+            with contextlib.suppress(FileNotFoundError):
+                if _is_private(path.lstat()):
+                    found.append(path)
+    return found
 
 
 def plugin_facts(libdir: Optional[str]) -> Dict[str, str]:

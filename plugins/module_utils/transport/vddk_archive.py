@@ -14,13 +14,14 @@ import os
 import posixpath
 import re
 import shutil
+import stat
 import tarfile
 import tempfile
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Iterable, Iterator, List, Optional, Set
+from typing import IO, Dict, Iterable, Iterator, List, Optional, Set
 
 from ..datapath.image import fsync_dir, fsync_file
 from ..errors import InputError
@@ -61,8 +62,7 @@ def install(archive: Optional[str], checksum: str, dest: str, *, check_mode: boo
         return Installed(False, find_library(dest), plugin_facts(dest))
     if archive is None:
         raise InputError("VDDK is not there, and no archive is given", subject=dest, remedy="Name its archive")
-    _verify(Path(archive), checksum)
-    with _open(archive) as tar:
+    with _open(archive, checksum) as tar:
         top = _check_members(archive, tar.getmembers())
         if check_mode:
             return Installed(True, None, {})
@@ -108,6 +108,15 @@ def _check_dest(dest: Path) -> None:
             reason="the folder was not made by this module, and is not empty",
             remedy="Name another folder, or move this one away",
         )
+    for parent in (dest, *dest.parents):
+        mode = parent.stat().st_mode if parent.exists() else 0
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            raise InputError(
+                "VDDK can't be put there",
+                subject=str(dest),
+                reason=f"everybody on this machine may write {parent}, and so change the libraries that are loaded",
+                remedy="Name another folder, or take that right away (chmod o-w)",
+            )
     folders = {os.path.realpath(folder) for folder in _library_path()}
     for folder in (dest, dest / "lib64"):
         if os.path.realpath(folder) in folders:
@@ -130,12 +139,17 @@ def _library_path() -> Iterable[str]:
         yield from (line.strip() for line in lines if line.strip().startswith("/"))
 
 
-def _verify(archive: Path, checksum: str) -> None:
+def _copy_verified(archive: str, checksum: str, copy: IO[bytes]) -> None:
+    """What is unpacked is what was verified, whoever may write the archive."""
     digest = hashlib.sha256()
     try:
-        with archive.open("rb") as stream:
+        descriptor = os.open(archive, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as stream:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise InputError("The archive can't be read", subject=archive, reason="it is no ordinary file")
             for piece in iter(lambda: stream.read(_COPY_BYTES), b""):
                 digest.update(piece)
+                copy.write(piece)
     except OSError as error:
         raise InputError("The archive can't be read", subject=str(archive), reason=error.strerror) from error
     if digest.hexdigest() != checksum:
@@ -148,10 +162,13 @@ def _verify(archive: Path, checksum: str) -> None:
 
 
 @contextmanager
-def _open(archive: str) -> Iterator[tarfile.TarFile]:
+def _open(archive: str, checksum: str) -> Iterator[tarfile.TarFile]:
     try:
-        with tarfile.open(archive, "r:*") as tar:
-            yield tar
+        with tempfile.TemporaryFile() as copy:
+            _copy_verified(archive, checksum, copy)
+            copy.seek(0)
+            with tarfile.open(fileobj=copy, mode="r:*") as tar:
+                yield tar
     except (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError) as error:
         raise InputError(
             "The archive can't be unpacked",

@@ -12,6 +12,14 @@ from .inventory import VmRef
 from .session import Session
 
 
+# A page ends where it has its number of areas (2,000) or the disk ends. So many are not: then a full costs less.
+_PAGE_AREAS = 16
+_PAGE_BYTES = 1 << 30
+_POOR_PAGES = 200
+_MOST_AREAS = 8_000_000
+_TOTAL_SECONDS = 4 * 3600
+
+
 class ChangedAreasUnavailable(VsphereError):
     """The query failed or contradicts itself. The disk needs a full backup; "nothing changed" is never the answer."""
 
@@ -29,7 +37,8 @@ def query_changed_areas(
     :raises ChangedAreasUnavailable: at any point of the iteration.
     """
     subject = f"disk {device_key} of {vm}"
-    offset = 0
+    offset = found = poor = 0
+    deadline = session.clock() + _TOTAL_SECONDS
     while offset < capacity_bytes:
         page = _page(session, vm, snapshot_obj, device_key, offset, change_id, subject)
         following = page.startOffset + page.length
@@ -40,6 +49,14 @@ def query_changed_areas(
             problem = "it made no progress"
         elif following > capacity_bytes:
             problem = f"it answered up to {following}, past the disk's {capacity_bytes} bytes"
+        elif session.clock() > deadline:
+            problem = f"its pages took more than {_TOTAL_SECONDS} s"
+        areas = len(page.changedArea)
+        found += areas
+        if following < capacity_bytes and areas < _PAGE_AREAS and page.length < _PAGE_BYTES:
+            poor += 1
+        if found > _MOST_AREAS or poor > _POOR_PAGES:
+            problem = problem or f"its pages have no end ({found} areas, {poor} pages that tell nearly nothing)"
         if problem:
             raise _contradiction(subject, offset, problem)
         for area in page.changedArea:

@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import Any, Dict, NamedTuple, Optional
 
 from ..errors import AuthenticationError, NotFoundError, PrivilegeError, VadpError, VsphereError
+from .answers import REST, AnswerRefused
 from .session import ConnectFailure, Session
 
 # What is asked for here is worth a short wait, and no backup fails for it.
@@ -44,7 +45,7 @@ class RestSession:
         self._subject = subject
         if session.tls is None:
             raise self.error(VsphereError, "the session has no HTTPS connection of its own")
-        self._connection = session.tls.new()
+        self._connection = session.tls.new(REST)
         self._deadline = session.clock() + TOTAL_SECONDS
         self._token: Optional[str] = None
         self._silent = False
@@ -114,9 +115,11 @@ class RestSession:
             except (OSError, http.client.HTTPException) as error:
                 self._connection.close()
                 late = isinstance(error, (socket.timeout, TimeoutError))
-                if late or repeated:
+                refused = isinstance(error, AnswerRefused)
+                if late or refused or repeated:
                     self._silent = True
                     reason = "no answer in time" if late else f"the connection was lost ({type(error).__name__})"
+                    reason = str(error) if refused else reason
                     raise self.error(VsphereError, f"the REST API: {reason}") from error
                 # The server may close a connection that is kept at any time.
                 repeated = True
@@ -129,8 +132,8 @@ class RestSession:
         status, body = answer
         if status in (200, 201, 204):
             try:
-                return json.loads(body.decode("utf-8")) if body else None
-            except ValueError as error:
+                return json.loads(body.decode("utf-8"), parse_int=_integer) if body else None
+            except (ValueError, RecursionError) as error:
                 raise self.error(VsphereError, "the REST API's answer is no JSON", status) from error
         kinds = {401: AuthenticationError, 403: PrivilegeError, 404: NotFoundError}
         words = _words(body)
@@ -149,11 +152,18 @@ class RestSession:
         return error
 
 
+def _integer(digits: str) -> int:
+    # Many digits take hours where Python has no limit of its own.
+    if len(digits) > 20:
+        raise ValueError("a number is too large")
+    return int(digits)
+
+
 def _words(body: bytes) -> str:
     """vCenter's own, of an error: ``{"error_type": ..., "messages": [{"default_message": ...}]}``."""
     try:
-        told = json.loads(body.decode("utf-8"))
+        told = json.loads(body.decode("utf-8"), parse_int=_integer)
         messages = [str(message["default_message"]) for message in told["messages"]] or [str(told["error_type"])]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return ""
     return re.sub(r"[\x00-\x1f\x7f]+", " ", "; ".join(messages))[:300].rstrip(". ")

@@ -13,6 +13,7 @@ for unset values on some servers. Every call is retried where that is safe, and 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import hmac
 import http.client
@@ -42,11 +43,11 @@ from ..errors import (
 )
 from ..libraries import pyVmomi, vim, vmodl
 from . import faults
+from .answers import BEGIN_SECONDS as ANSWER_TIMEOUT
+from .answers import CALL, GREETING, AnswerRefused, Limits, response_class
 
-# Making a connection either works at once or not at all; an answer may take minutes (a changed-area query of a large
-# disk, a vCenter under load).
+# Making a connection either works at once or not at all; answers have limits of their own (:mod:`.answers`).
 CONNECT_TIMEOUT = 30
-ANSWER_TIMEOUT = 600
 
 # vCenter ends a session after 30 minutes without a call.
 KEEP_ALIVE_SECONDS = 300
@@ -61,6 +62,12 @@ RECONNECT_TIMEOUT = 60
 # What makes something new is cancelled when nobody waits for it any more; what takes something away is left to end.
 _CANCELLED = ("VirtualMachine.createSnapshot", "Folder.createVm")
 CANCEL_SECONDS = 30
+
+# The largest vCenters have some 50,000 machines. A page without an object is odd, and many are a loop.
+_MOST_OBJECTS = 1_000_000
+_EMPTY_PAGES = 10
+# The network of a large host takes some 200 KB, and an answer has a limit.
+_PAGE_OBJECTS = 250
 
 _API_PATH = "/sdk"
 # Versions for servers that don't list theirs: both are old enough for every supported vSphere.
@@ -190,9 +197,12 @@ class Tls:
             "sha256": colons(hashlib.sha256(self._certificate).hexdigest()),
         }
 
-    def new(self, **_unused: Any) -> _VerifiedConnection:
-        """A connection that is not open yet. Takes, and ignores, what pyVmomi hands to a connection class."""
-        return _VerifiedConnection(self, self._connection)
+    def new(self, limits: Limits = CALL, **_unused: Any) -> _VerifiedConnection:
+        """A connection that is not open yet. Takes, and ignores, what pyVmomi hands to a connection class.
+
+        :param limits: of each answer.
+        """
+        return _VerifiedConnection(self, self._connection, limits)
 
     def accept(self, sock: ssl.SSLSocket) -> None:
         """Check the pinned thumbprint and remember the certificate of a connection that was just made."""
@@ -213,8 +223,9 @@ class Tls:
 class _VerifiedConnection(http.client.HTTPSConnection):
     """An HTTPS connection. Making it raises :class:`ConnectFailure` or :class:`AuthenticationError`."""
 
-    def __init__(self, tls: Tls, connection: Connection) -> None:
+    def __init__(self, tls: Tls, connection: Connection, limits: Limits) -> None:
         super().__init__(connection.hostname, connection.port, timeout=CONNECT_TIMEOUT, context=tls.context)
+        self.response_class = response_class(limits)  # type: ignore[assignment]
         self._tls = tls
         self._address = connection
 
@@ -311,13 +322,14 @@ class Session:
     ) -> Session:
         """Log in. :raises AuthenticationError: certificate, user or password; :raises VsphereError: not reached."""
         tls = Tls(connection)
-        stub = pyVmomi.SoapStubAdapter(
+        stub = _stub_class()(
             host=connection.hostname,
             port=connection.port,
             path=_API_PATH,
             version=_negotiate_version(connection, tls),
             sslContext=tls.context,
             connectionPoolTimeout=POOL_IDLE_SECONDS,
+            acceptCompressedResponses=False,
         )
         stub.scheme = tls.new
         session = cls(connection, stub, tls, clock, sleep)
@@ -459,6 +471,9 @@ class Session:
                     raise faults.to_error(fault, what, subject) from fault
             except _LOST as error:
                 nothing_sent = isinstance(error, ConnectFailure)
+                if idempotent and isinstance(error, AnswerRefused):
+                    # It would answer the same again.
+                    raise self._lost(VsphereError, what, subject, error) from error
                 if not (nothing_sent or idempotent):
                     raise self._lost(ConnectionLostError, what, subject, error) from error
                 now = self.clock()
@@ -517,11 +532,15 @@ class Session:
 
         def all_pages() -> List[Any]:
             # A page token does not survive a new login, so a retry starts with the first page.
-            options = vmodl.query.PropertyCollector.RetrieveOptions()
+            options = vmodl.query.PropertyCollector.RetrieveOptions(maxObjects=_PAGE_OBJECTS)
             page = collector.RetrievePropertiesEx(list(specs), options)
             found: List[Any] = []
+            empty = 0
             while page is not None:
                 found.extend(page.objects)
+                empty += not page.objects
+                if empty > _EMPTY_PAGES or len(found) > _MOST_OBJECTS:
+                    raise AnswerRefused(f"the pages have no end ({len(found)} objects, {empty} pages without any)")
                 page = collector.ContinueRetrievePropertiesEx(page.token) if page.token else None
             for content in found:
                 for missing in content.missingSet:
@@ -683,6 +702,25 @@ def _may_repeat(fault: Any, args: Sequence[Any]) -> bool:
     return faults.is_busy(fault)
 
 
+@functools.lru_cache(maxsize=None)
+def _stub_class() -> Any:
+    """pyVmomi's adapter; what it stumbles over in an answer is the answer's fault, and no defect of ours."""
+
+    class Stub(pyVmomi.SoapStubAdapter):
+        def InvokeMethod(self, mo: Any, info: Any, args: Any, outerStub: Any = None) -> Any:
+            # What can't be sent fails here: that one is ours.
+            self.SerializeRequest(mo, info, args)
+            try:
+                return super().InvokeMethod(mo, info, args, outerStub)
+            except (vmodl.MethodFault, VadpError) + _LOST:
+                raise
+            except Exception as error:
+                words = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                raise AnswerRefused(f"the answer is not understood ({words})") from error
+
+    return Stub
+
+
 def _pauses() -> Any:
     """0.5, 1, 2, ... 30 seconds."""
     pause = 0.5
@@ -696,6 +734,8 @@ def _words(error: BaseException) -> str:
         return error.error.reason or str(error.error)
     if isinstance(error, (socket.timeout, TimeoutError)):
         return "no answer in time"
+    if isinstance(error, AnswerRefused):
+        return str(error)
     return f"{error} ({type(error).__name__})"
 
 
@@ -732,7 +772,7 @@ def _negotiate_version(connection: Connection, tls: Tls) -> str:
     """The newest API version that the server lists and pyVmomi knows, as pyVmomi names it."""
     what = "The server does not answer as a vSphere API"
     remedy = "Check hostname and port; a vCenter that is starting answers after some minutes"
-    server = tls.new()
+    server = tls.new(GREETING)
     try:
         server.request("GET", f"{_API_PATH}/vimServiceVersions.xml")
         response = server.getresponse()
@@ -748,6 +788,9 @@ def _negotiate_version(connection: Connection, tls: Tls) -> str:
     listed: List[str] = []
     if response.status == 200:
         try:
+            if b"<!DOCTYPE" in body:
+                # Old parsers make any number of bytes of a few entities.
+                raise ElementTree.ParseError("it defines entities")
             root = ElementTree.fromstring(body)
         except ElementTree.ParseError as error:
             raise VsphereError(what, subject=connection.address, reason=str(error), remedy=remedy) from error

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
+
 import mmap
 import os
 from collections import OrderedDict
 from typing import Any, BinaryIO, Dict, Iterator, List, Optional, Sequence, Tuple
 
-from ...datapath.hashes import hash_file, read_hashes
+from ...datapath.hashes import LINE_LIMIT, hash_file, parse_piece, read_hashes
 from ...datapath.files import open_stream
 from ...datapath.image import serve
 from ...errors import DamagedError, DataPathError, VadpError
@@ -25,6 +25,7 @@ from ...libraries import blake3, nbd
 # A block of the hashes is read at once: it is the reader's cache and its read-ahead.
 _CACHED_BLOCKS = 96
 _LOCATE_BYTES = 4096
+_OFFSET_DIGITS = 19
 
 Piece = Tuple[int, int, str]
 
@@ -52,13 +53,19 @@ class HashFile:
         found = []
         position = self._locate(start)
         while position < len(self._data):
-            line_end = self._data.find(b"\n", position)
-            offset, length, digest = json.loads(self._data[position:line_end])
+            line_end = self._end_of(position)
+            offset, length, digest = parse_piece(self.path, self._data[position:line_end], self.block_bytes)
             if offset >= end:
                 break
             found.append((offset, length, digest))
             position = line_end + 1
         return found
+
+    def _end_of(self, begin: int) -> int:
+        end = self._data.find(b"\n", begin, begin + LINE_LIMIT)
+        if end < 0:
+            raise DamagedError("A file of hashes is damaged", subject=self.path, reason="a line has no end")
+        return end
 
     def _locate(self, wanted: int) -> int:
         """Where the first line begins whose offset is not below *wanted*; lines are sorted."""
@@ -66,9 +73,12 @@ class HashFile:
         while low < high:
             middle = (low + high) // 2
             begin = self._data.rfind(b"\n", low, middle) + 1 or low
-            end = self._data.find(b"\n", begin)
+            end = self._end_of(begin)
             # A line is "[offset, ...": the number alone is cheaper than the whole of it.
-            if int(self._data[begin + 1 : self._data.find(b",", begin)]) < wanted:
+            number = self._data[begin + 1 : self._data.find(b",", begin, end)]
+            if not number.isdigit() or len(number) > _OFFSET_DIGITS:
+                raise DamagedError("A file of hashes is damaged", subject=self.path, reason="a piece has no offset")
+            if int(number) < wanted:
                 low = end + 1
             else:
                 high = begin

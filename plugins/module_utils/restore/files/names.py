@@ -10,6 +10,8 @@ from __future__ import annotations
 import base64
 from typing import Dict, Optional
 
+from ...shown import shown as escaped
+
 NAME_BYTES = 255
 PATH_BYTES = 4095
 
@@ -37,17 +39,7 @@ def encoded(name: str) -> bytes:
 
 def shown(path: str) -> str:
     """A path for people and for JSON: what is no text, or would move the cursor, stands as ``\\xNN`` or ``\\n``."""
-    if path.isprintable():
-        return path
-    parts = []
-    for letter in encoded(path).decode("utf-8", "surrogateescape"):
-        if "\udc80" <= letter <= "\udcff":
-            parts.append(f"\\x{ord(letter) - 0xDC00:02x}")
-        elif letter.isprintable() or letter == " ":
-            parts.append(letter)
-        else:
-            parts.append(letter.encode("unicode_escape").decode("ascii"))
-    return "".join(parts)
+    return escaped(encoded(path).decode("utf-8", "surrogateescape"))
 
 
 def path_fields(path: str) -> Dict[str, str]:

@@ -19,6 +19,7 @@ from typing import Any, Callable, Dict, Generator, Iterator, List, Mapping, Opti
 from ... import errors
 from ...datapath.processes import Child
 from ...errors import DataPathError, VadpError
+from ...transport.vddk import private_folder
 from ..boot.accelerator import AUTO, TCG, Probe
 from . import agent, appliance, parsers
 from .filesystems import DIRECTORY, FILE, LINK, Piece
@@ -403,6 +404,10 @@ class GuestfishReader(_AgentReader):
     def _environment(self) -> Mapping[str, str]:
         # The direct backend: the virtual machine is the process' own, and dies with it.
         variables = {"LIBGUESTFS_BACKEND": "direct", "LIBGUESTFS_TMPDIR": self.run_dir, "XDG_RUNTIME_DIR": self.run_dir}
+        cache = f"/var/tmp/.guestfs-{os.geteuid()}"
+        if os.path.lexists(cache) and os.lstat(cache).st_uid != os.geteuid():
+            # libguestfs refuses a folder that another user was first to make.
+            variables["LIBGUESTFS_CACHEDIR"] = str(private_folder("openvadp-guestfs", "libguestfs' folder"))
         program = shutil.which("qemu-system-x86_64")
         if program is not None:
             probe = Probe(AUTO, program, self.run_dir)

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import re
-import shutil
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
+from ...datapath.files import own_folder, remove_tree
 from ...errors import DataPathError, InputError, VadpError
 from ...repository.layout import REPOSITORY_FILE
 from ...repository.runs import new_run_id
@@ -183,18 +182,23 @@ class Destination:
     @contextlib.contextmanager
     def stage(self) -> Iterator[Stage]:
         """A place for files that are not complete. What crashed restores left there goes first."""
-        name = (_STAGE + new_run_id()).encode("ascii")
         with _os_errors(self.path):
-            os.mkdir(name, 0o700, dir_fd=self._root)
-            descriptor = os.open(name, _FOLDER, dir_fd=self._root)
+            name, descriptor = self._new_stage()
         try:
-            with _os_errors(self.path):
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.remove_leftovers(except_for=name)
             yield Stage(self, self._root, descriptor)
         finally:
-            _remove_tree(self._root, name)
+            remove_tree(self._root, os.fsdecode(name), descriptor)
             os.close(descriptor)
+
+    def _new_stage(self) -> Tuple[bytes, int]:
+        while True:
+            name = _STAGE + new_run_id()
+            os.mkdir(name, 0o700, dir_fd=self._root)
+            descriptor = own_folder(self._root, name)
+            if descriptor is not None:
+                return name.encode("ascii"), descriptor
+            # Somebody took it away, or put another in its place, within this moment: again.
 
     def remove_leftovers(self, except_for: bytes = b"") -> None:
         """Remove the stages of restores that died."""
@@ -202,17 +206,12 @@ class Destination:
             raw = os.fsencode(name)
             if raw == except_for or _STAGE_NAME.fullmatch(name) is None:
                 continue
-            try:
-                descriptor = os.open(raw, _FOLDER, dir_fd=self._root)
-            except OSError:
-                # Not one of ours, or another user's.
+            descriptor = own_folder(self._root, name)
+            if descriptor is None:
+                # Not one of ours, another user's, or in use.
                 continue
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _remove_tree(self._root, raw)
-            except OSError as error:
-                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EPERM):
-                    raise
+                remove_tree(self._root, name, descriptor)
             finally:
                 os.close(descriptor)
 
@@ -384,10 +383,6 @@ def _write_all(descriptor: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
-
-
-def _remove_tree(root: int, name: bytes) -> None:
-    shutil.rmtree(os.fsencode(f"/proc/self/fd/{root}/") + name, ignore_errors=True)
 
 
 @contextlib.contextmanager

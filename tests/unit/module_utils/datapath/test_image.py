@@ -248,3 +248,15 @@ def test_atomic_write(folder):
     with pytest.raises(OSError):
         image.atomic_write(str(folder / "d"), b"")
     assert sorted(os.listdir(folder)) == ["d", "x"]
+
+
+def test_a_layer_that_qemu_img_has_removed_itself_hides_no_reason(folder, monkeypatch):
+    """As it does where the disk is full."""
+
+    def full(argv, **_options):
+        os.unlink(argv[-2])
+        raise DataPathError("A layer can't be made", reason="No space left on device")
+
+    monkeypatch.setattr(image, "run_tool", full)
+    with pytest.raises(DataPathError, match="No space left"):
+        image.create_layer(str(folder / "x"), 1 << 20)

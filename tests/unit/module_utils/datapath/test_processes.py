@@ -10,8 +10,10 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
+from ansible_collections.openvadp.backup.plugins.module_utils.datapath import processes
 from ansible_collections.openvadp.backup.plugins.module_utils.datapath.processes import (
     Child,
     RuntimeDir,
@@ -51,6 +53,30 @@ def test_who_listens_is_told_whatever_the_inode(inode):
 
 def start(run_dir, *argv, **options):
     return Child.start(list(argv), log_path=os.path.join(run_dir, "child.log"), name="the child", **options)
+
+
+@pytest.mark.parametrize("how", ["child", "detached", "module"])
+def test_a_crash_leaves_no_core_file(tmp_path, how):
+    """Whoever starts us may allow them without a limit: core files hold the password."""
+    ways = {
+        "child": "child = processes.Child.start(['sleep', '30'], log_path=sys.argv[1], name='x')",
+        "detached": "child = processes.start_detached(['/bin/sleep', '30'], log_path=sys.argv[1])",
+        "module": "processes.no_core_files(); child = subprocess.Popen(['sleep', '30'])",
+    }
+    code = (
+        "import resource, subprocess, sys, time\n"
+        "from ansible_collections.openvadp.backup.plugins.module_utils.datapath import processes\n"
+        f"{ways[how]}\n"
+        "name = f'/proc/{child.pid}/'\n"
+        "while 'sleep' not in open(name + 'comm').read(): time.sleep(0.01)\n"
+        "print([line for line in open(name + 'limits') if 'core' in line][0].split()[4])\n"
+        "import os, signal; os.kill(child.pid, signal.SIGKILL)\n"
+    )
+    command = ["prlimit", "--core=unlimited", sys.executable, "-c", code, str(tmp_path / "log")]
+    root = str(Path(processes.__file__).parents[6])
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": root})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "0"
 
 
 def test_runtime_dir_is_private_short_and_goes_away(monkeypatch, tmp_path):

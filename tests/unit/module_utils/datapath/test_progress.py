@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 
+import pytest
 from ansible_collections.openvadp.backup.plugins.module_utils.datapath.progress import Progress
+from ansible_collections.openvadp.backup.plugins.module_utils.errors import InputError
 
 
 class Clock:
@@ -82,3 +85,18 @@ def test_time_and_speed_count_from_the_end_of_a_wait(tmp_path):
     lines = lines_of(path)
     assert [line["state"] for line in lines] == ["running", "waiting for a connection to esx01", "running", "running"]
     assert (lines[-1]["seconds"], lines[-1]["bytes_per_second"]) == (2.0, 500)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+def test_nothing_but_a_file_is_written_to(tmp_path, kind):
+    """It may lie in /tmp, where another user was first."""
+    path, victim = tmp_path / "progress", tmp_path / "victim"
+    victim.write_text("kept")
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(victim)
+    with pytest.raises(InputError, match="progress file"):
+        Progress(str(path))
+    assert victim.read_text() == "kept"

@@ -455,3 +455,21 @@ def test_the_folder_of_a_vm_that_was_never_backed_up_can_go(tmp_path: Path) -> N
     store.remove_unused()
     assert not store.path.exists() and repository.vms() == []
     store.remove_unused()
+
+
+def test_what_everybody_may_write_is_no_repository(tmp_path: Path) -> None:
+    root = tmp_path / "repository"
+    root.mkdir()
+    root.chmod(0o777)
+    repository = Repository.open(str(root), create=True)
+    assert root.stat().st_mode & 0o777 == 0o775
+    store = repository.vm(UUID)
+    with store.lock(new_run_id(), "test"):
+        store.write_facts({"name": "app01"})
+    for folder in (root, root / "vms", store.path, store.path / "points"):
+        mode = folder.stat().st_mode
+        folder.chmod(mode | 0o002)
+        with pytest.raises(DamagedError, match="everybody"):
+            Repository.open(str(root)).vm(UUID).points()
+        folder.chmod(mode & ~0o002 | 0o020)
+        assert Repository.open(str(root)).vm(UUID).points() == []

@@ -53,6 +53,20 @@ def files(folder: Path) -> List[Any]:
     )
 
 
+def test_names_in_results_move_no_cursor_and_can_be_given_back(held: World, call: Call) -> None:
+    evil = "app\x1b[2J\u202ex"
+    with held.store.lock(new_run_id(), "test"):
+        held.store.write_facts({"name": evil})
+    held.config = {}
+    result = call(restore_point_verify, vm_uuid=UUID, point="absent\u202e")
+    del result["invocation"]  # what the user wrote
+    assert result["failed"] and "\\u202e" in result["msg"] and "\u202e" not in json.dumps(result, ensure_ascii=False)
+    unknown = call(restore_point_info, vm_name="other")
+    assert "app\\x1b[2J\\u202ex" in unknown["msg"]
+    for name in (evil, "app\\x1b[2J\\u202ex"):
+        assert [point["point"] for point in call(restore_point_info, vm_name=name)["points"]] == ["zulu", "alpha"]
+
+
 def test_info(held: World, call: Call) -> None:
     points = call(restore_point_info)["points"]
     assert [(point["point"], point["mode"], point["disks"][0]["parent"]) for point in points] == [

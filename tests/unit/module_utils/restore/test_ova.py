@@ -221,18 +221,34 @@ def test_what_can_not_be_written_leaves_nothing(
     assert os.listdir(dest) == []
 
 
+def test_an_ova_is_its_owners_alone_and_a_pipe_at_its_place_is_refused(world: Any, dest: Path, disk: bytes) -> None:
+    before = os.umask(0)
+    try:
+        restore(world, dest)
+    finally:
+        os.umask(before)
+    path = dest / "app01.ova"
+    with tarfile.open(str(path)) as archive:
+        assert {member.mode for member in archive} == {0o600}
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(InputError, match="no ordinary file"):
+        restore(world, dest, overwrite=True)
+
+
 def test_what_a_killed_restore_left_goes_with_the_next(world: Any, dest: Path, disk: bytes) -> None:
     program = (
         "import os, sys\n"
         "from ansible_collections.openvadp.backup.plugins.module_utils.restore import ova, to_file\n"
         "from ansible_collections.openvadp.backup.plugins.module_utils.restore.request import RestoreRequest\n"
-        "ova.image.fsync_file = lambda path: os.kill(os.getpid(), 9)\n"
+        "os.fsync = lambda descriptor: os.kill(os.getpid(), 9)\n"
         "to_file.restore_point(RestoreRequest(repository=sys.argv[1], vm_uuid=sys.argv[2], dest=sys.argv[3],"
         " format='ova'), False)\n"
     )
     arguments = [str(world.repository.path), world.store.uuid, str(dest)]
     done = subprocess.run([sys.executable, "-c", program, *arguments], check=False)
     left = sorted(os.listdir(dest))
-    assert done.returncode == -9 and len(left) == 3 and not (dest / "app01.ova").exists()
+    assert done.returncode == -9 and len(left) == 1 and not (dest / "app01.ova").exists()
     restore(world, dest)
     assert os.listdir(dest) == ["app01.ova"]

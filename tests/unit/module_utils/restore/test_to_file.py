@@ -2,6 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -14,7 +15,12 @@ from types import SimpleNamespace
 from typing import Any, Dict
 
 import pytest
-from ansible_collections.openvadp.backup.plugins.module_utils.errors import DamagedError, DataPathError, InputError
+from ansible_collections.openvadp.backup.plugins.module_utils.errors import (
+    DamagedError,
+    DataPathError,
+    InputError,
+    VadpError,
+)
 from ansible_collections.openvadp.backup.plugins.module_utils.repository.runs import new_run_id
 from ansible_collections.openvadp.backup.plugins.module_utils.restore import dest as dest_module
 from ansible_collections.openvadp.backup.plugins.module_utils.restore import point as restored_point
@@ -219,6 +225,93 @@ def test_leftovers_of_dead_restores_go_and_those_of_living_ones_stay(world: Any,
     assert not any(dead in name and name not in kept for name in names)
     assert sum(alive in name for name in names) == 3
     assert names >= {"app01-hard-disk-1-2000.raw", *kept}
+
+
+def test_a_stage_whose_process_died_goes_and_one_that_is_not_ours_stays(world: Any, dest: Path, disk: bytes) -> None:
+    dead, alive, odd = (dest / f".openvadp-restore-{digit * 16}" for digit in "012")
+    for folder in (dead, alive, odd):
+        folder.mkdir(mode=0o700)
+        (folder / "image").touch()
+    (dead / "deep").mkdir()
+    (dead / "deep" / "link").symlink_to(world.repository.path)
+    odd.chmod(0o755)  # ours are never open to others
+    (dest / f".openvadp-restore-{'3' * 16}").symlink_to(world.repository.path)
+    lock = os.open(alive, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    restore(world, dest)
+    os.close(lock)
+    assert not dead.exists() and (alive / "image").exists() and (odd / "image").exists()
+    assert (dest / f".openvadp-restore-{'3' * 16}").is_symlink() and world.store.points()
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow2", "vmdk", "vmdk_stream"])
+def test_images_are_for_their_owner_alone(world: Any, dest: Path, disk: bytes, image_format: str) -> None:
+    before = os.umask(0)
+    seen = set()
+    stop = threading.Event()
+
+    def look() -> None:
+        while not stop.wait(0.001):
+            for path in dest.rglob("*"):
+                with contextlib.suppress(OSError):
+                    seen.add(path.stat().st_mode & 0o077)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        result = restore(world, dest, format=image_format)
+    finally:
+        os.umask(before)
+        stop.set()
+        watcher.join()
+    modes = {os.stat(entry["target"]).st_mode & 0o777 for entry in result["restored"]}
+    modes |= {path.stat().st_mode & 0o777 for path in world.store.disk_folder(2000).glob("*") if "p2" in path.name}
+    assert modes == {0o600} and seen == {0}
+
+
+@pytest.mark.parametrize("image_format", ["raw", "vmdk"])
+def test_names_that_another_user_swaps_meanwhile_lead_nowhere(
+    world: Any, dest: Path, disk: bytes, tmp_path: Path, image_format: str
+) -> None:
+    """Whoever owns the folder can rename what is in it, and put links there."""
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    kept = victim / "app01-hard-disk-1-2000.vmdk"
+    kept.write_bytes(b"kept")
+    stop = threading.Event()
+    swapped = []
+
+    def swap() -> None:
+        while not stop.is_set():
+            for name in os.listdir(dest):
+                if name.startswith("x") or (dest / name).is_symlink():
+                    continue
+                with contextlib.suppress(OSError):
+                    if name.endswith(".lock"):
+                        # What an unfinished image is called followed from the lock's name once.
+                        part = f".part-{name[len('.openvadp-restore-') : -len('.lock')]}"
+                        os.symlink(kept, dest / f"app01-hard-disk-1-2000.{image_format}{part * 2}")
+                    os.rename(dest / name, dest / f"x{len(swapped)}")
+                    os.symlink(victim, dest / name)
+                    swapped.append(name)
+
+    attacker = threading.Thread(target=swap)
+    attacker.start()
+    try:
+        for _again in range(4):
+            with contextlib.suppress(VadpError):
+                restore(world, dest, format=image_format, overwrite=True)
+    finally:
+        stop.set()
+        attacker.join()
+    assert any(name.startswith(".openvadp-restore-") for name in swapped)
+    assert os.listdir(victim) == [kept.name] and kept.read_bytes() == b"kept"
+
+
+def test_a_pipe_at_an_images_place_is_refused(world: Any, dest: Path, disk: bytes) -> None:
+    os.mkfifo(dest / "app01-hard-disk-1-2000.raw")
+    with pytest.raises(InputError, match="no ordinary file"):
+        restore(world, dest, overwrite=True)
 
 
 def test_a_full_folder_is_noticed_before_it_is_full(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,33 @@ def test_the_problem_names_the_releases() -> None:
 def test_vmfs_6_needs_a_library_of_its_time(library: str, major: int, fits: bool) -> None:
     problem = version_problem(library, "6.5.0", vmfs_major=major)
     assert (problem is None) is fits, problem
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="gives files away")
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_a_name_that_another_user_took_first_stops_nobody(tmp_path: Path, kind: str) -> None:
+    usual = tmp_path / f"openvadp-vddk-{os.getuid()}"
+    planted = tmp_path / f"{usual.name}-aaaaaaaa"
+    for path in (usual, planted):
+        if kind == "folder":
+            path.mkdir(mode=0o700)
+        elif kind == "file":
+            path.touch(mode=0o600)
+        else:
+            path.symlink_to(tmp_path)
+        os.chown(path, 65534, 65534, follow_symlinks=False)
+    with ThreadPoolExecutor(4) as pool:
+        found = set(pool.map(temporary_folder, [tmp_path] * 8))
+    assert len(found) == 1
+    path = found.pop()
+    assert path not in (usual, planted) and path.stat().st_mode & 0o777 == 0o700 and path.stat().st_uid == 0
+    assert not [name for name in os.listdir(tmp_path) if name not in (usual.name, planted.name, path.name)]
+    # Who uses it goes on with it when the other user goes away.
+    if kind == "folder":
+        usual.rmdir()
+    else:
+        usual.unlink()
+    assert temporary_folder(tmp_path) == path
 
 
 def test_the_temporary_folder_is_always_the_same_and_ours_alone(tmp_path: Path) -> None:

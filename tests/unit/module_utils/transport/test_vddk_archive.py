@@ -208,3 +208,29 @@ def test_folders_that_are_not_ours_or_on_the_library_path(
     (tmp_path / "empty").mkdir()
     install(*good, str(tmp_path / "empty"))
     assert (tmp_path / "empty" / MARKER).is_file()
+
+
+def test_what_is_unpacked_is_what_was_verified(tmp_path: Path, library: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever may write the archive changes it at the worst moment."""
+    path, checksum = archive(tmp_path / "vddk.tar", vmware(library))
+    other, _sum = archive(tmp_path / "other.tar", [*vmware(library), file(f"{TOP}/evil")])
+    real = vddk_archive._copy_verified
+
+    def verified(*arguments: Any) -> None:
+        real(*arguments)
+        Path(path).write_bytes(Path(other).read_bytes())
+
+    monkeypatch.setattr(vddk_archive, "_copy_verified", verified)
+    install(path, checksum, str(tmp_path / "opt" / "vddk"))
+    assert not list(tmp_path.glob("opt/vddk/**/evil"))
+
+
+def test_a_folder_that_everybody_may_write_and_a_pipe_are_refused(tmp_path: Path, library: bytes) -> None:
+    path, checksum = archive(tmp_path / "vddk.tar", vmware(library))
+    (tmp_path / "opt").mkdir()
+    (tmp_path / "opt").chmod(0o777)
+    with pytest.raises(InputError, match="everybody"):
+        install(path, checksum, str(tmp_path / "opt" / "vddk"))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="ordinary"):
+        install(str(tmp_path / "pipe"), checksum, str(tmp_path / "vddk"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from ansible_collections.openvadp.backup.plugins.module_utils.errors import PrivilegeError, VsphereError
+from ansible_collections.openvadp.backup.plugins.module_utils.vsphere import changed_areas
 from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.changed_areas import (
     ChangedAreasUnavailable,
     query_changed_areas,
@@ -88,3 +89,31 @@ def test_privileges_and_lost_connections_are_not_a_reason_for_a_full_backup(sess
     with pytest.raises(VsphereError) as caught:
         query(session, vm)
     assert not isinstance(caught.value, ChangedAreasUnavailable)
+
+
+@pytest.mark.parametrize("kind", ["tiny pages", "no areas", "slow"])
+def test_pages_without_an_end_are_no_answer(session, stub, vm, clock, kind):
+    """A server that makes a little progress with each page, for ever or nearly so."""
+    pages = 0
+
+    def answer(_vm, _snapshot, _key, offset, _change_id):
+        nonlocal pages
+        pages += 1
+        assert pages < 5000, "without an end"
+        if kind == "slow":
+            clock.now += 500
+            return page(offset, 1 << 31)
+        return page(offset, 512, *([(offset, 512)] if kind == "tiny pages" else []))
+
+    stub.methods["QueryChangedDiskAreas"] = answer
+    with pytest.raises(ChangedAreasUnavailable, match="no end|took more than"):
+        query(session, vm, 62 << 40)
+
+
+def test_more_areas_than_are_worth_it_are_no_answer(session, stub, vm, monkeypatch):
+    monkeypatch.setattr(changed_areas, "_MOST_AREAS", 1000)
+    stub.methods["QueryChangedDiskAreas"] = lambda _vm, _snapshot, _key, offset, _change_id: page(
+        offset, 100 * BLOCK, *[(offset + block * BLOCK, BLOCK) for block in range(0, 100, 2)]
+    )
+    with pytest.raises(ChangedAreasUnavailable, match="no end"):
+        query(session, vm, 10000 * BLOCK)

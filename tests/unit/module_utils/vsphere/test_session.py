@@ -6,6 +6,7 @@ import hashlib
 import socket
 import ssl
 import threading
+from types import SimpleNamespace
 
 import pytest
 from ansible_collections.openvadp.backup.plugins.module_utils.errors import (
@@ -55,6 +56,15 @@ def test_pages_are_read_to_the_end_and_from_the_start_after_a_new_login(session,
     assert {moid: values["name"] for moid, values in read.items()} == {"vm-1": "n1", "vm-2": "n2", "vm-3": "n3"}
     assert stub.names().count("Login") == 1
     assert [args[0] for name, _obj, args in stub.calls if name.startswith("Continue")] == ["a", "b", "c"]
+
+
+def test_pages_without_an_end_are_refused(session, stub, vm):
+    empty = SimpleNamespace(objects=[], token="a")
+    stub.methods["RetrievePropertiesEx"] = [empty]
+    stub.methods["ContinueRetrievePropertiesEx"] = lambda *_args: empty
+    with pytest.raises(VsphereError, match="no end"):
+        session.read_many([vm.obj], vim.VirtualMachine, ["name"])
+    assert len(stub.calls) < 50
 
 
 def test_expired_session_is_renewed_once_only(session, stub, vm):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, List
 
 import pytest
+from ansible_collections.openvadp.backup.plugins.module_utils.datapath.files import nameless
 from ansible_collections.openvadp.backup.plugins.module_utils.datapath.image import create_overlay
 from ansible_collections.openvadp.backup.plugins.module_utils.errors import DataPathError
 from ansible_collections.openvadp.backup.plugins.module_utils.restore.boot import run
@@ -19,7 +20,7 @@ from ansible_collections.openvadp.backup.plugins.module_utils.restore.boot.run i
 
 
 def test_a_guest_can_not_write_more_than_it_may(tmp_path: Path) -> None:
-    descriptor = run._nameless_file(str(tmp_path))
+    descriptor = nameless(str(tmp_path), "x-")
     try:
         assert list(tmp_path.iterdir()) == []
         create_overlay(f"/proc/{os.getpid()}/fd/{descriptor}", 64 << 20)

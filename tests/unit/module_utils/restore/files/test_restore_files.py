@@ -177,7 +177,7 @@ def test_what_a_crash_left_goes_with_the_next_restore(disk: Any) -> None:
     with writer.Destination(str(disk.dest)) as destination, destination.stage():
         (alive,) = [name for name in os.listdir(disk.dest) if name != mine]
         dead = disk.dest / (alive[:-4] + "0000")
-        dead.mkdir()
+        dead.mkdir(mode=0o700)
         (dead / "1").write_text("part")
         disk.restore("/etc/hosts")
         assert not dead.exists() and (disk.dest / alive).exists()
