@@ -80,6 +80,13 @@ options:
     type: str
     choices: [auto, full, incremental, differential]
     default: auto
+  max_chain:
+    description:
+      - With O(mode=auto), a disk whose newest point stands on a chain of so many layers, the full included, is read in
+        full (1 to 500). The result says so. With V(1) each point is a full.
+      - Whoever reads a point opens all layers of its chain. Each one costs time, memory and an open file.
+    type: int
+    default: 30
   disks:
     description: Device keys or labels of the disks to read. If not given, all that a snapshot can hold.
     type: list
@@ -336,7 +343,7 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ..module_utils.backup.export import export_point
 from ..module_utils.backup.request import COMPRESSIONS, ExportRequest
-from ..module_utils.repository.chain import MODES
+from ..module_utils.repository.chain import MAX_CHAIN, MODES
 from ..module_utils.runner import (
     Options,
     connection_options,
@@ -356,6 +363,7 @@ OPTIONS = Options(
         force=dict(type="bool", default=False),
         point=dict(type="str"),
         mode=dict(type="str", choices=list(MODES), default="auto"),
+        max_chain=dict(type="int", default=MAX_CHAIN),
         disks=dict(type="list", elements="str"),
         exclude_disks=dict(type="list", elements="str", default=[]),
         rate_limit=dict(type="str"),

@@ -129,6 +129,9 @@ options:
       parallel_disks:
         description: How many disks are read at a time.
         type: int
+      max_chain:
+        description: How many layers a chain may have.
+        type: int
   vddk_libdir:
     description:
       - Folder of VDDK, the one that holds C(lib64/libvixDiskLib.so.*). It is needed to end what was prepared with it,
@@ -444,6 +447,7 @@ EXPORT = dict(
     io_timeout=dict(type="int"),
     rate_limit=dict(type="str"),
     parallel_disks=dict(type="int"),
+    max_chain=dict(type="int"),
 )
 OPTIONS = Options(
     dict(

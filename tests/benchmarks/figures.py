@@ -462,6 +462,35 @@ def calls(rig: Rig, wanted: Set[str]) -> Figures:
     return figures
 
 
+# A disk that is nearly empty, as large as the figure's unit.
+ALLOCATION_BYTES = 1024 * GIB
+
+
+def allocation(rig: Rig, _wanted: Set[str]) -> Figures:
+    """Questions to VDDK about allocated blocks: of a full of a TiB, and of an incremental. Each may cost a second."""
+    repository = rig.repository("allocation")
+    machine = rig.large_disk(LARGE_VM, LARGE_DISK, ALLOCATION_BYTES)
+    control = rig.simulator.control
+    counts: List[int] = []
+    for point, mode in (("full", "full"), ("changed", "incremental")):
+        control.call("guest_write", vm=LARGE_VM, disk=LARGE_DISK, offsets=[0, 700 * GIB], data=os.urandom(MIB))
+        with rig.snapshot(machine) as snapshot:
+            before = rig.allocation_queries()
+            begun = time.monotonic()
+            result = rig.export(
+                repository, snapshot, vm={"name": LARGE_VM}, disks=[str(LARGE_DISK)], point=point, mode=mode
+            )
+            counts.append(rig.allocation_queries() - before)
+            seconds = time.monotonic() - begun
+        assert result["disks"][0]["mode"] == mode and result["disks"][0]["bytes_read"] >= MIB, result
+        say(f"allocated blocks: {counts[-1]} questions by {result['disks'][0]['mode']}, {seconds:.1f} s")
+    shutil.rmtree(repository)
+    return {
+        "allocation_queries_per_tib": alone(counts[0] * 1024 * GIB / ALLOCATION_BYTES, "calls"),
+        "allocation_queries_incremental": alone(counts[1], "calls"),
+    }
+
+
 def _told(what: str, made: List[Dict[str, Any]]) -> int:
     counts = Counter(call["method"] for call in made)
     say(f"{what}: " + ", ".join(f"{count} {method}" for method, count in counts.most_common()))
@@ -471,6 +500,7 @@ def _told(what: str, made: List[Dict[str, Any]]) -> int:
 #: Each group with the figures that it measures, in the order of a whole run: the short ones first.
 GROUPS: List[Tuple[Callable[[Rig, Set[str]], Figures], List[str]]] = [
     (planning, ["plan_1m_areas_seconds"]),
+    (allocation, ["allocation_queries_per_tib", "allocation_queries_incremental"]),
     (calls, ["api_calls_noop_export", "api_calls_full_backup", "ansible_playbook_start_seconds"]),
     (
         full_and_incremental,

@@ -144,6 +144,11 @@ class Rig:
         change_tracking.enable(self.session, vm)
         return vm
 
+    def allocation_queries(self) -> int:
+        """Questions about allocated blocks that VDDK has asked so far."""
+        places = self.simulator.control.call("nfc")
+        return sum(place["queries"] for group in ("hosts", "local") for place in places[group].values())
+
     def small_disks(self, name: str, count: int, data_bytes: int) -> List[int]:
         """Give a VM more disks, with so many bytes on each. :returns: their device keys."""
         administrator = Administrator(self.simulator.facts, name)
@@ -374,6 +379,7 @@ class Rig:
             nfc_port=self.simulator.facts["nfc_port"],
             run_dir=run_dir,
             io_timeout=180,
+            allocation=True,
         ) as endpoint:
             yield endpoint, run_dir
 

@@ -75,7 +75,7 @@ def test_a_log_of_what_went_well(logs: Logs) -> None:
         ({"thumbprint": "AA:" * 19 + "AA"}, "thumbprint certain"),
         ({"password": "another one"}, "credentials certain"),
         ({"vm": "moref=vm-999"}, "vm_missing certain"),
-        ({"snapshot": "snapshot-999"}, "snapshot_missing likely"),
+        ({"snapshot": "snapshot-999"}, "snapshot_missing certain"),
         ({"file": "[vmfs01] twin/none.vmdk"}, "disk_missing likely"),
         ({"libdir": "/usr/share"}, "vddk_load certain"),
     ],

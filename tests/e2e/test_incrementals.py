@@ -154,6 +154,20 @@ def test_two_thousand_areas_and_more(modules: Modules, administrator: Administra
     modules.clean()
 
 
+def test_a_chain_that_is_long_enough_is_followed_by_a_full(modules: Modules) -> None:
+    modules.track_changes()
+    for number, expected in enumerate(["full", "incremental", "full", "incremental"]):
+        modules.simulator.write("app01", 2000, number * MIB, seed=number + 1)
+        disk = modules.point(f"p{number}", max_chain=2, disks=["2000"])[2000]
+        assert disk["mode"] == expected, disk
+        assert modules.backups.disk("app01", 2000, f"p{number}") == modules.held[f"p{number}"][2000]
+    assert modules.backups.manifest("app01", "p2")["disks"][2000]["reason"] == (
+        "the chain of point p1 has 2 layers, and max_chain is 2"
+    )
+    # Whoever insists gets an incremental.
+    assert modules.point("p4", max_chain=2, mode="incremental", disks=["2000"])[2000]["parent"] == "p3"
+
+
 def test_two_disks_of_which_one_fails(modules: Modules) -> None:
     """No point; on the same snapshot only what is missing is read; on another one, all."""
     simulator = modules.simulator

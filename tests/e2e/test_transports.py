@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Tuple
 
 import pytest
+from ansible_collections.openvadp.backup.plugins.module_utils.transport.access import run_access
+from ansible_collections.openvadp.backup.plugins.module_utils.transport.vddk import find_library
+from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.inventory import find_vm
+from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.session import Connection, Session
 from harness import MIB, Ansible, Backups, Simulator
 from modules import Modules
 
@@ -52,12 +56,17 @@ class Proxy(Modules):
         """Connections for disk data that any host has seen."""
         return sum(host["opened"] for host in self.control("nfc")["hosts"].values())
 
+    def asked(self) -> int:
+        """Questions about allocated blocks so far, to hosts and to what VDDK reads by itself."""
+        places = self.control("nfc")
+        return sum(place["queries"] for group in ("hosts", "local") for place in places[group].values())
+
     def plug_in(self) -> None:
         """Everything as it was at the beginning."""
         self.control("set_lun", datastore="vmfs01", visible=True)
         self.control("fill_units", vm="proxy01", leave=None)
         self.control("restore_network")
-        self.control("nfc", clear_faults=True, bytes_per_second=None, serve=None)
+        self.control("nfc", clear_faults=True, bytes_per_second=None, serve=None, thumbprint="sha1")
         self.control("proxy", identity="normal")
 
 
@@ -96,13 +105,14 @@ def _used(result: Dict[str, Any]) -> List[Tuple[str, str]]:
 def test_each_reads_the_same_bytes(
     app01: Proxy, snapshot: str, transport: str, options: Dict[str, Any], method: str
 ) -> None:
-    before = app01.opened()
+    before, asked = app01.opened(), app01.asked()
     result = app01.export(snapshot, "one", transports=[transport], require_transport=True, **options)
     assert not result["failed"], result["msg"]
     assert _used(result) == [(transport, method)] * 2
     assert [disk["transport_reasons"] for disk in result["disks"]] == [[], []]
     assert {disk["transport"] for disk in app01.backups.manifest("app01", "one")["disks"].values()} == {transport}
     assert (app01.opened() > before) == (transport in OVER_THE_LAN)
+    assert (app01.asked() > asked) == (method == "vddk")
     for key in KEYS:
         assert app01.backups.disk("app01", key, "one") == app01.simulator.disk("app01", key, snapshot)
     assert app01.attached() == []
@@ -116,10 +126,13 @@ def test_each_reads_the_same_bytes(
     app01.remove_snapshot(base)
     app01.simulator.write("app01", 2000, 3 * MIB, seed=77)
     changed = app01.snapshot("changed")
+    asked = app01.asked()
     result = app01.export(changed, "three", transports=[transport], **options)
     assert [disk["mode"] for disk in result["disks"]] == ["incremental", "incremental"]
     assert _used(result) == [(transport, method), ("none", None)]
     assert result["disks"][0]["bytes_read"] <= 2 * MIB
+    # What change tracking named is read, and nobody is asked what of it is allocated.
+    assert app01.asked() == asked
     assert app01.backups.disk("app01", 2000, "three") == app01.simulator.disk("app01", 2000, changed)
 
 
@@ -249,6 +262,17 @@ def test_a_transport_that_breaks_in_the_middle(app01: Proxy, snapshot: str) -> N
     result = app01.export(snapshot, "two", transports=["nbdssl", "hotadd"], require_transport=True, io_timeout=6)
     assert result["failed"] and "14011" in result["msg"]
     assert app01.backups.points("app01") == ["one"]
+
+
+def test_a_vddk_that_wants_sha256_gets_it_second(app01: Proxy, snapshot: str) -> None:
+    app01.control("nfc", thumbprint="sha256")
+    result = app01.export(snapshot, "one", transports=["nbdssl"], disks=["2000"], mode="full")
+    assert not result["failed"], result["msg"]
+    assert app01.backups.disk("app01", 2000, "one") == app01.simulator.disk("app01", 2000, snapshot)
+    with Session.connect(Connection(**app01.simulator.connection)) as session:
+        vm = find_vm(session, name="app01")
+        for operation in ("prepare", "end"):
+            assert run_access(operation, session, vm, find_library(app01.simulator.facts["vddk_libdir"])) is not None
 
 
 def test_a_mode_that_vddk_replaced_silently_is_not_taken_for_it(app01: Proxy, snapshot: str, tmp_path: Path) -> None:

@@ -264,6 +264,7 @@ def _read_by(attempt: _Attempt, plan: DiskPlan, job: CopyJob, parts: _Parts, pro
         writable=False,
         stage=parts.stage,
         last=attempt.last,
+        allocation=plan.areas is None,
     )
 
     whole = plan.disk.capacity_bytes if plan.areas is None else plan.areas.total_bytes

@@ -148,7 +148,7 @@ def plan_disks(
             if vm.template:
                 decision = Decision(FULL, None, None, ALWAYS_FULL)
             else:
-                decision = decide(disk, points, request.mode, facts, names=names)
+                decision = decide(disk, points, request.mode, facts, names=names, max_chain=request.max_chain)
             decision, areas = _areas(session, vm, snapshot, disk, decision, request.mode)
         except VadpError as error:
             error.subject = f"disk '{disk.label}' of {vm}"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Dict, List, Mapping, Optional
 
 from ..errors import InputError
-from ..repository.chain import MODES
+from ..repository.chain import MAX_CHAIN, MODES
 from ..repository.layout import check_point_name, check_run_id
 from ..transport.request import DEVICE_DIR, SYSFS_DIR, check_transport_options
 from ..vsphere.inventory import vm_selection
@@ -61,6 +61,7 @@ class ExportRequest:
     force: bool = False
     point: Optional[str] = None
     mode: str = "auto"
+    max_chain: int = MAX_CHAIN
     disks: Optional[List[str]] = None
     exclude_disks: List[str] = field(default_factory=list)
     transports: List[str] = field(default_factory=lambda: ["san", "hotadd", "nbdssl", "nbd", "https"])
@@ -116,6 +117,8 @@ class ExportRequest:
             raise InputError(
                 "The option parallel_disks is out of range", subject=str(self.parallel_disks), remedy="1 to 16"
             )
+        if not 1 <= self.max_chain <= 500:
+            raise InputError("The option max_chain is out of range", subject=str(self.max_chain), remedy="1 to 500")
         if not os.path.isabs(self.repository):
             raise InputError(
                 "The repository's path is not absolute",

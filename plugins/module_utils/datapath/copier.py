@@ -36,9 +36,9 @@ from .image import CLUSTER_BYTES
 
 _CONTEXT = "base:allocation"
 _STATE_ZERO = 2
-# The allocation of so much of the disk is asked for at a time, one question ahead of the reads. A source that is cut
-# into 4 KiB extents answers with 65,536 of them.
-_STATUS_BYTES = 256 << 20
+#: The allocation of so much of the disk is asked for at a time, one question ahead of the reads. A source that is cut
+#: into 4 KiB extents answers with 65,536 of them.
+STATUS_BYTES = 256 << 20
 # A request for zeros is no longer than this, so that progress moves and a server that writes them out answers in time.
 _ZERO_BYTES = 32 << 20
 # Zeros shorter than this are not worth a request of their own.
@@ -139,7 +139,8 @@ class _Allocation:
     is zeros, up to *limit* (the end of the target's last cluster).
     """
 
-    def __init__(self, capacity_bytes: int, limit: int, needed: Extents) -> None:
+    def __init__(self, capacity_bytes: int, limit: int, needed: Extents, status_bytes: int) -> None:
+        self.status_bytes = status_bytes
         self.capacity = capacity_bytes
         self.limit = limit
         self.needed = needed
@@ -198,11 +199,11 @@ class _Allocation:
         if self.covers(position, position + 1):
             # One answer ahead is enough, and only where it joins: an answer from far off would end the window.
             following = self.needed.next_from(self.known_to) if position >= self.latest_from else None
-            joins = following is not None and following < self.known_to + _STATUS_BYTES
+            joins = following is not None and following < self.known_to + self.status_bytes
             offset = self.known_to if joins else None
         if offset is None or offset >= self.capacity:
             return None
-        return offset, min(_STATUS_BYTES, self.capacity - offset, max(self.needed.end - offset, 1))
+        return offset, min(self.status_bytes, self.capacity - offset, max(self.needed.end - offset, 1))
 
 
 class _Bucket:
@@ -507,7 +508,14 @@ class _Copy:
 
     # The plan
 
-    def prepare(self, capacity_bytes: int, areas: Optional[Extents], align_bytes: int, request_bytes: int) -> None:
+    def prepare(
+        self,
+        capacity_bytes: int,
+        areas: Optional[Extents],
+        align_bytes: int,
+        request_bytes: int,
+        status_bytes: int,
+    ) -> None:
         """Fit the areas and the requests to what both servers can do."""
         self.capacity = capacity_bytes
         self.align = max(align_bytes, self.source.block_size(), self.target.block_size())
@@ -533,7 +541,7 @@ class _Copy:
             self.zero_bytes = self.request_bytes
             self.zeros = _Slot(self.request_bytes)
             self.zeros.memory[:] = bytes(self.request_bytes)
-        self.allocation = _Allocation(capacity_bytes, self.limit, self.areas)
+        self.allocation = _Allocation(capacity_bytes, self.limit, self.areas, status_bytes)
         if not self.source.handle.can_meta_context(_CONTEXT):
             self.allocation.give_up(0)
         self.slots_made = 0
@@ -757,6 +765,7 @@ def copy(
     request_bytes: int = 1 << 20,
     io_timeout: float = 180,
     align_bytes: int = CLUSTER_BYTES,
+    status_bytes: int = STATUS_BYTES,
     zeros: str = "drop",
     cancel: Optional[threading.Event] = None,
 ) -> CopyResult:
@@ -777,6 +786,7 @@ def copy(
     :param depth: buffers of *request_bytes* in use for each connection.
     :param io_timeout: seconds without any answer from a side that owes one.
     :param align_bytes: the target's cluster; raised to a server's smallest request.
+    :param status_bytes: each question about the source's allocation is for so much of the disk, less than 4 GiB.
     :param zeros: "drop": what is zeros is not written (a fresh layer that stands alone); "write": it is written as
         explicit zeros (an overlay, an existing disk).
     :param cancel: set by another thread to end the copy within a second.
@@ -806,7 +816,7 @@ def copy(
         if job.failure is None:
             _check_sides(job, capacity_bytes)
         if job.failure is None:
-            job.prepare(capacity_bytes, areas, align_bytes, request_bytes)
+            job.prepare(capacity_bytes, areas, align_bytes, request_bytes, status_bytes)
             job.run()
             finished = job.failure is None
         if isinstance(job.failure, DataPathError) and job.failure.details.get("side") == source.name:

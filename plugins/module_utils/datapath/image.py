@@ -24,9 +24,18 @@ from urllib.parse import quote
 
 from ..errors import DamagedError, DataPathError
 from . import files
-from .processes import Child, run_prefix, run_tool, tool_result
+from .processes import Child, allow_open_files, run_prefix, run_tool, tool_result
 
 CLUSTER_BYTES = 65536
+
+# What qemu may keep in memory of the tables of all layers below the first one together, and of each at least. By itself
+# it keeps 1/8192 of the disk's size for each layer: 1.3 GB for 40 layers of 256 GiB. 128 KiB are the tables of a GiB.
+_TABLES_BYTES = 64 << 20
+_LEAST_TABLES_BYTES = 256 << 10
+# An argument has 128 KiB at most, and the name of an option grows with each layer: it does for some 150.
+_OPTIONS_BYTES = 100_000
+# qemu opens each file of a chain once; besides that it has sockets, logs and event descriptors open.
+_OTHER_FILES = 64
 
 #: Formats that :func:`convert` writes.
 FORMATS = ("raw", "qcow2", "vmdk", "vmdk_stream")
@@ -162,6 +171,24 @@ def chain_files(path: str) -> List[str]:
         path = os.path.join(folder, header.backing)
 
 
+def openable_chain(path: str) -> List[str]:
+    """As :func:`chain_files`, and qemu may open as many files: the soft limit is raised where that is needed.
+
+    :raises DataPathError: the hard limit is too low.
+    """
+    files = chain_files(path)
+    limit = allow_open_files(len(files) + _OTHER_FILES)
+    if limit is not None:
+        raise DataPathError(
+            "A chain of layers is too long to be opened",
+            subject=path,
+            reason=f"it has {len(files)} layers, and a process may open {limit} files here (RLIMIT_NOFILE)",
+            remedy="Raise the limit of open files of this user (ulimit -n, LimitNOFILE), and make a full restore point,"
+            " with which a new chain begins",
+        )
+    return files
+
+
 def _is_bare(name: str) -> bool:
     """A plain file name: no folder, and nothing qemu would take for a protocol or JSON."""
     return bool(name) and name not in (".", "..") and not set(name) & set("/:\0\n")
@@ -178,7 +205,7 @@ def create_layer(path: str, capacity_bytes: int, *, backing: Optional[str] = Non
     if backing is not None:
         if not _is_bare(backing):
             raise ValueError(f"the backing file must be a bare file name: {backing!r}")
-        chain_files(os.path.join(os.path.dirname(path), backing))
+        openable_chain(os.path.join(os.path.dirname(path), backing))
         command += ["-b", backing, "-F", "qcow2"]
     try:
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, files.PRIVATE))
@@ -203,6 +230,7 @@ def shrink_to(path: str, capacity_bytes: int) -> None:
     """
     path = os.path.abspath(path)
     if read_header(path).capacity_bytes > capacity_bytes:
+        openable_chain(path)
         run_tool(
             ["qemu-img", "resize", "-q", "-f", "qcow2", "--shrink", path, str(capacity_bytes)],
             what="A layer could not be given its exact size",
@@ -215,12 +243,33 @@ def shrink_to(path: str, capacity_bytes: int) -> None:
         )
 
 
-def _image_opts(path: str, image_format: str, compress: bool) -> str:
-    """The value of ``--image-opts``; a comma in a file name is doubled."""
+def _image_opts(path: str, image_format: str, compress: bool, alone: bool = False) -> str:
+    """The value of ``--image-opts``; a comma in a file name is doubled.
+
+    :param alone: it is known to stand on no other image.
+    :raises DamagedError, DataPathError: the chain of a qcow2 image leaves its folder, or can't be opened.
+    """
     name = os.path.abspath(path).replace(",", ",,")
-    if compress:
-        return f"driver=compress,file.driver={image_format},file.file.driver=file,file.file.filename={name}"
-    return f"driver={image_format},file.driver=file,file.filename={name}"
+    top = "file." if compress else ""
+    layers = 1 if alone or image_format != "qcow2" else len(openable_chain(path))
+    tables = _tables_opts(f"{top}backing.", layers - 1)
+    opts = f"{top}driver={image_format},{top}file.driver=file,{top}file.filename={name}{tables}"
+    return f"driver=compress,{opts}" if compress else opts
+
+
+def _tables_opts(prefix: str, layers: int) -> str:
+    """What bounds the memory for the tables of *layers*, the first of which has the options *prefix*."""
+    if layers < 1:
+        return ""
+    value = max(_LEAST_TABLES_BYTES, _TABLES_BYTES // layers)
+    opts, length = [], 0
+    for number in range(layers):
+        option = f",{prefix}{'backing.' * number}l2-cache-size={value}"
+        length += len(option)
+        if length > _OPTIONS_BYTES:
+            break
+        opts.append(option)
+    return "".join(opts)
 
 
 @contextlib.contextmanager
@@ -246,14 +295,13 @@ def serve(
     :raises DamagedError: the chain leaves the image's folder (qcow2).
     :raises DataPathError: qemu-nbd could not serve, or did not end well after writing.
     """
-    if format == "qcow2":
-        chain_files(path)
+    options = _image_opts(path, format, compress)
     stem = os.path.join(os.fspath(run_dir), f"nbd-{uuid.uuid4().hex[:8]}")
     socket_path, log_path, pid_path = stem + ".sock", stem + ".log", stem + ".pid"
     command = ["qemu-nbd", "--persistent", f"--shared={connections}", f"--socket={socket_path}", "--cache=writeback"]
     command += ["--discard=unmap", "--detect-zeroes=off"] if writable else ["--read-only"]
     # It listens first and opens the image then; the pid file comes when both are done.
-    command += [f"--pid-file={pid_path}", "--image-opts", _image_opts(path, format, compress)]
+    command += [f"--pid-file={pid_path}", "--image-opts", options]
     child = Child.start(command, log_path=log_path, name=f"qemu-nbd of {os.path.basename(path)}")
     clean = False
     try:
@@ -272,17 +320,21 @@ def serve(
             )
 
 
-def overlay_opts(layer: str, overlay: str) -> str:
-    """``--image-opts`` of a throw-away overlay over a layer, which itself is only read."""
-    chain_files(layer)
+def overlay_opts(layer: str, overlay: str, *, bounded: bool = True) -> str:
+    """``--image-opts`` of a throw-away overlay over a layer, which itself is only read.
+
+    :param bounded: with a bound for the tables; ``-blockdev`` takes no options of a layer that it has to find itself.
+    """
+    files = openable_chain(layer)
     base = os.path.abspath(layer).replace(",", ",,")
-    top = _image_opts(overlay, "qcow2", compress=False)
-    return f"{top},backing.driver=qcow2,backing.file.driver=file,backing.file.filename={base}"
+    name = os.path.abspath(overlay).replace(",", ",,")
+    top = f"driver=qcow2,file.driver=file,file.filename={name}"
+    tables = _tables_opts("backing.backing.", len(files) - 1) if bounded else ""
+    return f"{top},backing.driver=qcow2,backing.file.driver=file,backing.file.filename={base}{tables}"
 
 
 def layer_opts(layer: str) -> str:
     """``--image-opts`` of a layer."""
-    chain_files(layer)
     return _image_opts(layer, "qcow2", compress=False)
 
 
@@ -315,6 +367,8 @@ def check(path: str) -> Dict[str, Any]:
 
     :raises DamagedError: the file's structure is damaged.
     """
+    with contextlib.suppress(DamagedError):  # it is checked all the same
+        openable_chain(path)
     result = tool_result(
         ["qemu-img", "check", "--output=json", "-f", "qcow2", os.path.abspath(path)],
         what="An image can't be checked",
@@ -348,11 +402,10 @@ def compare(
     :param b_descriptor: *b* is this open file; what it is called does not count. Who opened it looked at its header.
     :raises DataPathError: one of them can't be read.
     """
-    for path, image_format in ((a, a_format), (b, b_format)):
-        if image_format == "qcow2" and not (path is b and b_descriptor is not None):
-            chain_files(path)
+    opened = b_descriptor is not None
     b_path = b if b_descriptor is None else f"/proc/self/fd/{b_descriptor}"
-    a_opts, b_opts = _image_opts(a, driver_of(a_format), False), _image_opts(b_path, driver_of(b_format), False)
+    a_opts = _image_opts(a, driver_of(a_format), False)
+    b_opts = _image_opts(b_path, driver_of(b_format), False, alone=opened)
     if b_window is not None:
         within = f"file.driver=raw,file.offset={b_window[0]},file.size={b_window[1]},file.file.driver=file,file.file."
         b_opts = b_opts.replace("file.driver=file,file.", within, 1)
@@ -438,10 +491,9 @@ def _convert(
     """qemu-img into a file that is there, empty, so that it is nobody else's."""
     if format not in FORMATS:
         raise ValueError(f"not one of {FORMATS}: {format!r}")
-    source = os.path.abspath(source)
-    chain_files(source)
+    options = layer_opts(os.path.abspath(source))
     total = read_header(source).capacity_bytes
-    command = ["qemu-img", "convert", "-f", "qcow2", "-O", driver_of(format), "-m", "16"]
+    command = ["qemu-img", "convert", "-O", driver_of(format), "-m", "16"]
     # Who imports a streamOptimized VMDK reads it once, from the beginning to the end: its grains stay in order.
     command += ["-o", "subformat=streamOptimized,adapter_type=lsilogic"] if format == "vmdk_stream" else ["-W"]
 
@@ -451,7 +503,7 @@ def _convert(
             on_progress(int(total * float(found[-1]) / 100), total)
 
     tool_result(
-        command + (["-p"] if on_progress else []) + [source, target],
+        command + (["-p"] if on_progress else []) + ["--image-opts", options, target],
         what="An image could not be written",
         subject=shown,
         on_output=percent if on_progress else None,

@@ -247,6 +247,20 @@ def start_detached(argv: Sequence[str], *, log_path: str, pass_fds: Sequence[int
         os.close(log)
 
 
+def allow_open_files(count: int) -> Optional[int]:
+    """Let what this process starts from now on open *count* files, by its soft limit.
+
+    :returns: the hard limit, where that is too low; else None.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= count:
+        return None
+    if hard != resource.RLIM_INFINITY and hard < count:
+        return hard
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+    return None
+
+
 def require_program(name: str) -> str:
     """The path of a program. DataPathError: it is not installed."""
     found = shutil.which(name)

@@ -15,8 +15,9 @@ from typing import Any, Dict, List, Optional, Sequence
 from ..datapath.processes import RuntimeDir
 from ..errors import TransportError, VsphereError
 from ..transport import budget
-from ..transport.endpoints import open_vddk, serving_host
+from ..transport.endpoints import open_vddk
 from ..transport.facts import disk_facts
+from ..transport.opened import last_place
 from ..transport.opener import serving_names
 from ..transport.vddk import Vddk
 from ..vsphere.disks import Disk, disks_of
@@ -108,7 +109,8 @@ def _address_of_open(
                 io_timeout=io_timeout,
             )
         )
-        return serving_host(endpoint.log_path.read_text(encoding="utf-8", errors="replace"))
+        place = last_place(endpoint.log_path.read_text(encoding="utf-8", errors="replace"))
+        return place.address if place is not None else None
 
 
 def _verdict(address: Optional[str], expected: Sequence[str], host: str) -> Dict[str, Any]:

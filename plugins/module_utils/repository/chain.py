@@ -19,6 +19,8 @@ from .manifest import DIFFERENTIAL, FULL, INCREMENTAL, disk_of, entry_of
 
 AUTO = "auto"
 MODES = (AUTO, FULL, INCREMENTAL, DIFFERENTIAL)
+#: Layers of a chain, its full included, upon which mode auto builds no further: whoever reads a point opens them all.
+MAX_CHAIN = 30
 
 
 class ChainError(RepositoryError):
@@ -94,6 +96,7 @@ def decide(
     *,
     names: Optional[Names] = None,
     revert_excluded: bool = False,
+    max_chain: int = MAX_CHAIN,
 ) -> Decision:
     """Choose the mode and the parent of a disk's next layer.
 
@@ -102,6 +105,7 @@ def decide(
     :param requested: auto (incremental where valid, else full), full, incremental or differential.
     :param names: None: the virtual machine names nothing, and its server is not known.
     :param revert_excluded: it is proved that nobody reverted the VM since the parent point (VADP facts 11).
+    :param max_chain: with auto, a chain of so many layers is followed by a full.
     :raises ChainError: incremental or differential was asked for and is not possible.
     """
     if requested not in MODES:
@@ -115,6 +119,8 @@ def decide(
         parent, obstacle = None, facts.full[disk.key]
     if parent is not None:
         obstacle = _obstacle(disk, parent, points, facts, revert_excluded)
+        if obstacle is None and requested == AUTO:
+            obstacle = _too_long(points, parent["point"], disk.key, max_chain)
     if parent is None or obstacle is not None:
         if requested == AUTO:
             return Decision(FULL, None, None, str(obstacle))
@@ -297,6 +303,13 @@ def _chain_problem(points: Sequence[Dict[str, Any]], point: str, key: int, facts
         if problem is not None:
             return f"the layer of point {name} can't be built upon: {problem}"
     return None
+
+
+def _too_long(points: Sequence[Dict[str, Any]], point: str, key: int, max_chain: int) -> Optional[str]:
+    layers = len(chain_of(points, point, key))
+    if layers < max_chain:
+        return None
+    return f"the chain of point {point} has {layers} layers, and max_chain is {max_chain}"
 
 
 def chain_of(points: Sequence[Dict[str, Any]], point: str, key: int) -> List[str]:

@@ -127,9 +127,8 @@ def _stored_bytes_at_most(disk: PointDisk, point: Point, points: List[Dict[str, 
 
 def _stored_bytes(disk: PointDisk) -> int:
     """What the disk takes without its zeros: every format that is written here leaves them out."""
-    image.chain_files(disk.layer)
     text = run_tool(
-        ["qemu-img", "measure", "--output=json", "-O", "qcow2", "-f", "qcow2", disk.layer],
+        ["qemu-img", "measure", "--output=json", "-O", "qcow2", "--image-opts", image.layer_opts(disk.layer)],
         what="The size of an image file can't be told",
         subject=disk.layer,
     )

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, Dict, Optional
 from ..datapath.processes import Child
 from ..errors import InputError, TransportError
 from . import access_process
-from .vddk import Vddk, choose_thumbprint, temporary_folder, write_config
-from .vix_errors import Finding, decode_log, explain_code
+from .vddk import Vddk, temporary_folder, thumbprints_to_try, write_config
+from .vix_errors import Finding, decode_log, explain_code, may_be_thumbprint
 
 if TYPE_CHECKING:
     from ..vsphere.inventory import VmRef
@@ -45,7 +45,6 @@ _WHAT = {
     "cleanup": "What VDDK left can't be cleaned up",
 }
 # VADP facts 48
-_HOST_USER_PERMISSIONS = 3014
 _PRIVILEGES = "Grant the user Global.DisableMethods and Global.EnableMethods at the root of vCenter"
 
 
@@ -96,6 +95,28 @@ def run_access(
             subject=str(vm),
             reason="the server is an ESXi host, and only a vCenter moves disks",
         )
+    first: Optional[TransportError] = None
+    for thumbprint in thumbprints_to_try(session.thumbprints):
+        try:
+            return _call(operation, session, vm, vddk, identity, nfc_port, timeout, thumbprint)
+        except TransportError as error:
+            if not may_be_thumbprint(error.details.get("cause", "")):
+                raise
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def _call(
+    operation: str,
+    session: Session,
+    vm: Optional[VmRef],
+    vddk: Vddk,
+    identity: str,
+    nfc_port: int,
+    timeout: float,
+    thumbprint: str,
+) -> AccessResult:
     connection = session.connection
     config = _memory_file("vddk.conf")
     log = _memory_file("vddk.log")
@@ -111,7 +132,7 @@ def run_access(
             "server": connection.hostname,
             "port": connection.port,
             "nfc_port": nfc_port,
-            "thumbprint": choose_thumbprint(session.thumbprints, vddk),
+            "thumbprint": thumbprint,
             "user": connection.username,
             "password": connection.password,
         }
@@ -187,14 +208,14 @@ def _failure(
         )
     code = int(answer["code"])
     finding: Optional[Finding] = decode_log(log)
-    if finding is None or finding.code != code:
+    if finding is None or finding.code not in (None, code):
         finding = explain_code(code, answer["text"])
-    details["code"] = code
+    details.update(code=code, cause=finding.cause)
     return TransportError(
         _WHAT[operation],
         subject=subject,
         reason=finding.meaning,
-        remedy=_PRIVILEGES if code == _HOST_USER_PERMISSIONS and operation != "cleanup" else finding.remedy,
+        remedy=_PRIVILEGES if finding.cause == "privileges" and operation != "cleanup" else finding.remedy,
         retryable=finding.retryable,
         details=details,
     )

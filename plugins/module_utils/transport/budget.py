@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional,
 
 from ..datapath.processes import start_time
 from ..errors import DataPathError, InputError, TransportError
-from .endpoints import GUARD_SECONDS, Endpoint, serving_host
+from .endpoints import GUARD_SECONDS, Endpoint
+from .opened import Place, last_place
 from .vddk import Vddk, connection_bytes, private_folder
 
 if TYPE_CHECKING:
@@ -84,12 +85,13 @@ class Slot:
         self._over = threading.Event()
         self._follower: Optional[threading.Thread] = None
 
-    def narrow(self, host: str) -> None:
+    def narrow(self, place: Place) -> None:
         """VDDK's log said who serves the disk: it counts for that host alone.
 
         A name that is not among :attr:`hosts` changes nothing: it may be another name of any of them (VADP facts 25).
         """
-        known = [name for name in self.hosts if name.lower() == host.lower()]
+        said = [name.lower() for name in place.names]
+        known = [name for name in self.hosts if name.lower() in said]
         if known:
             self._ledger.narrow(self._id, tuple(known))
 
@@ -117,10 +119,10 @@ class Slot:
             except OSError:
                 continue
             seen += len(text) + len(newline)
-            host = serving_host(text.decode("utf-8", "replace"))
-            if host is not None and host != before:
-                self.narrow(host)
-                before = host
+            place = last_place(text.decode("utf-8", "replace"))
+            if place is not None and place != before:
+                self.narrow(place)
+                before = place
 
     def close(self) -> None:
         """The disk is closed; somebody else may open one."""

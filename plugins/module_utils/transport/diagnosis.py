@@ -13,12 +13,13 @@ import ipaddress
 import os
 import re
 import stat
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any, BinaryIO, Dict, FrozenSet, Iterable, Iterator, List, Mapping, Optional, Sequence, Set, Tuple
 
 from ..errors import InputError
-from .vix_errors import CAUSES, CERTAIN, LIKELY, POSSIBLE, UNKNOWN, UNKNOWN_CAUSE, Cause, is_trouble, signs_of
+from .opened import opened_in, places_in
+from .vix_errors import CAUSES, CERTAIN, LIKELY, POSSIBLE, UNKNOWN, UNKNOWN_CAUSE, Cause, Sign, is_trouble, signs_of
 
 _CHUNK_BYTES = 256 * 1024
 _SAMPLE_BYTES = 4096
@@ -281,11 +282,9 @@ class _Suspicion:
 
 _CONNECT_TIMED_OUT = re.compile(r"(timed out|no route to host|no answer)", re.I)
 _HOST = r"([A-Za-z0-9][A-Za-z0-9._-]*)"
-_SERVERS = re.compile(rf"@{_HOST}:\d|server {_HOST}:\d|lookup for server {_HOST}", re.I)
+_SERVERS = re.compile(rf"server {_HOST}:\d|lookup for server {_HOST}", re.I)
 _REQUESTED = re.compile(r"(?:config key=transports, value=|\btransports=|transport modes?[ :=]+)([a-z]+(?::[a-z]+)*)")
 _USED = re.compile(r"debug: transport mode: (\w+)")
-_OPENED = re.compile(r"Opened '(vpxa-nfcssl|vpxa-nfc|nfcssl|nfc|ha-nfcssl|ha-nfc|san|hotadd)://")
-_MODE_OF_URL = {"nfcssl": "nbdssl", "nfc": "nbd", "san": "san", "hotadd": "hotadd"}
 _MODES = ("file", "san", "hotadd", "nbdssl", "nbd")
 
 
@@ -303,7 +302,9 @@ class Diagnosis:
         self._suspicions: Dict[str, _Suspicion] = {}
         self._unknown = _Evidence()
         self._meanings: List[str] = []
+        self._same_host: List[Set[str]] = []
         self._named_at: Dict[str, int] = {}
+        self._suspected_at: Dict[str, int] = {}
         self._requested: List[str] = []
         self._requested_line = ""
         self._timed_out = False
@@ -324,13 +325,17 @@ class Diagnosis:
                 continue
             known = True
             cause = sign.cause
-            witness = self._better_witness() if sign.vague else None
+            witness = self._better_witness(sign) if sign.vague else None
             if witness is not None:
                 self._suspicions[witness].evidence.add(line)
                 continue
-            if not sign.vague:
+            if sign.witness:
                 self._named_at[cause] = self.lines
+            if sign.certainty != POSSIBLE:
+                self._suspected_at[cause] = self.lines
             self._suspect(cause, sign.certainty, line)
+            for other in sign.others:
+                self._suspect(other, POSSIBLE, line)
             if cause == "port_902" and _CONNECT_TIMED_OUT.search(line):
                 self._timed_out = True
         if not known:
@@ -341,29 +346,42 @@ class Diagnosis:
         suspicion.strengthen(certainty)
         suspicion.evidence.add(line)
 
-    def _better_witness(self) -> Optional[str]:
-        """The cause that a line nearby has named, the newest."""
-        recent = [(at, cause) for cause, at in self._named_at.items() if self.lines - at <= _NEARBY_LINES]
+    def _better_witness(self, sign: Sign) -> Optional[str]:
+        """The cause that a line nearby has named, the newest. What is no more than possible gives way to any other."""
+        heard = self._suspected_at if sign.certainty == POSSIBLE else self._named_at
+        recent = [(at, cause) for cause, at in heard.items() if self.lines - at <= _NEARBY_LINES]
         return max(recent)[1] if recent else None
 
     def _remember_hosts(self, line: str) -> None:
         for match in _SERVERS.finditer(line):
-            name = (match.group(match.lastindex or 0)).lower().rstrip(".")
-            if name not in self.hosts and len(self.hosts) < _HOSTS:
-                self.hosts.append(name)
+            self._remember([match.group(match.lastindex or 0)])
+        for place in places_in(line):
+            self._remember(place.names)
+
+    def _remember(self, names: Sequence[str]) -> None:
+        """Names of one host."""
+        new = [name.lower().rstrip(".") for name in names]
+        if len(self.hosts) >= _HOSTS:
+            return
+        self.hosts += [name for name in new if name not in self.hosts]
+        known = next((one for one in self._same_host if one & set(new)), None)
+        if known is None:
+            self._same_host.append(set(new))
+        else:
+            known.update(new)
 
     def _transport(self, line: str) -> None:
         """Modes asked for and used, also where nothing went wrong otherwise (VADP facts 42)."""
-        if "ransport" not in line and "Opened '" not in line:
+        if "ransport" not in line and "Opened " not in line:
             return
         asked = _REQUESTED.search(line)
         used = _USED.search(line)
-        opened = _OPENED.search(line)
+        opened = opened_in(line)
         mode = ""
         if used:
             mode = used.group(1)
-        elif opened:
-            mode = _MODE_OF_URL[opened.group(1).rpartition("-")[2]]
+        elif opened is not None:
+            mode = opened.mode
         elif asked:
             modes = asked.group(1).split(":")
             if all(name in _MODES for name in modes):
@@ -371,7 +389,9 @@ class Diagnosis:
             return
         if not mode or not self._requested or mode == self._requested[0] or self._requested[0] == "file":
             return
-        certainty = POSSIBLE if mode in self._requested else CERTAIN
+        # nbdkit's own line is sure; a compressed one was seen to be called nfc with nbdssl as well.
+        sure = LIKELY if opened is not None and opened.compressed and not used else CERTAIN
+        certainty = POSSIBLE if mode in self._requested else sure
         self._suspect("mode_replaced", certainty, self._requested_line)
         self._suspect("mode_replaced", certainty, line)
 
@@ -379,7 +399,9 @@ class Diagnosis:
 
     def findings(self) -> List[Dict[str, Any]]:
         """[{code, meaning, certainty, evidence, remedy, confirm}], the most certain first."""
-        suspicions = dict(self._suspicions)
+        suspicions = {
+            cause: replace(suspicion) for cause, suspicion in self._suspicions.items() if not self._ruled_out(cause)
+        }
         extra: List[str] = []
         remedies: Dict[str, str] = {}
         self._judge_subnet(suspicions, extra, remedies)
@@ -401,6 +423,15 @@ class Diagnosis:
             found.append(_to_result(UNKNOWN_CAUSE, POSSIBLE, self._unknown.lines, meaning=meaning))
         return found
 
+    def _ruled_out(self, cause: str) -> bool:
+        """Whether the modes that were asked for can't have met a cause that nothing but a vague number names."""
+        return (
+            cause == "hotadd_slots"
+            and self._suspicions[cause].certainty == POSSIBLE
+            and bool(self._requested)
+            and "hotadd" not in self._requested
+        )
+
     def _judge_subnet(self, suspicions: Dict[str, _Suspicion], extra: List[str], remedies: Dict[str, str]) -> None:
         """Two NICs in one subnet (VADP facts 26): a cut at the open makes them likely, the list of NICs certain."""
         pairs = overlaps(self.nics)
@@ -421,6 +452,8 @@ class Diagnosis:
             source = cut or closed
             if not cut_at_open and source is not None:
                 suspicion.evidence = source.evidence
+                # Then it is not the only thing that is possible.
+                source.certainty = max(source.certainty, LIKELY, key=_RANK.__getitem__)
         elif cut_at_open and self._all_known():
             # The host's NICs are known, and no two of them share a subnet: something else cut the connection.
             gone = suspicions.pop("shared_subnet")
@@ -444,7 +477,7 @@ class Diagnosis:
         """Whether the NICs of every host that the log names were given."""
         known = [nic.host for nic in self.nics] + [nic.address for nic in self.nics]
         return bool(self.nics and self.hosts) and all(
-            any(_same_name(name, host) for name in known) for host in self.hosts
+            any(_same_name(name, host) for name in known for host in names) for names in self._same_host
         )
 
 

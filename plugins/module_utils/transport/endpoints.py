@@ -12,14 +12,14 @@ import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Mapping, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Callable, ContextManager, Dict, Iterator, List, Mapping, Optional, Sequence
 from urllib.parse import quote
 
 from ..datapath.processes import Child, RuntimeDir
 from ..errors import DataPathError, TransportError, VadpError
 from ..libraries import nbd
-from .vddk import Vddk, choose_thumbprint, numbers, temporary_folder, write_config
-from .vix_errors import decode_log, last_error_line
+from .vddk import Vddk, numbers, temporary_folder, thumbprints_to_try, write_config
+from .vix_errors import decode_log, last_error_line, may_be_thumbprint
 
 if TYPE_CHECKING:
     from ..vsphere.inventory import VmRef
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 #: VADP facts 24: what VDDK's modes over the LAN can compress with.
 WIRE_COMPRESSIONS = ("none", "zlib", "fastlz", "skipz")
 LAN_MODES = ("nbdssl", "nbd")
+# VADP facts 5: with plugins up to 1.42 each question about the allocation costs about a second, whatever its length.
+# NBD takes less than 4 GiB.
+_STATUS_BYTES = 3 << 30
 _COMPRESSION_FROM_PLUGIN = (1, 24)
 
 _START_TIMEOUT = 60
@@ -122,6 +125,7 @@ def open_vddk(
     io_timeout: int,
     san_devices: Sequence[str] = (),
     wire_compression: str = "none",
+    allocation: bool = False,
 ) -> Iterator[Endpoint]:
     """Serve one disk through VDDK; the disk is opened once before this returns, so that errors surface here.
 
@@ -135,6 +139,7 @@ def open_vddk(
     :param io_timeout: seconds; bounds the open, a request and all its retries together.
     :param san_devices: the devices that mode san may open.
     :param wire_compression: of what crosses the LAN, see :data:`WIRE_COMPRESSIONS`; other modes don't know it.
+    :param allocation: the disk is asked for what is allocated, a second a question (VADP facts 5); else all is data.
     :raises TransportError: the disk can't be opened (thumbprint, port 902, credentials, licence, ...), or VDDK uses
         a mode that is not in *transports* (VADP facts 42).
     """
@@ -142,13 +147,15 @@ def open_vddk(
     config = folder / f"vddk-{next(_numbers)}.conf"
     write_config(config, vddk=vddk, io_timeout=io_timeout, tmp_folder=temporary_folder(), san_devices=san_devices)
     connection = session.connection
-    try:
+    secrets = {"password": connection.password}
+
+    def serve(thumbprint: str) -> ContextManager[Endpoint]:
         argv = vddk_argv(
             config=config,
             server=connection.hostname,
             port=connection.port,
             user=connection.username,
-            thumbprint=choose_thumbprint(session.thumbprints, vddk),
+            thumbprint=thumbprint,
             vm_moid=vm.moid,
             file=file,
             snapshot_moid=snapshot_moid,
@@ -158,9 +165,13 @@ def open_vddk(
             nfc_port=nfc_port,
             io_timeout=io_timeout,
             wire_compression=wire_compression,
+            allocation=allocation,
         )
-        secrets = {"password": connection.password}
-        with serve_nbdkit(argv, subject=file, run_dir=run_dir, io_timeout=io_timeout, secrets=secrets) as endpoint:
+        return serve_nbdkit(argv, subject=file, run_dir=run_dir, io_timeout=io_timeout, secrets=secrets)
+
+    try:
+        with contextlib.ExitStack() as stack:
+            endpoint = _open_with_either(stack, serve, thumbprints_to_try(session.thumbprints))
             mode = mode_used(_read(endpoint.log_path))
             if mode not in transports:
                 raise TransportError(
@@ -170,9 +181,27 @@ def open_vddk(
                     remedy="Allow that transport, or make the other one work on this machine",
                 )
             endpoint.transport, endpoint.method = str(mode), "vddk"
+            endpoint.copy_options = {"status_bytes": _STATUS_BYTES}
             yield endpoint
     finally:
         config.unlink()
+
+
+def _open_with_either(
+    stack: contextlib.ExitStack, serve: Callable[[str], ContextManager[Endpoint]], thumbprints: Sequence[str]
+) -> Endpoint:
+    """The endpoint by the first thumbprint that VDDK takes; where it takes none, the error of the first."""
+    first: Optional[TransportError] = None
+    for thumbprint in thumbprints:
+        try:
+            return stack.enter_context(serve(thumbprint))
+        except TransportError as error:
+            finding = error.details.get("finding")
+            if finding is None or not may_be_thumbprint(finding["cause"]):
+                raise
+            first = first or error
+    assert first is not None
+    raise first
 
 
 @contextlib.contextmanager
@@ -247,21 +276,28 @@ def vddk_argv(
     nfc_port: int,
     io_timeout: int,
     wire_compression: str = "none",
+    allocation: bool = False,
 ) -> List[str]:
     """The arguments of an nbdkit for VDDK, but for the password.
 
     Filters, the client's side first: `retry` reopens the disk after an error (a handle whose connection was cut stays
-    dead); `blocksize` keeps requests below what exhausts a host's memory, and on sectors (VADP facts 23).
+    dead); `blocksize` keeps requests below what exhausts a host's memory, and on sectors (VADP facts 23);
+    `cacheextents` remembers the last answer about the allocation; with `noextents` nobody asks, not even nbdkit, which
+    does at each connection (VADP facts 5, 46).
     """
     # A line for each request would fill the disk with log.
     argv = ["-D", "nbdkit.backend.datapath=0", "-D", "vddk.datapath=0"]
     if not writable:
         argv.append("--readonly")
-    argv += ["--filter=retry", "--filter=blocksize", "vddk", f"libdir={vddk.libdir}", f"config={config}"]
+    argv += ["--filter=retry", "--filter=blocksize", f"--filter={'cacheextents' if allocation else 'noextents'}"]
+    argv += ["vddk", f"libdir={vddk.libdir}", f"config={config}"]
     argv += [f"server={server}", f"port={port}", f"user={user}", f"thumbprint={thumbprint}"]
     argv += [f"vm=moref={vm_moid}", f"file={file}", f"transports={':'.join(transports)}"]
     if snapshot_moid is not None:
         argv.append(f"snapshot={snapshot_moid}")
+    if writable and "hotadd" in transports:
+        # What is written must be on the datastore, not in a cache of this machine, when the disk is detached.
+        argv.append("unbuffered=true")
     if vddk.has_nfc_port:
         argv.append(f"nfchostport={nfc_port}")
     elif nfc_port != 902:
@@ -290,12 +326,6 @@ def mode_used(log_text: str) -> Optional[str]:
     """The transport mode that the plugin's debug log names last (VADP facts 42)."""
     found = re.findall(r"debug: transport mode: (\S+)", log_text)
     return found[-1] if found else None
-
-
-def serving_host(log_text: str) -> Optional[str]:
-    """The ESXi host that VDDK's log names last as the disk's (VADP facts 19); a name or an address."""
-    found = re.findall(r"Opened '.*@([^@'\s]+):\d+'", log_text)
-    return found[-1].strip("[]") if found else None
 
 
 def _first_connection(child: Child, socket: Path, subject: str, log: Path, timeout: int) -> int:
@@ -360,7 +390,12 @@ def _log_error(what: str, subject: str, log: Path, fallback: Optional[str] = Non
     if finding is None:
         reason = last_error_line(text) or fallback or "its log gives no reason"
         return TransportError(what, subject=subject, reason=reason, details=details)
-    details["finding"] = {"code": finding.code, "meaning": finding.meaning, "evidence": finding.evidence}
+    details["finding"] = {
+        "code": finding.code,
+        "cause": finding.cause,
+        "meaning": finding.meaning,
+        "evidence": finding.evidence,
+    }
     return TransportError(
         what,
         subject=subject,

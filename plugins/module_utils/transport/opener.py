@@ -73,15 +73,18 @@ def open_disk(
     writable: bool,
     stage: Path,
     last: bool = True,
+    allocation: bool = False,
 ) -> ContextManager[Endpoint]:
     """Serve one disk as *candidate* of its plan says; errors of opening surface when the context is entered.
 
     :param last: no other transport comes after this one, so what passes is waited for longer.
     :param stage: where a large temporary file of this disk may lie meanwhile.
+    :param allocation: whoever reads asks for what is allocated; where change tracking has named what to read, nobody
+        needs to, and VDDK's answers cost time.
     :raises TransportError: it can't be opened by this transport.
     """
     if candidate.method == BY_VDDK:
-        return _by_vddk(context, disk, facts, candidate.transport, writable, last)
+        return _by_vddk(context, disk, facts, candidate.transport, writable, last, allocation)
     if candidate.method == BY_ATTACHING:
         return _by_attaching(context, disk, writable, last)
     if candidate.method == BY_FOLDER and not writable:
@@ -98,7 +101,13 @@ def open_disk(
 
 @contextlib.contextmanager
 def _by_vddk(
-    context: OpenContext, disk: Disk, facts: DiskFacts, transport: str, writable: bool, last: bool
+    context: OpenContext,
+    disk: Disk,
+    facts: DiskFacts,
+    transport: str,
+    writable: bool,
+    last: bool,
+    allocation: bool,
 ) -> Iterator[Endpoint]:
     if context.vddk is None:
         raise TransportError("VDDK is not there", subject=disk.file, reason=context.proxy.vddk_problem)
@@ -123,6 +132,7 @@ def _by_vddk(
                 io_timeout=context.io_timeout,
                 san_devices=allow_list(extents, context.proxy.luns),
                 wire_compression=context.wire_compression,
+                allocation=allocation,
             )
         )
         if slot is not None:

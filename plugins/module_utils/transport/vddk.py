@@ -23,7 +23,6 @@ from .vix_errors import Finding, decode_log, last_error_line
 __all__ = [
     "Finding",
     "Vddk",
-    "choose_thumbprint",
     "connection_bytes",
     "decode_log",
     "find_library",
@@ -34,6 +33,7 @@ __all__ = [
     "plugin_facts",
     "private_folder",
     "temporary_folder",
+    "thumbprints_to_try",
     "version_problem",
     "write_config",
 ]
@@ -41,9 +41,6 @@ __all__ = [
 _PROBE_TIMEOUT = 60
 # Two processes that make a folder at the same time see each other's.
 _SETTLE_SECONDS = 0.05
-
-# VADP facts 40: which thumbprint `thumbprint=` takes, by the major version of VDDK; any other version takes SHA-1.
-THUMBPRINT_OF_VERSION = {9: "sha256"}
 
 # VADP facts 21: 16 x 64 KiB x 4 = 4 MiB a connection; older versions do not know these keys, and take 1 x 64 KiB x 4.
 AIO_BUFFER_64K = 16
@@ -141,12 +138,12 @@ def named_library_error(libdir: str, problem: Optional[str]) -> TransportError:
     )
 
 
-def choose_thumbprint(thumbprints: Mapping[str, str], vddk: Vddk) -> str:
-    """The thumbprint that this VDDK takes (VADP facts 40).
+def thumbprints_to_try(thumbprints: Mapping[str, str]) -> List[str]:
+    """The forms of a server's thumbprint for VDDK, the one that every known version takes first (VADP facts 40).
 
     :param thumbprints: ``sha1`` and ``sha256`` of the certificate of the server named in ``server=``.
     """
-    return thumbprints[THUMBPRINT_OF_VERSION.get(vddk.major, "sha1")]
+    return [thumbprints["sha1"], thumbprints["sha256"]]
 
 
 def version_problem(vddk_version: str, server_version: str, vmfs_major: Optional[int] = None) -> Optional[str]:

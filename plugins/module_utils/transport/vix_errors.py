@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Dict, List, NamedTuple, Optional, Pattern, Tuple
+from typing import Dict, List, NamedTuple, Optional, Pattern, Sequence, Tuple
 
 CERTAIN = "certain"
 LIKELY = "likely"
@@ -27,6 +27,7 @@ class Finding:
     :param remedy: what to do about it, or None if that is not known.
     :param evidence: the line of the log it was read from.
     :param retryable: may succeed later without anybody changing anything.
+    :param cause: a key of CAUSES, or UNKNOWN.
     """
 
     code: Optional[int]
@@ -34,6 +35,7 @@ class Finding:
     remedy: Optional[str]
     evidence: str
     retryable: bool = False
+    cause: str = UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ _SERVER = (
     "Check that this machine reaches the server named in 'hostname' on its port, and its hosts on the NFC port (902)"
 )
 _MAINTENANCE = "Wait for the host to leave maintenance mode, and run again"
-_RESOLVE = "Make the names of all hosts that see the datastore resolve here (DNS or /etc/hosts)"
+_RESOLVE = "Make the names of the server and of all hosts that see the datastore resolve here (DNS or /etc/hosts)"
 _FEWER_DISKS = "Copy fewer disks of that host at a time"
 _THUMBPRINT = "Leave 'thumbprint' out so that it is worked out, or correct it"
 _FREE_ESXI = "Free ESXi can't be backed up: license the host"
@@ -82,7 +84,17 @@ _LUN = (
     "Present the datastore's LUNs to the proxy, which must be a physical machine, and name their devices in device_dir;"
     " VMFS on shared block storage only"
 )
-_VDDK = "Check that the whole VDDK (Linux x86-64) was unpacked and that vddk_libdir names the folder that holds lib64"
+_VDDK = (
+    "Check that nbdkit's VDDK plugin is installed, that the whole VDDK (Linux x86-64) was unpacked, and that"
+    " vddk_libdir names the folder that holds lib64"
+)
+_PARAMETERS = (
+    "Check what VDDK is given: the thumbprint (SHA-1, 20 bytes with colons), the transports, the machine and its"
+    " snapshot, and its configuration file (buffers of 16 MB at most)"
+)
+_INDEPENDENT = (
+    "Set the disk to dependent while the machine is off, or back it up by other means; it is skipped meanwhile"
+)
 
 # In the order in which causes of the same certainty are told: what one can act on first.
 _CAUSES = (
@@ -94,13 +106,13 @@ _CAUSES = (
     ),
     Cause(
         "port_902",
-        "the NFC port (902) of an ESXi host is closed or filtered on the way from this machine",
+        "the NFC port (902) of an ESXi host is not reached from this machine: closed, filtered, or without a route",
         _OPEN_902,
         "vadp_preflight, check host_port",
     ),
     Cause(
         "name_resolution",
-        "the name of an ESXi host does not resolve on this machine",
+        "the name of the server or of an ESXi host does not resolve on this machine",
         _RESOLVE,
         "vadp_preflight, check host_name",
     ),
@@ -173,9 +185,15 @@ _CAUSES = (
     ),
     Cause(
         "encrypted",
-        "the disk is encrypted and its key was not had",
+        "the virtual machine or its disk is encrypted, and the key was not had",
         _CRYPTO,
         "vadp_preflight, check privileges",
+    ),
+    Cause(
+        "independent_disk",
+        "the disk is independent, or a physical RDM, and so in no snapshot",
+        _INDEPENDENT,
+        "vadp_preflight, check disk",
     ),
     Cause(
         "snapshot_limit",
@@ -233,9 +251,34 @@ _CAUSES = (
     ),
     Cause(
         "vddk_load",
-        "VDDK, or a part of it, can't be loaded",
+        "VDDK, nbdkit's plugin for it, or a library that they need can't be loaded",
         _VDDK,
         "nbdkit vddk --dump-plugin libdir=<vddk_libdir>, or vadp_preflight, check vddk",
+    ),
+    Cause(
+        "invalid_parameter",
+        "VDDK was given a parameter that it does not accept, and does not say which",
+        _PARAMETERS,
+        "the lines before it in VDDK's log; vadp_preflight, checks vm and certificate",
+    ),
+    Cause(
+        "invalid_disk_file",
+        "the disk's file is invalid: a section that it must have is missing",
+        "Check in the vSphere client that the virtual machine starts and its disks can be consolidated",
+        "the disk's descriptor (.vmdk) on its datastore; vadp_preflight, check consolidation",
+    ),
+    Cause(
+        "host_refused_disk",
+        "the ESXi host was reached and could not open or ask the disk, without saying why: it is in use elsewhere, was"
+        " moved, or the host lacks memory for it",
+        "Read hostd.log and vpxa.log of the ESXi host at that time; end what else uses the disk, and run again",
+        "hostd.log of the ESXi host at that time; vadp_preflight, check leftovers",
+    ),
+    Cause(
+        "allocation_query",
+        "the ESXi host does not tell which blocks of the disk are allocated",
+        "Nothing is lost: a full reads the whole disk then. If reading fails too, read hostd.log of the ESXi host",
+        "hostd.log of the ESXi host at that time",
     ),
     Cause(
         "connection_cut",
@@ -262,7 +305,9 @@ UNKNOWN_CAUSE = Cause(
 class _Meaning(NamedTuple):
     """
     :param cause: a key of CAUSES; UNKNOWN where what happened is known and why is not.
-    :param certainty: how certain that cause is when there is nothing but this.
+    :param certainty: how certain that cause is when there is nothing but this. CERTAIN only where no other is possible.
+    :param others: what else ends so; possible.
+    :param weak: work goes on after it: whatever else is found is the better reason for a failure.
     """
 
     text: str
@@ -270,6 +315,8 @@ class _Meaning(NamedTuple):
     retryable: bool = False
     cause: str = UNKNOWN
     certainty: str = LIKELY
+    others: Tuple[str, ...] = ()
+    weak: bool = False
 
 
 # VADP facts, "VIX error numbers"
@@ -281,21 +328,25 @@ _CODES: Dict[int, _Meaning] = {
         certainty=POSSIBLE,
     ),
     2: _Meaning("out of memory (2)", "Copy fewer disks in parallel", True, "proxy_memory"),
-    3: _Meaning("VDDK was given an argument it does not accept (3)"),
+    3: _Meaning("VDDK was given an argument it does not accept (3)", _PARAMETERS, cause="invalid_parameter"),
     4: _Meaning(
         "the disk's file was not found (4)",
         "Run again: a migration may have moved the disk meanwhile",
         cause="disk_missing",
     ),
-    5: _Meaning(
-        "the disk is busy (5)", "Wait until nothing else uses it, and run again", True, "disk_locked", POSSIBLE
-    ),
+    5: _Meaning("the handle of the disk is busy with another function of VDDK (5)", "Run again", True),
     6: _Meaning("not supported (6)"),
     8: _Meaning("the disk is full (8)", "Free space on the datastore", cause="disk_full", certainty=CERTAIN),
     10: _Meaning("cancelled (10)"),
     11: _Meaning("the file can only be read (11)"),
     12: _Meaning("the file exists already (12)"),
-    13: _Meaning("no access to the disk's file (13)", _PRIVILEGES, cause="privileges"),
+    # VDDK before 8.0.2.1 ends so without a free SCSI unit for HotAdd; a file that something else has open ends so too.
+    13: _Meaning(
+        "no access to the disk's file (13): a privilege is missing, the file is in use, or HotAdd has no free unit",
+        _PRIVILEGES,
+        cause="privileges",
+        others=("hotadd_slots", "disk_locked"),
+    ),
     15: _Meaning(
         "the disk's file is locked (15)",
         "End what else uses it (another backup, a hot-added disk)",
@@ -308,9 +359,9 @@ _CODES: Dict[int, _Meaning] = {
     30: _Meaning("the disk is encrypted and its key was not had (30)", _CRYPTO, cause="encrypted", certainty=CERTAIN),
     32: _Meaning("the licence does not allow it (32)", _FREE_ESXI, cause="licence"),
     35: _Meaning(
-        "the server refused the user name or the password (35)",
-        "Check the credentials",
-        cause="credentials",
+        "the authentication for an encrypted virtual machine failed (35)",
+        _CRYPTO,
+        cause="encrypted",
         certainty=CERTAIN,
     ),
     36: _Meaning(
@@ -319,21 +370,54 @@ _CODES: Dict[int, _Meaning] = {
         True,
         "connection_cut",
     ),
-    2000: _Meaning("not found (2000)", cause="snapshot_missing"),
+    # DiskLib's numbers that logs show with their names; there is no public table of them.
+    290: _Meaning(
+        "the ESXi host could not open the disk and does not say why (290 NBD_ERR_GENERIC)",
+        CAUSES["host_refused_disk"].remedy,
+        True,
+        "host_refused_disk",
+    ),
+    4898: _Meaning(
+        "the ESXi host's disk library failed (4898 NBD_ERR_DISKLIB)",
+        CAUSES["host_refused_disk"].remedy,
+        True,
+        "host_refused_disk",
+    ),
+    2000: _Meaning(
+        "the file is invalid: a required section is missing (2000)",
+        CAUSES["invalid_disk_file"].remedy,
+        cause="invalid_disk_file",
+    ),
     2338: _Meaning(
         "no connection to the ESXi host that serves the disk (2338 NBD_ERR_NETWORK_CONNECT)",
         _OPEN_902,
         True,
         "port_902",
     ),
-    3014: _Meaning("the user lacks a privilege on the host (3014)", _PRIVILEGES, cause="privileges", certainty=CERTAIN),
+    3014: _Meaning(
+        "the user lacks a privilege, or the login was refused (3014)",
+        f"{_PRIVILEGES}. Check username and password too",
+        cause="privileges",
+        others=("credentials",),
+    ),
     4000: _Meaning("the VM was not found (4000)", cause="vm_missing", certainty=CERTAIN),
     4003: _Meaning("the VM is a template (4003)"),
     13000: _Meaning("a snapshot operation failed (13000)"),
+    13003: _Meaning(
+        "the snapshot was not found (13003)",
+        "Look who removed it, make a new one and run again",
+        cause="snapshot_missing",
+        certainty=CERTAIN,
+    ),
     13006: _Meaning("the user lacks a snapshot privilege (13006)", _PRIVILEGES, cause="privileges", certainty=CERTAIN),
     13010: _Meaning("the snapshot is locked (13010)", None, True, "disk_locked"),
     13014: _Meaning("the snapshot's disk is locked (13014)", None, True, "disk_locked"),
-    13016: _Meaning("an independent disk is not in the snapshot (13016)"),
+    13016: _Meaning(
+        "a running virtual machine with independent disks can't be snapshotted (13016)",
+        _INDEPENDENT,
+        cause="independent_disk",
+        certainty=CERTAIN,
+    ),
     13019: _Meaning(
         "the VM has as many snapshots as it may have (13019)",
         "Remove or consolidate snapshots",
@@ -362,7 +446,7 @@ _CODES: Dict[int, _Meaning] = {
     14015: _Meaning(
         "the host is not available, as in maintenance mode (14015)", _MAINTENANCE, True, "maintenance_mode"
     ),
-    16000: _Meaning("the disk is not valid (16000)"),
+    16000: _Meaning("VDDK was given a parameter that is invalid (16000)", _PARAMETERS, cause="invalid_parameter"),
     16007: _Meaning("beyond the end of the disk (16007)"),
     16008: _Meaning(
         "the chain of delta disks does not fit together (16008)",
@@ -388,7 +472,8 @@ _CODES: Dict[int, _Meaning] = {
 _TEXTS: List[Tuple[Pattern[str], Optional[int], _Meaning]] = [
     (
         re.compile(
-            r"(Failed to verify SSL certificate|thumbprint.*(mismatch|expected)|expected.*thumbprint)",
+            r"(Failed to verify SSL certificate|thumbprint.*(mismatch|expected)|expected.*thumbprint"
+            r"|SSLVerifyException)",
             re.I,
         ),
         1,
@@ -425,8 +510,13 @@ _TEXTS: List[Tuple[Pattern[str], Optional[int], _Meaning]] = [
     ),
     (
         re.compile(r"(incorrect user ?name or password|InvalidLogin|Cannot complete login)", re.I),
-        35,
-        _CODES[35],
+        None,
+        _Meaning(
+            "the server refused the user name or the password",
+            "Check username and password, and that the account is neither locked nor expired",
+            cause="credentials",
+            certainty=CERTAIN,
+        ),
     ),
     (
         re.compile(
@@ -477,7 +567,7 @@ _TEXTS: List[Tuple[Pattern[str], Optional[int], _Meaning]] = [
             r"|(Failed|Unable|Cannot|Could not) (to )?find (the )?snapshot)",
             re.I,
         ),
-        2000,
+        13003,
         _Meaning(
             "the snapshot is gone, or was never there",
             "Look who removed it, make a new one and run again",
@@ -492,7 +582,7 @@ _TEXTS: List[Tuple[Pattern[str], Optional[int], _Meaning]] = [
     ),
     (
         re.compile(
-            r"(no (more )?(free|available) (SCSI )?(unit|slot|target)|TooManyDevices"
+            r"((\bno (more )?|failed to find (a )?)(free|available) (SCSI )?(unit|slot|target)|TooManyDevices"
             r"|(exceed\w*|reached) the maximum number of (SCSI |virtual )*(device|disk|unit)"
             r"|all (SCSI )?(slots|units|targets) .*(in use|taken))",
             re.I,
@@ -519,13 +609,51 @@ _TEXTS: List[Tuple[Pattern[str], Optional[int], _Meaning]] = [
         _Meaning("the proxy does not reach the datastore's LUN", _LUN, cause="lun_access"),
     ),
     (
+        # What nbdkit itself can't load; lines of VDDK about parts that it can do without are others.
         re.compile(
-            r"(libvixDiskLib|libdir|VDDK).*(cannot open shared object|undefined symbol|wrong ELF class|invalid ELF"
-            r"|version `\S+' not found|could not be loaded|failed to load)",
+            r"((libvixDiskLib|libdir).*|nbdkit: (\S+ )?error: .*\.so\b.*)(cannot open shared object|undefined symbol"
+            r"|wrong ELF class|invalid ELF|version `\S+' not found|could not be loaded|failed to load)",
             re.I,
         ),
         None,
         _Meaning("VDDK can't be loaded", _VDDK, cause="vddk_load", certainty=CERTAIN),
+    ),
+    (
+        re.compile(r"Cannot create disk spec for disk", re.I),
+        None,
+        _Meaning(
+            "the disk is not in the snapshot: it is independent, or a physical RDM",
+            _INDEPENDENT,
+            cause="independent_disk",
+        ),
+    ),
+    (
+        re.compile(
+            r"(DiskLibBlockListOpen|QueryBlockList|QueryAllocatedBlocks)\b.*\bfail|fail.*QueryAllocatedBlocks", re.I
+        ),
+        None,
+        _Meaning(
+            "the ESXi host does not tell which blocks of the disk are allocated",
+            CAUSES["allocation_query"].remedy,
+            True,
+            "allocation_query",
+            weak=True,
+        ),
+    ),
+    (
+        # VDDK's own HTTPS client goes to the server that it was given, and to nobody else.
+        re.compile(
+            r"(Failed to connect; <io_obj .*\be: \d+\(|Failed to get pooled connection; .*SystemException"
+            r"|connect(ing)? to (server|host) \S+:443\b)",
+            re.I,
+        ),
+        18000,
+        _Meaning("no connection to the server", _SERVER, True, "server_unreachable", CERTAIN),
+    ),
+    (
+        re.compile(r"Cannot get compatible version for vim|User agent failed to send request", re.I),
+        18000,
+        _Meaning("no conversation with the server", _SERVER, True, "server_unreachable", weak=True),
     ),
     (
         re.compile(
@@ -555,6 +683,16 @@ _TEXTS: List[Tuple[Pattern[str], Optional[int], _Meaning]] = [
         None,
         _Meaning("the connection to the ESXi host was cut", _NETWORK, True, "connection_cut"),
     ),
+    (
+        re.compile(r"\bauthentication failed\b", re.I),
+        None,
+        _Meaning("an authentication failed", "Check username and password", cause="credentials", weak=True),
+    ),
+    (
+        re.compile(r"\.so(\.\d+)*: (cannot open shared object|undefined symbol|wrong ELF class|invalid ELF)", re.I),
+        None,
+        _Meaning("a library can't be loaded", _VDDK, cause="vddk_load", certainty=POSSIBLE, weak=True),
+    ),
 ]
 
 # VDDK's texts of errors, for logs that do not give the number (nbdkit's "VixDiskLib_Open: <file>: <text>").
@@ -567,7 +705,10 @@ _NAMED = [
         (r"A file was not found", 4),
         (r"do not have access rights to this file", 13),
         (r"The file is already in use", 15),
-        (r"authentication failed", 35),
+        (r"Insufficient permissions in the host operating system", 3014),
+        (r"One of the parameters (supplied )?(was|is) invalid", 16000),
+        (r"NBD_ERR_GENERIC", 290),
+        (r"NBD_ERR_DISKLIB", 4898),
         (r"The connection was lost", 14011),
     )
 ]
@@ -582,7 +723,8 @@ _TROUBLE_LINE = re.compile(
     r"(\berrors?\b|\bfail(s|ed|ing|ures?)?\b|\bcannot\b|\bcan't\b|\bunable to\b|\bcould ?n[o']t\b|timed out|refused"
     r"|denied|\bexpired|\bNo (route|space|more|free|matching|such)\b|NotAuthenticated|NoPermission|TooManyDevices"
     r"|do not have|(\bis|\benter\w*|going|now) (in(to)? )?maintenance mode|NBD_ERR_|\bNFC_(?!SUCCESS)[A-Z]+_|VIX_E_"
-    r"|not (found|known|licensed|authenticated|visible)|prohibits|already been deleted|Broken pipe|reset by peer)",
+    r"|not (found|known|licensed|authenticated|visible)|prohibits|already been deleted|Broken pipe|reset by peer"
+    r"|\bInsufficient\b|\b(was|is) invalid\b)",
     re.I,
 )
 # Each match of the expression above holds one of these.
@@ -591,11 +733,19 @@ _TROUBLE_WORDS = (
     *("expired", "no route", "no space", "no more", "no free", "no matching", "no such", "notauthenticated"),
     *("nopermission", "toomanydevices", "do not have", "maintenance mode", "nbd_err_", "nfc_", "vix_e_", "not found"),
     *("not known", "not licensed", "not authenticated", "not visible", "prohibits", "already been deleted"),
-    *("broken pipe", "reset by peer"),
+    *("broken pipe", "reset by peer", "insufficient", "was invalid", "is invalid"),
 )
 _NO_TROUBLE = re.compile(
     r"(\b(no|0|without) (errors?|failures?)\b|\berrors?[ :=]+(0|none)\b|NFC_SUCCESS|GetErrorText|NBD_REP_ERR"
     r"|TLS disabled|error-filter|filter=error|operation was successful)",
+    re.I,
+)
+# What VDDK says when it can do without: its own plugins and files of settings, keys that a disk does not have.
+_BENIGN = re.compile(
+    r"(\b(default )?plugins? from \S|libdiskLibPlugin\.so|\bDictionaryLoad\b|dictionary\.load\.openFailed"
+    r"|Optional preferences file|Advanced transport(s| module) not (loaded|available)"
+    r"|Unable to get DDB value for key|DiskLibError ?: The operation completed successfully"
+    r"|Failed to get the IO filter list)",
     re.I,
 )
 _VDDK_LINE = re.compile(r"(vix|vddk|disklib|\bnfc|\bnbd|vpxa)", re.I)
@@ -603,19 +753,23 @@ _VDDK_LINE = re.compile(r"(vix|vddk|disklib|\bnfc|\bnbd|vpxa)", re.I)
 _SMALL_NUMBER = 100
 
 # What so many things end in that a line nearby which names one of them is the better witness.
-VAGUE = frozenset({1, 13, 16053, 2000, 2338, 14008, 14009, 14010, 14011, 18000})
+VAGUE = frozenset({1, 3, 13, 290, 3014, 4898, 16000, 16053, 2000, 2338, 14008, 14009, 14010, 14011, 18000})
 
 
 class Sign(NamedTuple):
     """What one line of a log points at.
 
     :param vague: a number that so many things end in that another line nearby may explain it.
+    :param witness: it may be what explains such numbers nearby.
+    :param others: causes that are possible beside it.
     """
 
     cause: str
     certainty: str
     meaning: str
     vague: bool
+    witness: bool
+    others: Tuple[str, ...] = ()
 
 
 def is_trouble(line: str) -> bool:
@@ -624,21 +778,37 @@ def is_trouble(line: str) -> bool:
     # Nearly all lines of a log end here, and a search for plain words is much quicker than the expression.
     if not any(word in lower for word in _TROUBLE_WORDS):
         return False
-    return _TROUBLE_LINE.search(line) is not None and _NO_TROUBLE.search(line) is None
+    return _TROUBLE_LINE.search(line) is not None and not _is_harmless(line)
+
+
+def _is_harmless(line: str) -> bool:
+    return _NO_TROUBLE.search(line) is not None or _BENIGN.search(line) is not None
 
 
 def signs_of(line: str) -> List[Sign]:
-    """What a line that :func:`is_trouble` points at; nothing where the tables don't know it."""
+    """What a line that :func:`is_trouble` points at, the clearest first; nothing where the tables don't know it."""
     for pattern, _code, meaning in _TEXTS:
         if pattern.search(line):
-            return [Sign(meaning.cause, meaning.certainty, meaning.text, False)]
-    signs = []
+            return [_sign(meaning, False)]
     ours = _VDDK_LINE.search(line) is not None
-    for number in _numbers(line) + [number for pattern, number in _NAMED if pattern.search(line)]:
-        if number in _CODES and (ours or number >= _SMALL_NUMBER):
-            meaning = _CODES[number]
-            signs.append(Sign(meaning.cause, meaning.certainty, meaning.text, number in VAGUE))
-    return signs
+    codes = [code for code in _codes_in(line) if code in _CODES and (ours or code >= _SMALL_NUMBER)]
+    return [_sign(_CODES[code], code in VAGUE) for code in sorted(codes, key=_vagueness)]
+
+
+def _sign(meaning: _Meaning, vague: bool) -> Sign:
+    witness = not vague and not meaning.weak and meaning.certainty != POSSIBLE
+    return Sign(meaning.cause, meaning.certainty, meaning.text, vague, witness, meaning.others)
+
+
+def _vagueness(code: int) -> int:
+    """A number of DiskLib says more than the number of VIX that it ends in, and anything more than VIX 1."""
+    return 2 if code == 1 else 1 if code in VAGUE else 0
+
+
+def _codes_in(line: str) -> List[int]:
+    """The numbers of a line, and those whose text or name stands in it."""
+    found = _numbers(line)
+    return found + [code for pattern, code in _NAMED if code not in found and pattern.search(line)]
 
 
 def decode_log(text: str) -> Optional[Finding]:
@@ -651,15 +821,30 @@ def decode_log(text: str) -> Optional[Finding]:
 
 
 def _decode(text: str) -> Optional[Finding]:
-    lines = [line for line in text.splitlines() if _ERROR_LINE.search(line)]
+    lines = [line for line in text.splitlines() if _ERROR_LINE.search(line) and not _is_harmless(line)]
+    return _text_finding(lines, weak=False) or _code_finding(lines)
+
+
+def _text_finding(lines: Sequence[str], weak: bool) -> Optional[Finding]:
     for pattern, code, meaning in _TEXTS:
+        if meaning.weak is not weak:
+            continue
         for line in reversed(lines):
             if pattern.search(line):
                 return _finding(code, meaning, line)
+    return None
+
+
+def _code_finding(lines: Sequence[str]) -> Optional[Finding]:
+    """The newest number that says something; where there is none, the newest line that says little."""
     unknown: Optional[Finding] = None
     vague: Optional[Finding] = None
     for line in reversed(lines):
-        for code in _numbers(line):
+        little = _text_finding([line], weak=True)
+        if little is not None:
+            vague = vague or little
+            continue
+        for code in _codes_in(line):
             if code == 1:
                 vague = vague or _finding(1, _CODES[1], line)
             elif code in _CODES:
@@ -681,6 +866,14 @@ def explain_code(code: int, text: str = "") -> Finding:
     return _finding(code, meaning, text)
 
 
+def may_be_thumbprint(cause: str) -> bool:
+    """Whether a call of VDDK that failed with this cause may have wanted the thumbprint in another form.
+
+    A thumbprint that does not match is a plain 1 without words, one of another length may be an invalid parameter.
+    """
+    return cause in ("thumbprint", "invalid_parameter")
+
+
 def last_error_line(text: str) -> Optional[str]:
     """The newest line that nbdkit itself marks as an error, without its prefix."""
     for line in reversed(text.splitlines()):
@@ -697,7 +890,7 @@ def _numbers(line: str) -> List[int]:
 
 
 def _finding(code: Optional[int], meaning: _Meaning, line: str) -> Finding:
-    return Finding(code, meaning.text, meaning.remedy, _clean(line), meaning.retryable)
+    return Finding(code, meaning.text, meaning.remedy, _clean(line), meaning.retryable, meaning.cause)
 
 
 def _clean(line: str) -> str:

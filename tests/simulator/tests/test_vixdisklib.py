@@ -281,19 +281,20 @@ def test_a_snapshot_reads_as_it_was_through_a_chain(lab: Lab, tmp_path: Path, di
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
+        ({"thumbprint": "00:" * 31 + "00"}, ["actual thumbprint=", "Error 1 (Unknown error)"]),
         ({"thumbprint": "00:" * 19 + "00"}, ["actual thumbprint=", "Error 1 (Unknown error)"]),
-        ({"password": "not this"}, ["Error 35 ("]),
+        ({"password": "not this"}, ["incorrect user name or password", "Error 3014 ("]),
         ({"vm": "vm-999"}, ["Error 4000 ("]),
-        ({"snapshot": "snapshot-1"}, ["Error 2000 ("]),
+        ({"snapshot": "snapshot-1"}, ["'vim.vm.Snapshot:snapshot-1' has already been deleted", "Error 1 ("]),
         ({"file": "[vmfs01] app01/nothing.vmdk"}, ["Error 4 ("]),
         ({"file": "[vmfs01] restore01/restore01.vmdk"}, ["Error 13 ("]),
-        ({"transports": "pigeon"}, ["Error 3 ("]),
+        ({"transports": "pigeon"}, ["Error 16000 (One of the parameters was invalid)"]),
         ({"nfchostport": 1}, ["NfcNewAuthdConnectionEx", "2338", "Error 14009 (", "Connection refused"]),
         ({"port": 1}, ["Error 18000 ("]),
         ({"server": "no-such-host.invalid"}, ["Host address lookup for server no-such-host.invalid failed", "14008"]),
         (
             {"config": "vixDiskLib.nfcAio.Session.BufSizeIn64KB=64\nvixDiskLib.nfcAio.Session.BufCount=8\n"},
-            ["Error 3 ("],
+            ["Error 16000 ("],
         ),
     ],
 )
@@ -326,13 +327,58 @@ def test_the_base_gives_old_bytes_and_is_not_the_snapshots(lab: Lab, tmp_path: P
                 handle.shutdown()
 
 
-def test_a_sha256_thumbprint_and_other_modes(lab: Lab, tmp_path: Path) -> None:
+def test_other_modes(lab: Lab, tmp_path: Path) -> None:
     with lab.snapshot("app01") as (moid, paths):
-        options = {"snapshot": moid, "thumbprint": lab.thumbprint("sha256").lower()}
+        options = {"snapshot": moid, "thumbprint": lab.thumbprint().lower()}
         for transports, mode in (("nbd", "nbd"), ("file", "nbdssl"), ("file:nbd:nbdssl", "nbd")):
             with lab.serve(tmp_path, paths[2000], transports=transports, **options) as server:
                 server.connect().shutdown()
                 assert f"transport mode: {mode}\n" in server.text()
+
+
+def test_the_thumbprint_is_sha1_unless_the_double_is_told_otherwise(lab: Lab, tmp_path: Path) -> None:
+    sha256 = lab.thumbprint("sha256").lower()
+    with lab.snapshot("app01") as (moid, paths):
+        with lab.serve(tmp_path, paths[2000], snapshot=moid, thumbprint=sha256) as server:
+            assert "Failed to verify SSL certificate" in server.refuses()
+        lab.control.call("nfc", thumbprint="sha256")
+        try:
+            with lab.serve(tmp_path, paths[2000], snapshot=moid, thumbprint=sha256) as server:
+                server.connect().shutdown()
+            with lab.serve(tmp_path, paths[2000], snapshot=moid) as server:
+                assert "Failed to verify SSL certificate" in server.refuses()
+        finally:
+            lab.control.call("nfc", thumbprint="sha1")
+
+
+def test_a_compressed_wire_shows_in_the_opened_disk(lab: Lab, tmp_path: Path) -> None:
+    with lab.snapshot("app01") as (moid, paths):
+        for compression in ("zlib", "fastlz", "skipz"):
+            with lab.serve(tmp_path, paths[2000], snapshot=moid, compression=compression) as server:
+                server.connect().shutdown()
+                words = f"{compression.upper()}-vpxa-nfc://{paths[2000]}@127.0.1."
+                assert f"Opened '{words}" in server.text() and f'Opened "{words}' in server.text()
+
+
+def test_a_query_of_allocated_blocks_costs_time_and_is_counted(lab: Lab, tmp_path: Path) -> None:
+    def queries() -> int:
+        return sum(host["queries"] for host in lab.control.call("nfc")["hosts"].values())
+
+    with lab.snapshot("app01") as (moid, paths), lab.serve(tmp_path, paths[2000], snapshot=moid) as server:
+        handle = server.connect()
+        before = queries()
+        lab.control.call("nfc", query_seconds=0.4)
+        try:
+            began = time.monotonic()
+            assert extents(handle)
+            spent = time.monotonic() - began
+        finally:
+            lab.control.call("nfc", query_seconds=0)
+        assert queries() > before and spent >= 0.4 * (queries() - before)
+        handle.pread(4096, 0)
+        counted = queries()
+        handle.shutdown()
+        assert queries() == counted
 
 
 def test_writing(lab: Lab, tmp_path: Path) -> None:

@@ -56,12 +56,11 @@ VIX_DISK_FULL = 8
 VIX_FILE_READ_ONLY = 11
 VIX_FILE_ACCESS_ERROR = 13
 VIX_FILE_ALREADY_LOCKED = 15
-VIX_AUTHENTICATION_FAIL = 35
-VIX_NOT_FOUND = 2000
 VIX_HOST_USER_PERMISSIONS = 3014
 VIX_VM_NOT_FOUND = 4000
 VIX_NETWORK_CONN_REFUSED = 14009
 VIX_SERVER_NOT_AVAILABLE = 14015
+VIX_INVALID = 16000
 VIX_OUTOFRANGE = 16007
 VIX_NOLICENSE = 16064
 
@@ -137,6 +136,7 @@ class HostPort:
     memory: int = 0
     bytes_read: int = 0
     bytes_written: int = 0
+    queries: int = 0
     cut: str | None = None  # "refuse" or "blackhole"
     restore: threading.Timer | None = None
 
@@ -162,6 +162,9 @@ class NfcService:
         self.when_full = "refuse"
         self.delay = 0.0
         self.bytes_per_second: float | None = None
+        # What QueryAllocatedBlocks costs, whatever its length; a real host was seen to take a second (VADP facts 5).
+        self.query_seconds = 0.0
+        self.thumbprint = "sha1"  # what VDDK takes; or "sha256"
         self.serve: str | None = None
 
     # the port
@@ -352,7 +355,7 @@ class NfcService:
         with self._lock:
             grant = self._grants.get(words[1])
             if grant is None or grant.taken or grant.host != host.name or grant.expires < time.monotonic():
-                raise Refused(VIX_AUTHENTICATION_FAIL, "the ticket is not known")
+                raise Refused(VIX_HOST_USER_PERMISSIONS, "the ticket is not known")
 
             def room() -> bool:
                 if host.name in self._local:
@@ -412,6 +415,8 @@ class NfcService:
                     self.simulator.storage.write(grant.path, offset, view)
                     host.bytes_written += length
                 elif kind == ALLOCATED:
+                    host.queries += 1
+                    time.sleep(self.query_seconds)
                     areas = self.simulator.storage.allocated(grant.path, offset, length, max(chunk, 512))
                     answer = memoryview(b"".join(struct.pack("<QQ", *area) for area in areas))
                 elif kind == CLOSE:
@@ -540,6 +545,8 @@ class NfcService:
             "when_full",
             "delay",
             "bytes_per_second",
+            "query_seconds",
+            "thumbprint",
             "serve",
         }
         unknown = set(fields) - known
@@ -547,6 +554,8 @@ class NfcService:
             raise SimulatorError(f"nfc has no setting {', '.join(sorted(unknown))}; it has {', '.join(sorted(known))}")
         if fields.get("when_full", "refuse") not in ("refuse", "queue"):
             raise SimulatorError("when_full is refuse or queue")
+        if fields.get("thumbprint", "sha1") not in ("sha1", "sha256"):
+            raise SimulatorError("thumbprint is sha1 or sha256")
         with self._lock:
             if fields.get("serve") is not None:
                 self._named(fields["serve"])
@@ -565,6 +574,8 @@ class NfcService:
                 "when_full": self.when_full,
                 "delay": self.delay,
                 "bytes_per_second": self.bytes_per_second,
+                "query_seconds": self.query_seconds,
+                "thumbprint": self.thumbprint,
                 "serve": self.serve,
                 "faults": [vars(fault).copy() for fault in self._faults],
                 "hosts": {host.name: _figures(host) for host in self._hosts.values()},
@@ -578,7 +589,7 @@ class NfcService:
     def reset_peaks(self) -> None:
         with self._lock:
             for host in [*self._hosts.values(), *self._local.values()]:
-                host.peak, host.opened, host.refused = host.disks, 0, 0
+                host.peak, host.opened, host.refused, host.queries = host.disks, 0, 0, 0
 
     def _named(self, host: str | None) -> list[HostPort]:
         if host is None:
@@ -685,7 +696,7 @@ class _Entry:
             if operation is None:
                 raise Refused(VIX_NOT_SUPPORTED)
             if self._user is None and request["op"] not in ("hello", "login"):
-                raise Refused(VIX_AUTHENTICATION_FAIL, "VixDiskLibVim: not logged in")
+                raise Refused(VIX_HOST_USER_PERMISSIONS, "VixDiskLibVim: not logged in")
             return {"ok": True, **operation(request)}
         except Refused as refusal:
             if self._user is not None and request["op"] == "open":
@@ -694,14 +705,16 @@ class _Entry:
             return {"ok": False, "vix": refusal.vix, "log": refusal.log}
 
     def _hello(self, request: dict[str, Any]) -> dict[str, Any]:
-        return dict(self._simulator.thumbprints)
+        """The thumbprint in the form that this VDDK compares: SHA-1 for every version (VADP facts 40)."""
+        form = self._service.thumbprint
+        return {form: self._simulator.thumbprints[form]}
 
     def _login(self, request: dict[str, Any]) -> dict[str, Any]:
         try:
             self._user = self._simulator.authenticate(request["user"], request["password"])
         except SimulatorError:
             raise Refused(
-                VIX_AUTHENTICATION_FAIL,
+                VIX_HOST_USER_PERMISSIONS,
                 "VixDiskLibVim: Login failure. Callback error 12.",
                 "VixDiskLibVim: Cannot complete login due to an incorrect user name or password.",
             ) from None
@@ -765,6 +778,7 @@ class _Entry:
         uuid = " ".join(digits[at : at + 2] for at in range(0, len(digits), 2))
         return {
             "host": service.handed_out(name),
+            "name": name,
             "device": str(grant.device) if node is not None else "",
             "ide": int(self._on_ide(vm, path, snapshot)),
             "ticket": ticket,
@@ -786,7 +800,7 @@ class _Entry:
         wanted = [mode for mode in transports.split(":") if mode]
         unknown = [mode for mode in wanted if mode not in MODES]
         if unknown:
-            raise Refused(VIX_INVALID_ARG, f"VixDiskLib: transport modes {transports}: {unknown[0]} is not known.")
+            raise Refused(VIX_INVALID, f"VixDiskLib: transport modes {transports}: {unknown[0]} is not known.")
         log = []
         for mode in wanted or ["san", "hotadd", "nbdssl"]:
             if mode in ("nbdssl", "nbd"):
@@ -825,7 +839,11 @@ class _Entry:
             raise Refused(VIX_FILE_NOT_FOUND, f"VixDiskLibVim: Failed to find {path}.")
         if snapshot is not None:
             if snapshot not in snapshots:
-                raise Refused(VIX_NOT_FOUND, f"VixDiskLibVim: {vm.moid} has no snapshot {snapshot}.")
+                raise Refused(
+                    VIX_FAIL,
+                    f"VixDiskLibVim: The object 'vim.vm.Snapshot:{snapshot}' has already been deleted or has not been"
+                    " completely created.",
+                )
             if write:
                 raise Refused(VIX_FILE_ACCESS_ERROR, f"VixDiskLibVim: {path} belongs to a snapshot: read-only.")
             disks = simulator.vm_disks(vm, snapshot)
@@ -844,7 +862,12 @@ class _Entry:
         if path not in allowed:
             raise Refused(VIX_FILE_ACCESS_ERROR, f"VixDiskLibVim: {path} is not a disk of {vm.moid} {snapshot or ''}.")
         if any(disk.path == path and (disk.rdm == "physicalMode" or _independent(disk)) for disk in disks) and snapshot:
-            raise Refused(VIX_FAIL, f"GetFileName: Cannot create disk spec for disk {path}.")
+            where = next(_address(disk) for disk in disks if disk.path == path)
+            raise Refused(
+                VIX_FAIL,
+                f"GetFileName: Cannot create disk spec for disk {where}. Error occurred when obtaining the file name"
+                f" for {where}.",
+            )
 
     def _prepare(self, request: dict[str, Any]) -> dict[str, Any]:
         return self._access(request, "Global.DisableMethods", self._simulator.prepare_access)
@@ -874,6 +897,11 @@ def _independent(disk: Any) -> bool:
     return str(disk.mode or "").startswith("independent")
 
 
+def _address(disk: Any) -> str:
+    """As the log of VDDK names a disk; the simulator's keys are 2000 + 16 x bus + unit."""
+    return f"scsi{(disk.key - 2000) // 16}:{(disk.key - 2000) % 16}"
+
+
 def _figures(host: HostPort) -> dict[str, Any]:
     return {
         "connections": host.disks,
@@ -883,6 +911,7 @@ def _figures(host: HostPort) -> dict[str, Any]:
         "memory_bytes": host.memory,
         "bytes_read": host.bytes_read,
         "bytes_written": host.bytes_written,
+        "queries": host.queries,
         "cut": host.cut,
     }
 

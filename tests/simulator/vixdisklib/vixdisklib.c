@@ -59,7 +59,8 @@ struct connection {
 struct handle {
   struct connection *connection;
   unsigned users; /* calls that are inside; guarded by registry */
-  char *path, *host, *mode, *uuid, *parent, *url, *device;
+  char *path, *host, *name, *mode, *uuid, *parent, *url, *device; /* host: the address; name: whose */
+  const char *compression;
   bool local, ide; /* local: by san or hotadd, without a host's help */
   uint64_t sectors;
   int links;
@@ -1024,6 +1025,7 @@ free_handle (struct handle *h)
     close (h->fd);
   free (h->path);
   free (h->host);
+  free (h->name);
   free (h->mode);
   free (h->uuid);
   free (h->parent);
@@ -1046,7 +1048,7 @@ refused_by_host (const struct handle *h, const char *why)
   complain ("[NFC ERROR] NfcNewAuthdConnectionEx: Failed to connect: Failed to connect to server %s:%u", h->host, port);
   complain ("[NFC ERROR] NfcNewAuthdConnectionEx: Failed to connect to peer. Error: Failed to connect to server %s:%u",
             h->host, port);
-  say ("NBD_ClientOpen: Couldn't connect to %s:%u Failed to connect to server %s:%u", h->host, port, h->host, port);
+  say ("NBD_ClientOpen: Couldn't connect to %s:%u Failed to connect to server %s:%u", h->name, port, h->host, port);
   say ("DISKLIB-DSCPTR: : \"%s\" : Failed to open NBD extent.", h->url);
   say ("DISKLIB-LINK  : \"%s\" : failed to open (" NETWORK_CONNECT ").", h->url);
   say ("DISKLIB-CHAIN : \"%s\" : failed to open (" NETWORK_CONNECT ").", h->url);
@@ -1103,6 +1105,25 @@ connect_to_host (struct handle *h, const char *ticket)
   return VIX_OK;
 }
 
+/* As logs of third parties have it: with the backup NIC's address and the host's name where a NIC is tagged, and without
+ * "ssl" where the wire is compressed, whatever the mode. */
+static char *
+url_of (const struct handle *h)
+{
+  const char *ssl = h->compression == NULL && strcmp (h->mode, "nbdssl") == 0 ? "ssl" : "";
+  const char *compression = h->compression != NULL ? h->compression : "";
+  uint32_t port = h->connection->nfc_port;
+  char *url;
+  int made;
+
+  if (strcmp (h->host, h->name) == 0)
+    made = asprintf (&url, "%svpxa-nfc%s://%s@%s:%u", compression, ssl, h->path, h->host, port);
+  else
+    made = asprintf (&url, "%svpxa-nfc%s://%s@{nfcip:%s,hostname:%s}:%u", compression, ssl, h->path, h->host, h->name,
+                     port);
+  return made == -1 ? NULL : url;
+}
+
 /* What vCenter says about the disk, and whom to ask for its bytes. */
 static VixError
 open_at_vcenter (struct handle *h, int fd, char **ticket)
@@ -1128,13 +1149,15 @@ open_at_vcenter (struct handle *h, int fd, char **ticket)
   h->device = json_string (answer, "device");
   h->ide = json_number (answer, "ide", 0) != 0;
   h->host = json_string (answer, "host");
+  h->name = json_string (answer, "name");
   h->mode = json_string (answer, "mode");
   h->uuid = json_string (answer, "uuid");
   h->parent = json_string (answer, "parent");
   h->sectors = json_number (answer, "sectors", 0);
   h->links = json_number (answer, "links", 1);
   free (answer);
-  if (*ticket == NULL || h->host == NULL || h->mode == NULL || h->uuid == NULL || h->parent == NULL || h->sectors == 0)
+  if (*ticket == NULL || h->host == NULL || h->name == NULL || h->mode == NULL
+      || h->uuid == NULL || h->parent == NULL || h->sectors == 0)
     return VIX_E_FAIL;
   h->local = strcmp (h->mode, "san") == 0 || strcmp (h->mode, "hotadd") == 0;
   if (h->local) {
@@ -1144,12 +1167,8 @@ open_at_vcenter (struct handle *h, int fd, char **ticket)
       h->url = NULL;
     return h->url != NULL ? VIX_OK : VIX_E_OUT_OF_MEMORY;
   }
-  if (asprintf (&h->url, "vpxa-nfc%s://%s@%s:%u", strcmp (h->mode, "nbdssl") == 0 ? "ssl" : "", h->path, h->host,
-                c->nfc_port) == -1) {
-    h->url = NULL;
-    return VIX_E_OUT_OF_MEMORY;
-  }
-  return VIX_OK;
+  h->url = url_of (h);
+  return h->url != NULL ? VIX_OK : VIX_E_OUT_OF_MEMORY;
 }
 
 static VixError
@@ -1161,7 +1180,7 @@ open_disk (struct handle *h)
 
   if (settings.buffer_64k * 65536 * settings.buffer_count > (16 << 20)) {
     complain ("VixDiskLib: vixDiskLib.nfcAio.Session.BufSizeIn64KB x BufCount is more than 16 MB");
-    return VIX_E_INVALID_ARG;
+    return VIX_E_INVALID;
   }
   error = log_in (h->connection, &fd);
   if (error != VIX_OK)
@@ -1175,8 +1194,9 @@ open_disk (struct handle *h)
     return error;
   if (pthread_create (&h->receiver, NULL, receive, h) != 0)
     return VIX_E_OUT_OF_MEMORY;
-  say ("DISKLIB-LIB   : Opened '%s' (0x%x): custom, %llu sectors / %.1f GB.", h->url, h->read_only ? 0x1e : 0xa,
+  say ("DISKLIB-LINK  : Opened '%s' (0x%x): custom, %llu sectors / %.1f GB.", h->url, h->read_only ? 0x1e : 0xa,
        (unsigned long long) h->sectors, h->sectors * 512.0 / (1 << 30));
+  say ("DISKLIB-LIB   : Opened \"%s\" (flags 0x%x, type custom).", h->url, h->read_only ? 0x1e : 0xa);
   return VIX_OK;
 }
 
@@ -1209,6 +1229,7 @@ VixDiskLib_Open (void *pointer, const char *path, uint32_t flags, void **result)
   h->connection = c;
   h->fd = -1;
   h->read_only = (flags & OPEN_READ_ONLY) != 0;
+  h->compression = flags & OPEN_ZLIB ? "ZLIB-" : flags & OPEN_FASTLZ ? "FASTLZ-" : flags & OPEN_SKIPZ ? "SKIPZ-" : NULL;
   pthread_mutex_init (&h->lock, NULL);
   pthread_mutex_init (&h->send_lock, NULL);
   pthread_cond_init (&h->changed, NULL);

@@ -242,7 +242,8 @@ def _planned(store: VmStore, point: str, request: BootRequest, folder: str) -> I
         for disk in manifest["disks"]:
             descriptors.append(files.nameless(request.boot_overlay_dir, "openvadp-boot-"))
             create_overlay(f"/proc/{os.getpid()}/fd/{descriptors[-1]}", disk["capacity_bytes"])
-            options = overlay_opts(str(store.layer_path(disk["key"], point)), f"/proc/self/fd/{descriptors[-1]}")
+            layer = str(store.layer_path(disk["key"], point))
+            options = overlay_opts(layer, f"/proc/self/fd/{descriptors[-1]}", bounded=False)
             disks.append(BootDisk(disk["key"], disk["label"], f"{options},cache.no-flush=on,discard=unmap"))
         firmware = _efi_firmware(folder) if firmware_of(saved) == EFI else None
         machine = design(saved, disks, memory_mb=request.boot_memory, cpus=request.boot_cpus, firmware=firmware)

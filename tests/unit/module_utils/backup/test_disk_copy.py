@@ -64,6 +64,7 @@ class World:
         self.opened: List[str] = []
         self.tried: List[str] = []
         self.last: List[bool] = []
+        self.asking: List[bool] = []
         self.readings: Dict[int, Reading] = {}
         self.children: List[Child] = []
 
@@ -83,9 +84,11 @@ class World:
         writable: bool,
         stage: Path,
         last: bool,
+        allocation: bool,
     ) -> Iterator[Endpoint]:
         assert not writable
         self.last.append(last)
+        self.asking.append(allocation)
         self.opened.append(disk.file)
         self.tried.append(candidate.transport)
         if candidate.transport in self.refused:
@@ -203,6 +206,8 @@ def test_a_full_and_an_incremental_hold_the_disk(world: World, compression: str)
     second = world.store.create_run("two")
     parent_layer = world.store.layer_path(2000, "one").read_bytes()
     entry = world.copy(second, [_plan(disk, "incremental", "one", areas)], "two", compression=compression)[2000]
+    # What change tracking has named is not asked for; a full asks (VADP facts 5).
+    assert world.asking == [True, False]
     assert world.raw(2000, "two") == bytes(after)
     assert world.raw(2000, "one") == bytes(before)
     assert world.store.layer_path(2000, "one").read_bytes() == parent_layer

@@ -484,7 +484,6 @@ def test_several_copies_side_by_side(nbdkit, tmp_path):
 
 def test_the_allocation_is_asked_ahead_and_not_kept(nbdkit, tmp_path, monkeypatch):
     """With questions of 1 MiB, a disk of alternating extents is walked in 16 steps and nothing piles up."""
-    monkeypatch.setattr(copier, "_STATUS_BYTES", MIB)
     content = write_disk(tmp_path / "disk", [("data", 24), ("hole", 40)] * 512)
     source = nbdkit("-r", "--filter=log", "file", tmp_path / "disk", f"logfile={tmp_path}/log")
     target = nbdkit("memory", len(content))
@@ -496,8 +495,23 @@ def test_the_allocation_is_asked_ahead_and_not_kept(nbdkit, tmp_path, monkeypatc
         most.append(len(self.entries))
 
     monkeypatch.setattr(copier._Allocation, "_add", spy)
-    result = copy(source.uri, target.uri, capacity_bytes=len(content), align_bytes=SECTOR)
+    result = copy(source.uri, target.uri, capacity_bytes=len(content), align_bytes=SECTOR, status_bytes=MIB)
     assert result.areas == 512 and result.bytes_read == 512 * 24 * SECTOR
     asked = [request[1:] for request in requests_of(tmp_path / "log") if request[0] == "Extents"]
     assert asked == [(n * MIB, MIB) for n in range(16)]
     assert max(most) <= 3 * 64 + 2
+
+
+def test_a_source_whose_answers_cost_much_is_asked_seldom(nbdkit, tmp_path):
+    """A TiB of holes with data at its ends: as many questions as the length of each says, and the same bytes."""
+    size, length = 1 << 40, 3 << 30
+    with open(tmp_path / "disk", "wb") as stream:
+        stream.truncate(size)
+        for at in (0, 700 << 30, size - MIB):
+            os.pwrite(stream.fileno(), random.Random(at).randbytes(MIB), at)
+    source = nbdkit("-r", "--filter=log", "file", tmp_path / "disk", f"logfile={tmp_path}/log")
+    target = nbdkit("memory", size)
+    result = copy(source.uri, target.uri, capacity_bytes=size, status_bytes=length)
+    assert result.bytes_read == 3 * MIB
+    asked = [request[2] for request in requests_of(tmp_path / "log") if request[0] == "Extents"]
+    assert 1 < len(asked) <= -(-size // length) <= 512 and max(asked) == length

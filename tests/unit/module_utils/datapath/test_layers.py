@@ -6,10 +6,15 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import subprocess
+import sys
 import threading
+from pathlib import Path
+from typing import Any
 
 import blake3
+import nbd
 import pytest
 from ansible_collections.openvadp.backup.plugins.module_utils.datapath import image
 from ansible_collections.openvadp.backup.plugins.module_utils.datapath.copier import copy
@@ -145,3 +150,84 @@ def test_several_disks_in_threads(tmp_path, nbdkit, run_dir):
     for thread in threads:
         thread.join()
     assert not failures
+
+
+# Long chains
+
+LONG = 20
+_UNDER_LIMITS = """
+import resource, sys
+from ansible_collections.openvadp.backup.plugins.module_utils.datapath import image
+from ansible_collections.openvadp.backup.plugins.module_utils.datapath.processes import RuntimeDir
+from ansible_collections.openvadp.backup.plugins.module_utils.errors import DataPathError
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), int(sys.argv[3])))
+try:
+    with RuntimeDir("limits") as run_dir, image.serve(sys.argv[1], run_dir=run_dir.path) as child:
+        print("served", child.alive)
+    image.convert(sys.argv[1], sys.argv[1] + ".raw", "raw")
+except DataPathError as error:
+    print(error.what, "|", error.reason, "|", error.remedy)
+"""
+
+
+@pytest.fixture(scope="module")
+def long_chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("chain")
+    for number in range(LONG):
+        backing = f"{number - 1}.qcow2" if number else None
+        image.create_layer(str(folder / f"{number}.qcow2"), 1 << 20, backing=backing)
+    return folder / f"{LONG - 1}.qcow2"
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "words"),
+    [
+        (24, 4096, "served True"),
+        (24, 40, f"A chain of layers is too long to be opened | it has {LONG} layers, and a process may open 40 files"),
+    ],
+)
+def test_a_chain_and_the_limit_of_open_files(long_chain: Path, soft: int, hard: int, words: str) -> None:
+    command = [sys.executable, "-c", _UNDER_LIMITS, str(long_chain), str(soft), str(hard)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith(words) and "Traceback" not in done.stderr, done.stdout + done.stderr
+
+
+def test_each_backing_layer_has_a_bound_of_its_own(long_chain: Path) -> None:
+    for opts, prefix in (
+        (image.layer_opts(str(long_chain)), "backing."),
+        (image.overlay_opts(str(long_chain), "/overlay"), "backing.backing."),
+        (image._image_opts(str(long_chain), "qcow2", True), "file.backing."),
+    ):
+        bounds = re.findall(r",((?:file\.)?(?:backing\.)+)l2-cache-size=(\d+)", opts)
+        assert [name for name, _size in bounds] == [prefix + "backing." * number for number in range(LONG - 1)]
+        assert sum(int(size) for _name, size in bounds) <= image._TABLES_BYTES
+    assert "l2-cache-size" not in image.overlay_opts(str(long_chain), "/overlay", bounded=False)
+    assert len(image._tables_opts("backing.", 1000)) <= image._OPTIONS_BYTES
+
+
+def _peak_mib(layer: str, run_dir: str) -> float:
+    """What qemu-nbd took at most when the whole disk was asked for."""
+    with image.serve(layer, run_dir=run_dir) as child:
+        handle = nbd.NBD()
+        handle.add_meta_context("base:allocation")
+        handle.connect_uri(child.uri)
+        size = handle.get_size()
+        for at in range(0, size, 1 << 30):
+            handle.block_status(min(1 << 30, size - at), at, lambda *_answer: 0)
+        text = Path(f"/proc/{child.pid}/status").read_text(encoding="ascii")
+        handle.shutdown()
+    return int(re.search(r"VmHWM:\s*(\d+)", text)[1]) / 1024  # type: ignore[index]
+
+
+def test_the_tables_of_a_chain_are_bounded(tmp_path: Path, run_dir: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six layers of 64 GiB, each with a cluster in each 512 MiB: 8 MiB of tables for each layer."""
+    layers, size = 6, 64 << 30
+    for number in range(layers):
+        path = str(tmp_path / f"{number}.qcow2")
+        image.create_layer(path, size, backing=f"{number - 1}.qcow2" if number else None)
+        writes = "\n".join(f"write {at + number * 65536} 64k" for at in range(0, size, 512 << 20))
+        subprocess.run(["qemu-io", "-f", "qcow2", path], input=writes, check=True, capture_output=True, text=True)
+    monkeypatch.setattr(image, "_TABLES_BYTES", 4 << 20)
+    bounded = _peak_mib(path, str(run_dir))
+    monkeypatch.setattr(image, "_tables_opts", lambda *_arguments: "")
+    assert bounded < _peak_mib(path, str(run_dir)) - (layers - 2) * 8

@@ -64,6 +64,36 @@ def test_nothing_changed_since_is_an_incremental_of_nothing() -> None:
     assert (decision.mode, decision.since_change_id) == ("incremental", f"{PREFIX}/4")
 
 
+@pytest.mark.parametrize(
+    ("requested", "max_chain", "mode"),
+    [
+        ("auto", 4, "incremental"),
+        ("auto", 3, "full"),
+        ("auto", 1, "full"),
+        # Who insists gets it: the chain of a differential has two layers anyhow.
+        ("incremental", 3, "incremental"),
+        ("differential", 1, "differential"),
+    ],
+)
+def test_a_chain_that_is_long_enough_is_followed_by_a_full(requested: str, max_chain: int, mode: str) -> None:
+    """The newest point stands on three layers: full, diff, another."""
+    decision = decide(now(), POINTS, requested, max_chain=max_chain)
+    assert decision.mode == mode
+    if mode == "full":
+        assert (decision.parent, decision.since_change_id) == (None, None)
+        assert decision.reason == f"the chain of point another has 3 layers, and max_chain is {max_chain}"
+
+
+def test_thirty_layers_without_being_told() -> None:
+    points = [point("p1", 1)]
+    while len(points) < 40:
+        number = len(points) + 1
+        decision = decide(now(change_id=f"{PREFIX}/{number}"), points)
+        points.append(point(f"p{number}", number, decision.mode, decision.parent))
+    fulls = [number for number, one in enumerate(points, 1) if one["disks"][0]["mode"] == "full"]
+    assert fulls == [1, 31]
+
+
 def test_a_full_is_a_full() -> None:
     assert decide(now(), POINTS, "full") == ("full", None, None, "a full was requested")
     with pytest.raises(InputError):

@@ -23,6 +23,7 @@ from ansible_collections.openvadp.backup.plugins.module_utils.datapath.processes
 from ansible_collections.openvadp.backup.plugins.module_utils.errors import DataPathError, InputError, TransportError
 from ansible_collections.openvadp.backup.plugins.module_utils.transport import budget
 from ansible_collections.openvadp.backup.plugins.module_utils.transport.budget import Entry, admissible, slot
+from ansible_collections.openvadp.backup.plugins.module_utils.transport.opened import Place
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -241,12 +242,12 @@ def test_waiting_is_cancelled_at_once(folder: Path) -> None:
 
 def test_the_serving_host_frees_the_others(folder: Path) -> None:
     with take(folder, "esx01", "esx02", limit=1) as first:
-        first.narrow("10.0.0.7")  # a name that is not known may be any of them
+        first.narrow(Place("10.0.0.7", "10.0.0.7"))  # a name that is not known may be any of them
         assert entries_of(folder)[0]["hosts"] == ["esx01", "esx02"]
-        first.narrow("ESX02")
+        first.narrow(Place("ESX02", "10.9.0.2"))
         with take(folder, "esx01", limit=1):
             assert [entry["hosts"] for entry in entries_of(folder)] == [["esx02"], ["esx01"]]
-        first.narrow("esx01")  # opened again, elsewhere
+        first.narrow(Place("esx01", "esx01"))  # opened again, elsewhere
         with take(folder, "esx02", limit=1):
             pass
 
@@ -258,14 +259,18 @@ class _Served:
         self.log_path = log_path
 
 
-def test_the_serving_host_is_learnt_from_what_comes_into_the_log(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["esx02", "{nfcip:10.9.0.2,hostname:esx02}"])
+@pytest.mark.parametrize("scheme", ["vpxa-nfcssl", "FASTLZ-vpxa-nfc"])
+def test_the_serving_host_is_learnt_from_what_comes_into_the_log(
+    folder: Path, tmp_path: Path, scheme: str, form: str
+) -> None:
     log = tmp_path / "log"
-    line = "nbdkit: debug: DISKLIB-LIB   : Opened 'vpxa-nfcssl://[ds] a/a.vmdk@%s:902' (0x1e): custom.\n"
+    line = f"nbdkit: debug: DISKLIB-LIB   : Opened '{scheme}://[ds] a/a.vmdk@%s:902' (0x1e): custom.\n"
     log.write_text(line % "esx01")
     with take(folder, "esx01", "esx02") as held:
         held.opened(_Served(log))
         with log.open("a", encoding="utf-8") as stream:
-            stream.write(line % "esx02")
+            stream.write(line % form)
         deadline = time.monotonic() + LONG
         while entries_of(folder)[0]["hosts"] != ["esx02"]:
             assert time.monotonic() < deadline, entries_of(folder)

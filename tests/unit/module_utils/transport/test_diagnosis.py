@@ -92,7 +92,8 @@ def test_the_host_may_be_named_by_the_address_of_a_nic() -> None:
 def test_a_connect_that_times_out_may_be_two_nics_too() -> None:
     text = f"CnxOpenTCPSocket: Timed out connecting to server {ESX}:902: Operation now in progress\n"
     assert codes(text) == ["port_902 certain"]
-    assert codes(text, SHARED) == ["port_902 certain", "shared_subnet likely"]
+    # More than one thing is possible then, so none is certain.
+    assert codes(text, SHARED) == ["shared_subnet likely", "port_902 likely"]
     refused = f"CnxOpenTCPSocket: Cannot connect to server {ESX}:902: Connection refused\n"
     assert codes(refused, SHARED) == ["port_902 certain"]
 
@@ -155,9 +156,13 @@ CASES = [
     ("VixDiskLibVim: vim.fault.NotAuthenticated: The session is not authenticated.", ["session_expired certain"]),
     (
         "VixDiskLib: Error 3014 (Insufficient permissions in the host operating system) at 1.",
-        ["privileges certain"],
+        ["privileges likely", "credentials possible"],
     ),
-    ("VixDiskLib_Open: [a] b.vmdk: You do not have access rights to this file", ["privileges likely"]),
+    ("VixDiskLibVim: Permission to perform this operation was denied. Error 3014 (x)", ["privileges certain"]),
+    (
+        "VixDiskLib_Open: [a] b.vmdk: You do not have access rights to this file",
+        ["privileges likely", "disk_locked possible", "hotadd_slots possible"],
+    ),
     ("Current license or ESXi version prohibits execution of the requested operation", ["licence certain"]),
     (
         "VixDiskLib_PrepareForAccess: Error 16064 (The host is not licensed for this feature) at 1.",
@@ -171,6 +176,15 @@ CASES = [
     ("VixDiskLib_Open: Error 4 (A file was not found)", ["disk_missing likely"]),
     ("VixDiskLib_Open: Error 15 (The file is already in use)", ["disk_locked certain"]),
     ("VixDiskLib_Open: Error 16014 (needs a key)", ["encrypted certain"]),
+    ("VixDiskLib_Open: Error 35 (x)", ["encrypted certain"]),
+    ("VixDiskLib_Open: Error 2000 (x)", ["invalid_disk_file likely"]),
+    ("VixDiskLib: Error 13016 (x)", ["independent_disk certain"]),
+    ("VixDiskLib: Error 13003 (x)", ["snapshot_missing certain"]),
+    ("VixDiskLib_Open: Error 3 (One of the parameters was invalid)", ["invalid_parameter likely"]),
+    ("VixDiskLib_Open: Error 16000 (One of the parameters was invalid)", ["invalid_parameter likely"]),
+    ("DISKLIB-LIB : Failed to open 'x' NBD_ERR_DISKLIB", ["host_refused_disk likely"]),
+    ("VixDiskLib_QueryAllocatedBlocks: failed, Error 1 (Unknown error)", ["allocation_query likely"]),
+    ("backup: VDDK authentication failed", ["credentials likely"]),
     ("VIX error: Error 13019 (too many snapshots)", ["snapshot_limit certain"]),
     ("VixDiskLib: Error 16008 (CID mismatch)", ["broken_chain certain"]),
     ("VixDiskLib_Write: Error 8 (The disk is full)", ["disk_full certain"]),
@@ -234,6 +248,82 @@ def test_a_vague_number_goes_to_the_line_nearby_that_names_the_cause() -> None:
     assert codes(text.format(gap="debug\n" * 100)) == ["name_resolution certain", "port_902 likely"]
 
 
+# Logs that others have left
+
+LOGS = ROOT / "tests" / "data" / "vddk-logs"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("hotadd_slots_8021", ["hotadd_slots certain"]),
+        # An older VDDK has no words for it: the number alone has several causes.
+        ("hotadd_slots_old", ["privileges likely", "disk_locked possible", "hotadd_slots possible"]),
+        ("vcenter_unreachable", ["server_unreachable certain"]),
+        ("libssl3", ["vddk_load certain"]),
+        ("vix3014", ["privileges likely", "credentials possible"]),
+        ("invalid_param", ["invalid_parameter likely"]),
+        ("nbd_err_generic", ["host_refused_disk likely"]),
+        ("nbd_err_disklib", ["allocation_query likely"]),
+        ("independent", ["independent_disk likely"]),
+        ("nfcip_2338", ["port_902 certain"]),
+        ("opened_nfcip", []),
+        ("opened_fastlz", ["mode_replaced likely"]),
+    ],
+)
+def test_logs_of_others(name: str, expected: List[str]) -> None:
+    text = (LOGS / f"{name}.log").read_text(encoding="utf-8")
+    assert codes(text) == expected
+    finding = vix_errors.decode_log(text)
+    benign = ("libdiskLibPlugin", "DictionaryLoad", "preferences", "DDB value", "IO filter")
+    assert not any(word in line for one in findings(text) for line in one["evidence"] for word in benign)
+    assert finding is None or not any(word in finding.evidence for word in benign)
+
+
+BENIGN = (LOGS / "vcenter_unreachable.log").read_text(encoding="utf-8").splitlines()[:6]
+
+
+def test_what_vddk_can_do_without_is_no_finding() -> None:
+    assert "libdiskLibPlugin.so: cannot open shared object" in BENIGN[0]
+    assert codes("\n".join(BENIGN)) == []
+    assert vix_errors.decode_log("\n".join(BENIGN)) is None
+
+
+@pytest.mark.parametrize(("text", "expected"), [case for case in CASES if case[1][0] != "vddk_load certain"])
+@pytest.mark.parametrize("before", [False, True])
+def test_a_benign_line_never_wins(text: str, expected: List[str], before: bool) -> None:
+    quiet = "\n".join(BENIGN)
+    assert codes(f"{quiet}\n{text}" if before else f"{text}\n{quiet}") == expected
+
+
+def test_modes_that_were_not_asked_for_have_no_part_in_a_number() -> None:
+    text = (LOGS / "hotadd_slots_old.log").read_text(encoding="utf-8")
+    asked = "nbdkit: debug: vddk: config key=transports, value={}\n"
+    assert codes(asked.format("nbdssl") + text) == ["privileges likely", "disk_locked possible"]
+    assert "hotadd_slots possible" in codes(asked.format("hotadd") + text)
+
+
+def test_what_went_on_without_it_is_not_why_the_rest_failed() -> None:
+    asked = (LOGS / "nbd_err_disklib.log").read_text(encoding="utf-8")
+    finding = vix_errors.decode_log(asked + "error: VixDiskLib_Read: Error 14011 (The connection was lost)\n")
+    assert finding is not None and finding.code == 14011
+    finding = vix_errors.decode_log(asked + "error: VixDiskLib_Read: Error 1 (Unknown error)\n")
+    assert finding is not None and finding.code == 1
+
+
+def test_a_host_with_a_backup_nic_is_one_host_of_two_names() -> None:
+    text = REPORT.replace("@esx01.domain.local:902", "@{nfcip:192.0.2.111,hostname:esx01.domain.local}:902")
+    assert text != REPORT
+    assert codes(text, SHARED)[0] == "shared_subnet certain"
+    # Only its address is among those of the NICs that are known: that is the host, by whatever name.
+    assert codes(text, [nic("other-name", one.device, one.address) for one in APART]) == [
+        "shared_subnet likely",
+        "connection_cut possible",
+    ]
+    by_address = [nic("other-name", "vmk0", "198.51.100.11"), nic("other-name", "vmk1", "192.0.2.111")]
+    assert codes(text, by_address) == ["connection_cut likely"]
+
+
 # Transport modes
 
 
@@ -253,7 +343,14 @@ def test_a_mode_that_was_silently_replaced(asked: str, used: str, expected: List
     )
     assert codes(nbdkit) == expected
     product = f"VixDiskLib_ConnectEx: transport modes {asked}.\n"
-    assert codes(product + "DISKLIB-LIB : Opened 'vpxa-nfcssl://[a] b.vmdk@e:902' (0x1e)\n") == expected
+    for scheme, place in [
+        ("vpxa-nfcssl", "e"),
+        ("vpxa-nfcssl", "{nfcip:10.0.0.1,hostname:e}"),
+        ("ha-nfcssl", "e"),
+    ]:
+        line = f"DISKLIB-LIB : Opened '{scheme}://[a] b.vmdk@{place}:902' (0x1e)\n"
+        assert codes(product + line) == expected
+        assert codes(product + line.replace("'", '"')) == expected
 
 
 # What is not known
@@ -266,8 +363,8 @@ def test_unknown_errors_are_called_so() -> None:
 
 
 def test_a_number_with_a_meaning_and_no_cause_is_told() -> None:
-    found = findings("VixDiskLib_Open: Error 3 (One of the parameters was invalid)\n")
-    assert found[0]["code"] == "unknown" and "argument it does not accept (3)" in found[0]["meaning"]
+    found = findings("VixDiskLib_Open: Error 5 (This function cannot be performed)\n")
+    assert found[0]["code"] == "unknown" and "busy with another function" in found[0]["meaning"]
 
 
 def test_numbers_of_others_are_not_vddks() -> None:

@@ -2,12 +2,13 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Set
+from typing import Any, Dict, Iterator, List, Set
 
 import pytest
 from ansible_collections.openvadp.backup.plugins.module_utils.datapath.processes import Child, RuntimeDir
@@ -17,7 +18,6 @@ from ansible_collections.openvadp.backup.plugins.module_utils.transport import e
 from ansible_collections.openvadp.backup.plugins.module_utils.transport.endpoints import (
     mode_used,
     retries_within,
-    serving_host,
     vddk_argv,
 )
 from ansible_collections.openvadp.backup.plugins.module_utils.transport.vddk import Vddk
@@ -57,13 +57,63 @@ def test_reading_names_the_snapshot_and_is_read_only() -> None:
     ):
         assert word in argv
     # The client meets the filters in this order: a retry repeats what blocksize has cut.
-    assert argv.index("--filter=retry") < argv.index("--filter=blocksize") < argv.index("vddk")
+    filters = [word for word in argv if word.startswith("--filter=") or word == "vddk"]
+    assert filters == ["--filter=retry", "--filter=blocksize", "--filter=noextents", "vddk"]
+
+
+def test_who_asks_for_the_allocation_gets_the_last_answer_again() -> None:
+    filters = [word for word in _argv(allocation=True) if word.startswith("--filter=") or word == "vddk"]
+    assert filters == ["--filter=retry", "--filter=blocksize", "--filter=cacheextents", "vddk"]
 
 
 def test_writing_names_no_snapshot() -> None:
     argv = _argv(writable=True, snapshot_moid=None)
-    assert "--readonly" not in argv
+    assert "--readonly" not in argv and "--filter=cacheextents" not in argv
     assert not [word for word in argv if word.startswith("snapshot=")]
+
+
+@pytest.mark.parametrize(
+    ("transports", "writable", "expected"),
+    [(["hotadd"], True, 1), (["hotadd"], False, 0), (["nbdssl"], True, 0), (["san"], True, 0)],
+)
+def test_what_hotadd_writes_is_not_buffered(transports: List[str], writable: bool, expected: int) -> None:
+    argv = _argv(transports=transports, writable=writable, snapshot_moid=None)
+    assert argv.count("unbuffered=true") == expected
+
+
+def _refusal(cause: str) -> TransportError:
+    return TransportError("no", details={"finding": {"code": 1, "cause": cause}})
+
+
+@pytest.mark.parametrize(
+    ("answers", "tried", "outcome"),
+    [
+        ({}, ["one"], "one"),
+        ({"one": "thumbprint"}, ["one", "two"], "two"),
+        ({"one": "invalid_parameter"}, ["one", "two"], "two"),
+        ({"one": "port_902"}, ["one"], "port_902"),
+        # Neither: what was said to the form that every known VDDK takes is the better reason ...
+        ({"one": "thumbprint", "two": "invalid_parameter"}, ["one", "two"], "thumbprint"),
+        # ... unless the other one was taken, and something else failed.
+        ({"one": "thumbprint", "two": "privileges"}, ["one", "two"], "privileges"),
+    ],
+)
+def test_the_second_form_of_a_thumbprint_is_tried(answers: Dict[str, str], tried: List[str], outcome: str) -> None:
+    seen: List[str] = []
+
+    @contextlib.contextmanager
+    def serve(thumbprint: str) -> Iterator[Any]:
+        seen.append(thumbprint)
+        if thumbprint in answers:
+            raise _refusal(answers[thumbprint])
+        yield thumbprint
+
+    with contextlib.ExitStack() as stack:
+        try:
+            found: Any = endpoints._open_with_either(stack, serve, ["one", "two"])
+        except TransportError as error:
+            found = error.details["finding"]["cause"]
+    assert (seen, found) == (tried, outcome)
 
 
 def test_an_old_plugin_knows_no_other_port() -> None:
@@ -87,23 +137,6 @@ def test_the_mode_is_the_one_that_the_log_names_last() -> None:
         == "nbdssl"
     )
     assert mode_used("nbdkit: debug: nothing") is None
-
-
-@pytest.mark.parametrize(
-    ("url", "host"),
-    [
-        ("vpxa-nfcssl://[NFS01] vm-101/vm-101.vmdk@esx01.domain.local:902", "esx01.domain.local"),
-        ("vpxa-nfc://[ds 1] it's@home/a.vmdk@10.0.0.7:902", "10.0.0.7"),
-        ("vpxa-nfcssl://[ds] a/a.vmdk@[fe80::1]:902", "fe80::1"),
-    ],
-)
-def test_the_serving_host_is_the_one_that_the_log_names_last(url: str, host: str) -> None:
-    line = "nbdkit: vddk[1]: debug: DISKLIB-LIB   : Opened '%s' (0x1e): custom, 131072 sectors / 64 MB.\n"
-    assert serving_host(line % "vpxa-nfcssl://[ds] a/a.vmdk@esx99:902" + line % url + "more\n") == host
-
-
-def test_a_log_without_an_opened_disk_names_no_serving_host() -> None:
-    assert serving_host("VixDiskLib: VixDiskLib_OpenEx: Open a disk: [ds] a/a.vmdk@b, flags 0x4.\n") is None
 
 
 @pytest.mark.parametrize(

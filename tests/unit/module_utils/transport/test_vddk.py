@@ -12,11 +12,11 @@ from ansible_collections.openvadp.backup.plugins.module_utils.errors import Tran
 from ansible_collections.openvadp.backup.plugins.module_utils.transport import vddk
 from ansible_collections.openvadp.backup.plugins.module_utils.transport.vddk import (
     Vddk,
-    choose_thumbprint,
     connection_bytes,
     find_library,
     look_for_library,
     temporary_folder,
+    thumbprints_to_try,
     version_problem,
     write_config,
 )
@@ -83,9 +83,8 @@ def test_what_to_install(tmp_path: Path, release: str, word: str) -> None:
     assert word in vddk._install_hint(path)
 
 
-def test_the_thumbprint_follows_the_version() -> None:
-    assert choose_thumbprint(THUMBPRINTS, Vddk("/", "8", "1")) == THUMBPRINTS["sha1"]
-    assert choose_thumbprint(THUMBPRINTS, Vddk("/", "9.0.1", "1")) == THUMBPRINTS["sha256"]
+def test_every_version_gets_sha1_first() -> None:
+    assert thumbprints_to_try(THUMBPRINTS) == [THUMBPRINTS["sha1"], THUMBPRINTS["sha256"]]
 
 
 @pytest.mark.parametrize(("io_timeout", "read_ms"), [(180, 60000), (18, 6000), (1, 1000)])

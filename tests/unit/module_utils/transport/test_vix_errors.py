@@ -43,7 +43,11 @@ from ansible_collections.openvadp.backup.plugins.module_utils.transport.vix_erro
             None,
             "fewer disks",
         ),
-        ("error: Error 4294967331 (x)", 35, "credentials"),
+        ("error: Error 4294967331 (x)", 35, "Cryptographer.Access"),
+        ("error: VixDiskLib_ConnectEx: Insufficient permissions in the host operating system", 3014, "GetVmFiles"),
+        ("error: VixDiskLib_ConnectEx: One of the parameters was invalid", 16000, "thumbprint"),
+        ("error: Cannot open disk. Error 1 (Unknown error) (DiskLib error 290: NBD_ERR_GENERIC)", 290, "hostd.log"),
+        ("error: VixDiskLibVim: Cannot complete login due to an incorrect user name or password.", None, "password"),
     ],
 )
 def test_known_errors_have_a_meaning_and_a_remedy(text: str, code: Optional[int], word: str) -> None:
