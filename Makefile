@@ -62,6 +62,7 @@ soak:
 	    SOAK_PLAYBOOK_KILLS=$${SOAK_PLAYBOOK_KILLS:-10} SOAK_FLIPS=$${SOAK_FLIPS:-500} SOAK_FUZZ=$${SOAK_FUZZ:-5000} \
 	    SOAK_RECORDS=$${SOAK_RECORDS:-2000} \
 	    SOAK_FILES=$${SOAK_FILES:-10000} SOAK_FILE_SYSTEMS=$${SOAK_FILE_SYSTEMS:-20} \
+	    SOAK_IMAGES=$${SOAK_IMAGES:-400} \
 	    SOAK_SEED=$${SOAK_SEED:-$$(date +%s)} $(PYTHON) -m pytest -q --timeout 0 tests/soak tests/unit/module_utils/restore/files
 	$(PYTHON) -m pytest -q -n 2 --dist loadfile -m soak tests/e2e
 	tests/tools/sanity.sh all

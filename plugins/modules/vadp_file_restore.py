@@ -12,8 +12,9 @@ description:
     proxy, or lists them. The backup need not know of files, and nothing is unpacked or mounted.
   - It needs no vCenter, no root and no kernel driver. Exactly one of O(vm_uuid) and O(vm_name) is required.
   - It reads ext2, ext3, ext4, XFS, btrfs on one device, NTFS and FAT, in GPT and MBR partitions, in LVM volumes and on
-    whole disks, by dissect's libraries. What those can't read, such as exFAT, squashfs or F2FS, is read by libguestfs,
-    the library behind guestfish, where that is installed. Encrypted volumes are told in RV(volumes), and can't be read.
+    whole disks. What it does not know to read right is refused by its name, and read by libguestfs, the library behind
+    guestfish, where that is installed; such are exFAT, squashfs, F2FS, arrays, and LVM volumes that are not linear or
+    striped. Encrypted volumes are told in RV(volumes), and can't be read.
   - A process of its own reads the disks, and can do nothing but answer. By dissect, each block of the disk is compared
     with the hash that was taken when it was backed up. Where libguestfs reads, all files of the repository that the
     disks stand on are checked beside. So no damage of the repository gets into a file unseen.
@@ -100,9 +101,8 @@ options:
       - What reads the file systems. V(dissect) is there at once and reads only what it needs. V(guestfish) boots a
         small virtual machine by libguestfs, in which Linux mounts them; it takes seconds with KVM, without it a minute
         or two.
-      - V(auto) takes dissect, and libguestfs for each volume on which a file system begins that dissect does not read,
-        or fails on. Which volumes those are can be narrowed by O(volumes). Where dissect can't be used, libguestfs
-        reads all of them. RV(volumes[].reader) tells which it was.
+      - V(auto) takes dissect, and libguestfs for each volume that dissect knows and does not read, or fails on. Which
+        volumes those are can be narrowed by O(volumes). RV(volumes[].reader) tells which it was.
       - With O(versions=true) only dissect reads.
     type: str
     choices: [auto, dissect, guestfish]
@@ -149,13 +149,15 @@ requirements:
   - blake3
   - libnbd's Python binding
   - qemu-nbd
-  - Python 3.10 or newer with dissect.volume, dissect.extfs, dissect.xfs, dissect.btrfs, dissect.ntfs and dissect.fat;
-    or libguestfs (package guestfish or libguestfs), with a kernel in C(/boot) that the user may read; or both
+  - Python 3.10 or newer with dissect.btrfs, for btrfs
+  - libguestfs (package guestfish or libguestfs), with a kernel in C(/boot) that the user may read, for what is not read
+    here
   - jmespath, for O(query)
 notes:
-  - The file systems are as they were at the snapshot. dissect does not replay a journal, so of a snapshot that was not
-    quiesced the changes of the last seconds may be missing. For ext3 and ext4 a warning tells when that may be so.
-    libguestfs replays it, on an overlay that is thrown away.
+  - The file systems are as they were at the snapshot. dissect replays the journal of ext3 and ext4, in memory, but not
+    the logs of the others, so of a snapshot that was not quiesced the changes of the last seconds may be missing there.
+    A warning tells when that may be so on ext3, ext4 and btrfs. libguestfs replays all, on an overlay that is thrown
+    away.
   - The times of FAT are local times of the guest; they are taken for UTC.
 seealso:
   - module: openvadp.backup.vadp_disk_restore
@@ -292,7 +294,7 @@ volumes:
     reader_reason:
       description: Why it is that one.
       type: str
-      sample: "dissect: dissect's libraries don't read exfat"
+      sample: "dissect: only libguestfs reads exfat"
 files:
   description: The selected files; with O(query), what the expression makes of them.
   returned: success

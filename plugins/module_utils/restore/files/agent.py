@@ -13,7 +13,6 @@ An answer may be {error} instead: a ``VadpError`` as ``to_result`` tells it.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import resource
@@ -36,12 +35,14 @@ from typing import (
 )
 
 from ...errors import VadpError
-from ...transport.disk_format import read_partitions
-from . import parsers
+from ...transport.disk_format import Partition, read_partitions
+from . import lvm
 from .disk import CheckedDisk, Slice
-from .filesystems import DIRECTORY, FILE, LINK, OTHER, FileSystem, Info, broken, guess, open_file_system
+from .filesystem import DIRECTORY, FILE, LINK, OTHER, FileSystem, Info, broken
+from .filesystems import guess, open_file_system, type_of
 from .frames import DATA, encode, encode_hole, encode_json
 from .names import bad_name
+from .places import member_of, not_a_volume
 from .patterns import Patterns, State, is_literal, parts_of
 
 MEMORY_BYTES = 3 << 29
@@ -140,66 +141,80 @@ class Agent:
         self._say(volumes=[volume.facts for volume in self._volumes])
 
     def _parts(self, disk: CheckedDisk, key: int) -> List[Part]:
-        """The partitions of a disk, or the whole of it."""
+        """The partitions of a disk, or the whole of it, that may be volumes. The others are told."""
         stream = cast(BinaryIO, disk)
-        parts = []
-        before = len(self._volumes)
-        for entry in read_partitions(stream) or ():
-            part = Part(f"{key}p{entry.number}", key, stream, entry.length)
-            if entry.kind in _EXTENDED:
-                continue
-            if entry.offset >= disk.size:
-                self._unreadable(part, "unknown", "it lies outside the disk")
-                continue
-            length = min(entry.length, disk.size - entry.offset)
-            parts.append(Part(part.name, key, cast(BinaryIO, Slice(stream, entry.offset, length)), length))
-        if parts or len(self._volumes) > before:
-            return parts
-        return [Part(str(key), key, stream, disk.size)]
+        whole = Part(str(key), key, stream, disk.size)
+        entries = [entry for entry in read_partitions(stream) or () if entry.kind not in _EXTENDED]
+        member = member_of(stream, disk.size)
+        # What lies at the end of the last partition lies at the end of the disk, too.
+        inside = member is not None and any(
+            entry.offset <= member.place < entry.offset + entry.length for entry in entries
+        )
+        if member is not None and not inside:
+            for part in [self._partition(whole, entry) for entry in entries] or [whole]:
+                self._unreadable(part, member.kind, member.why if part is whole else f"the disk: {member.why}")
+            return []
+        if not entries:
+            return [whole]
+        return [part for part in (self._checked(whole, entry) for entry in entries) if part is not None]
+
+    @staticmethod
+    def _partition(whole: Part, entry: Partition) -> Part:
+        length = max(0, min(entry.length, whole.size - entry.offset))
+        stream = cast(BinaryIO, Slice(whole.stream, entry.offset, length))
+        return Part(f"{whole.name}p{entry.number}", whole.key, stream, length)
+
+    def _checked(self, whole: Part, entry: Partition) -> Optional[Part]:
+        """A partition; None if it is no volume of its own, which is told."""
+        part = self._partition(whole, entry)
+        if not part.size:
+            self._unreadable(part, "unknown", "it lies outside the disk")
+            return None
+        strange = not_a_volume(entry)
+        if strange is not None:
+            self._unreadable(part, *strange)
+            return None
+        try:
+            member = member_of(part.stream, part.size)
+        except broken() as error:
+            self._unreadable(part, "unknown", f"it can't be read: {problem_of(error)}")
+            return None
+        if member is not None:
+            self._unreadable(part, member.kind, member.why)
+            return None
+        return part
 
     @staticmethod
     def _is_physical_volume(part: Part) -> bool:
         try:
-            part.stream.seek(0)
-            return b"LABELONE" in part.stream.read(4096)
+            return lvm.is_physical_volume(part.stream)
         except broken():
             return False
 
-    def _logical(self, physical: Sequence[Part]) -> List[Part]:
-        """The logical volumes of all physical ones; a group with a part missing tells so."""
-        groups: Dict[str, List[Any]] = {}
-        keys: Dict[str, int] = {}
-        lvm: Any = parsers.lvm() if physical else None
-        parts: List[Part] = []
-        for part in physical:
+    def _logical(self, parts: Sequence[Part]) -> List[Part]:
+        """The logical volumes of all physical ones. What can't be read is told."""
+        physical: List[lvm.PhysicalVolume] = []
+        for part in parts:
             try:
-                device = lvm.LVM2Device(part.stream)
-                metadata = device.metadata
-                name = next(key for key, value in (metadata or {}).items() if isinstance(value, dict))
+                one = lvm.read_physical_volume(part.key, part.name, part.stream, part.size)
+                lvm.group_of(one)
             except broken() as error:
                 self._unreadable(part, "lvm", problem_of(error))
-                continue
-            except StopIteration:
-                self._unreadable(part, "lvm", "it belongs to no volume group")
-                continue
-            groups.setdefault(name, []).append(device)
-            keys.setdefault(name, part.key)
-        for name in sorted(groups):
-            try:
-                volumes = list(lvm.LVM2(groups[name]).volume_group.logical_volumes.items())
-            except broken() as error:
-                self._unreadable(Part(name, keys[name], io.BytesIO(), 0), "lvm", problem_of(error))
-                continue
-            for volume_name, volume in volumes:
-                full = f"{name}/{volume_name}"
-                try:
-                    if not volume.is_visible:
-                        continue
-                    stream = volume.open()
-                    parts.append(Part(full, keys[name], stream, int(stream.size)))
-                except broken() as error:
-                    self._unreadable(Part(full, keys[name], io.BytesIO(), 0), "lvm", problem_of(error))
-        return parts
+            else:
+                physical.append(one)
+        for one, why in lvm.lost(physical):
+            self._unreadable(Part(one.name, one.key, one.stream, one.size), "lvm", why)
+        found = []
+        for group in lvm.find_volumes(physical):
+            if group.problem and not group.volumes:
+                self._unreadable(Part(group.name, group.key, lvm.NOTHING, 0), "lvm", group.problem)
+            for volume in group.volumes:
+                part = Part(f"{group.name}/{volume.name}", volume.key, volume.stream or lvm.NOTHING, volume.size)
+                if volume.problem is None:
+                    found.append(part)
+                else:
+                    self._unreadable(part, "lvm", volume.problem)
+        return found
 
     def _unreadable(self, part: Part, kind: str, why: str) -> None:
         self._volumes.append(Volume(self._facts(part, kind, problem=why), None))
@@ -239,11 +254,12 @@ class Agent:
     def _volume(self, part: Part) -> Volume:
         kind = "unknown"
         try:
+            # The type is known before anything is made of it: what this reader can't read, the other may.
+            kind = type_of(part.stream) or kind
             system = open_file_system(part.stream, part.size)
             if system is None:
                 known = guess(part.stream)
                 return Volume(self._facts(part, known["type"], problem=known["why"]), None)
-            kind = system.name
             system.info(system.root())
         except broken() as error:
             return Volume(self._facts(part, kind, problem=f"it can't be read: {problem_of(error)}"), None)
@@ -347,11 +363,15 @@ class _Walk:
             matcher = Patterns([parts for dummy, parts in todo], self._system.ignores_case)
             start = matcher.start()
             follow: List[Tuple[int, List[str]]] = []
-            root = self._system.root()
+            try:
+                root = self._system.root()
+                seen = {self._identity(root)}
+            except broken() as error:
+                self._agent.skipped(self._volume, "/", f"it can't be read: {problem_of(error)}")
+                return
             if start.selected:
                 self._match(start.selected, origins)
                 self._tell("/", root)
-            seen = {self._identity(root)}
             everything = bool(start.selected) and self._recurse
             self._directory(matcher, origins, root, start.below, everything, seen, follow)
             self._links += 1

@@ -19,12 +19,17 @@ import shutil
 import socket
 import stat
 import threading
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from collections import Counter
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from ...datapath.image import chain_files
 from ...errors import DataPathError
+from . import lvm
 from .agent import MEMORY_BYTES, Agent, Part, Volume, problem_of
-from .filesystems import DIRECTORY, FILE, FileSystem, Info, Piece, broken, kind_of, stream_pieces
+from .btrfs import Btrfs
+from .disk import ReadOnly
+from .filesystem import DIRECTORY, FILE, FileSystem, Info, Piece, Unreadable, broken, kind_of, stream_pieces
+from .places import member_of
 
 _LIBRARY = "libguestfs.so.0"
 _SOCKETS = re.compile(r"/tmp/libguestfs[A-Za-z0-9]+")
@@ -40,6 +45,8 @@ _WITHOUT_OWNERS = ("fat", "exfat", "ntfs")
 # btrfs' number for the subvolume at the top, and for directories in the place of subvolumes.
 _BTRFS_TOP = 5
 _BTRFS_EMPTY = 2
+_MOST_BYTES = 1 << 20
+_ONE_DISK = "name one of the disks in 'disks'"
 _NOT_MOUNTED = {
     "luks": "it is encrypted by LUKS",
     "bitlocker": "it is encrypted by BitLocker",
@@ -116,6 +123,7 @@ _RETURNS: Dict[str, Any] = {
     "lstatnslist": ctypes.POINTER(_StatusList),
     "readlink": _TEXT,
     "pread": _TEXT,
+    "pread_device": _TEXT,
 }
 
 
@@ -162,7 +170,7 @@ class Guestfs:
         except GuestfsError as error:
             raise DataPathError(
                 "libguestfs does not start",
-                reason=str(error),
+                reason=" ".join(str(error).split()),
                 remedy="Run libguestfs-test-tool as this user: it tells what is missing",
             ) from None
         self._launched = True
@@ -224,6 +232,15 @@ class Guestfs:
     def partition(self, device: bytes) -> Tuple[bytes, int]:
         """The disk of a partition, and its number."""
         return self._text("part_to_dev", device), int(self._call("part_to_partnum", device))
+
+    def read_device(self, device: bytes, count: int, offset: int) -> bytes:
+        """Bytes of a device; fewer where it ends before."""
+        size = ctypes.c_size_t()
+        pointer = self._call("pread_device", device, count, ctypes.c_int64(offset), ctypes.byref(size))
+        try:
+            return ctypes.string_at(pointer, size.value)
+        finally:
+            self._free(pointer)
 
     def index(self, device: bytes) -> int:
         """Which of the disks that were added a device is."""
@@ -370,7 +387,11 @@ class Mounted(FileSystem):
 
     def link(self, node: Any) -> str:
         self._mount()
-        return self._guestfs.link(node.path).decode("utf-8", "surrogateescape")
+        target = self._guestfs.link(node.path).decode("utf-8", "surrogateescape")
+        # So ntfs-3g says it.
+        if self.name == "ntfs" and target.startswith("unsupported reparse"):
+            raise Unreadable(f"its data lie elsewhere: {target}")
+        return target
 
     def read(self, node: Any) -> Iterator[Piece]:
         self._mount()
@@ -394,10 +415,10 @@ class ApplianceAgent(Agent):
         finally:
             self._guestfs.close()
 
-    def open(self, disks: Sequence[Dict[str, Any]], run_dir: str, names: Optional[Sequence[str]] = None) -> None:
+    def open(self, disks: Sequence[Dict[str, Any]], run_dir: str, skip: Sequence[str] = ()) -> None:
         """As it says there.
 
-        :param names: the volumes that are wanted; None: all.
+        :param skip: names of volumes that are not wanted.
         """
         layers = [entry["layers"][-1]["layer"] for entry in disks]
         for layer in layers:
@@ -408,14 +429,22 @@ class ApplianceAgent(Agent):
         # The virtual machine has its own by now, and takes more.
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
         keys = [int(entry["key"]) for entry in disks]
+        self.alive()
+        copies = _Copies(self._guestfs)
         for device, kind in sorted(self._guestfs.filesystems().items()):
             # Subvolumes lie in the file system that is there by its device.
             if device.startswith(b"btrfsvol:"):
                 continue
+            self.alive()
             part = self._part(device, keys)
-            if names is None or part.name in names:
-                self._volumes += self._with_others(part, self._mounted(device, part, _TYPES.get(kind, kind)))
-                self._raise_damage()
+            if part.name in skip:
+                continue
+            problem = copies.problem_of(device)
+            if problem is not None:
+                self._unreadable(part, _TYPES.get(kind, kind), problem)
+                continue
+            self._volumes += self._with_others(part, self._mounted(device, part, _TYPES.get(kind, kind)))
+            self._raise_damage()
         self._say(volumes=[volume.facts for volume in self._volumes])
 
     def _part(self, device: bytes, keys: Sequence[int]) -> Part:
@@ -439,6 +468,82 @@ class ApplianceAgent(Agent):
         except broken() as error:
             return Volume(self._facts(part, kind, problem=f"it can't be mounted: {problem_of(error)}"), None)
         return Volume(self._facts(part, kind, label=system.label, uuid=system.uuid, readable=True), system)
+
+
+class _Device(ReadOnly):
+    """A device of the appliance, to look at."""
+
+    def __init__(self, guestfs: Guestfs, device: bytes) -> None:
+        super().__init__(guestfs.size(device))
+        self._guestfs = guestfs
+        self._device = device
+
+    def _at(self, offset: int, length: int) -> bytes:
+        found = b""
+        while len(found) < length:
+            data = self._guestfs.read_device(self._device, min(length - len(found), _MOST_BYTES), offset + len(found))
+            if not data:
+                break
+            found += data
+        return found
+
+
+class _Copies:
+    """What is there more than once: Linux takes parts for each other that have one UUID, and groups of one name."""
+
+    def __init__(self, guestfs: Guestfs) -> None:
+        self._btrfs: Dict[str, List[bytes]] = {}
+        self._place: Dict[bytes, str] = {}
+        self._copied: Set[str] = set()
+        self._arrays: Counter[Tuple[str, int]] = Counter()
+        self._groups: Set[str] = set()
+        physical: List[lvm.PhysicalVolume] = []
+        parts: Set[str] = set()
+        for device in [*guestfs.devices(), *guestfs.partitions()]:
+            with contextlib.suppress(*broken()):
+                stream: Any = _Device(guestfs, device)
+                member = member_of(stream, stream.size)
+                if member is not None and member.identity is not None:
+                    self._arrays[member.identity] += 1
+                if lvm.is_physical_volume(stream):
+                    physical.append(lvm.read_physical_volume(0, device.decode("utf-8", "replace"), stream, stream.size))
+                elif Btrfs.begins(stream):
+                    self._note_btrfs(device, stream, parts)
+        self._note_groups(physical)
+
+    def _note_btrfs(self, device: bytes, stream: Any, parts: Set[str]) -> None:
+        whole, part = Btrfs.identity(stream)
+        self._place[device] = whole
+        self._btrfs.setdefault(whole, []).append(device)
+        if part in parts:
+            self._copied.add(whole)
+        parts.add(part)
+
+    def _note_groups(self, physical: Sequence[lvm.PhysicalVolume]) -> None:
+        identities: Dict[str, Set[str]] = {}
+        copied = lvm.doubled(physical)
+        for one in physical:
+            group = lvm.group_of(one)
+            if group is not None:
+                identities.setdefault(group[1], set()).add(group[0])
+                if one.uuid in copied:
+                    self._groups.add(group[1])
+        self._groups |= {name for name, uuids in identities.items() if len(uuids) > 1}
+
+    def problem_of(self, device: bytes) -> Optional[str]:
+        """Why a device is not what it seems to be; None if it is."""
+        words = device.decode("utf-8", "replace").split("/")
+        if len(words) == 4 and words[2] in self._groups:
+            return f"there are two volume groups '{words[2]}', of which one may be a copy: {_ONE_DISK}"
+        if words[-1].startswith("md") and len(words) in (3, 4) and max(self._arrays.values(), default=0) > 1:
+            return f"a part of an array is there twice: {_ONE_DISK}"
+        whole = self._place.get(device)
+        if whole is None:
+            return None
+        if whole in self._copied:
+            return f"there is another with its UUID, of which one is a copy: {_ONE_DISK}"
+        first = self._btrfs[whole][0]
+        return None if device == first else f"it is a part of the file system on {first.decode('utf-8', 'replace')}"
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any, Callable, Dict, Generator, Iterator, List, Optional, Sequence, Tuple, Type
 
 from ...errors import InputError, VadpError
-from .filesystems import Piece
+from .filesystem import Piece
 from .reader import DiskSource, DissectReader, Entry, FileReader, GuestfishReader, OnSkipped
 from .request import AUTO, DISSECT, GUESTFISH, FilesRequest
 
@@ -118,9 +118,9 @@ class CombinedReader(FileReader):
         elif kind.missing():
             why = f"guestfish may read it, but needs {', '.join(kind.missing())}"
         else:
-            names = [self.volumes[number]["name"] for number in left]
+            skip = [volume["name"] for number, volume in enumerate(self.volumes) if number not in left]
             try:
-                second = stack.enter_context(self._made(kind, on_unchecked=self._on_unchecked, names=names))
+                second = stack.enter_context(self._made(kind, on_unchecked=self._on_unchecked, skip=skip))
             except VadpError as error:
                 if self.deadline is not None and time.monotonic() >= self.deadline:
                     raise
@@ -144,6 +144,13 @@ class CombinedReader(FileReader):
                 reason = f"dissect: {volume['problem']}"
                 self.volumes[number] = dict(second.volumes[inner], disk=volume["disk"], reader_reason=reason)
                 self._places[number] = (second, inner)
+        known = {volume["name"] for volume in self.volumes}
+        for inner, volume in enumerate(second.volumes):
+            # What Linux makes of the parts that are here: arrays, dynamic disks, file systems' roots.
+            if volume["name"] not in known:
+                why = "dissect knows no such volume" if volume["readable"] else None
+                self.volumes.append(dict(volume, reader_reason=why))
+                self._places.append((second, inner))
         readers = {volume["reader"] for volume in self.volumes if volume["readable"]}
         self.name = ", ".join(sorted(readers)) or self.name
 

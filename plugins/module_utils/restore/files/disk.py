@@ -109,7 +109,7 @@ class _Server:
             raise _differs("A layer can't be read", self.layer, f"{length} bytes at {offset}: {error.string}") from None
 
 
-class _ReadOnly(io.RawIOBase):
+class ReadOnly(io.RawIOBase):
     """A file of *size* bytes to read from; :meth:`_at` has the bytes."""
 
     def __init__(self, size: int) -> None:
@@ -151,7 +151,7 @@ class _ReadOnly(io.RawIOBase):
         return len(data)
 
 
-class Slice(_ReadOnly):
+class Slice(ReadOnly):
     """A part of another file."""
 
     def __init__(self, stream: BinaryIO, offset: int, size: int) -> None:
@@ -164,7 +164,7 @@ class Slice(_ReadOnly):
         return self._stream.read(length)
 
 
-class CheckedDisk(_ReadOnly):
+class CheckedDisk(ReadOnly):
     """A disk at a restore point, read-only.
 
     :param layers: base first, each {"layer": path, "hashes": path, "blake3": of the hashes' file}.

@@ -1,27 +1,18 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""dissect's libraries, imported when they are wanted. They need Python 3.10 or newer."""
+"""dissect's library for btrfs, imported when it is wanted. It needs Python 3.10 or newer."""
 
 from __future__ import annotations
 
-import calendar
 import importlib
 import importlib.util
 import sys
-from datetime import datetime
 from typing import Any, List, Tuple, Type
 
 PYTHON = (3, 10)
 #: import name -> what to install
-PACKAGES = {
-    "dissect.volume": "dissect.volume",
-    "dissect.extfs": "dissect.extfs",
-    "dissect.xfs": "dissect.xfs",
-    "dissect.btrfs": "dissect.btrfs",
-    "dissect.ntfs": "dissect.ntfs",
-    "dissect.fat": "dissect.fat",
-}
-_ERRORS = ("dissect.extfs", "dissect.xfs", "dissect.btrfs", "dissect.ntfs", "dissect.fat", "dissect.volume")
+PACKAGES = {"dissect.btrfs": "dissect.btrfs"}
+_ERRORS = ("dissect.btrfs",)
 
 
 def missing() -> List[str]:
@@ -42,14 +33,6 @@ def _import(name: str) -> Any:
     return importlib.import_module(name)
 
 
-def extfs() -> Any:
-    return _import("dissect.extfs.extfs")
-
-
-def xfs() -> Any:
-    return _import("dissect.xfs.xfs")
-
-
 def btrfs() -> Any:
     return _import("dissect.btrfs")
 
@@ -62,18 +45,6 @@ def btrfs_stream() -> Any:
     return _import("dissect.btrfs.stream")
 
 
-def ntfs() -> Any:
-    return _import("dissect.ntfs")
-
-
-def fat() -> Any:
-    return _import("dissect.fat.fat")
-
-
-def lvm() -> Any:
-    return _import("dissect.volume.lvm")
-
-
 def errors() -> Tuple[Type[BaseException], ...]:
     """The base classes of what the parsers raise that were imported: each takes a tenth of a second."""
     found = []
@@ -83,8 +54,3 @@ def errors() -> Tuple[Type[BaseException], ...]:
             if isinstance(error, type) and issubclass(error, Exception):
                 found.append(error)
     return tuple(found)
-
-
-def utc_ns(moment: datetime) -> int:
-    """A time without a zone, as nanoseconds of UTC."""
-    return calendar.timegm(moment.timetuple()) * 10**9 + moment.microsecond * 1000

@@ -21,8 +21,8 @@ from ...datapath.processes import Child
 from ...errors import DataPathError, VadpError
 from ...transport.vddk import private_folder
 from ..boot.accelerator import AUTO, TCG, Probe
-from . import agent, appliance, parsers
-from .filesystems import DIRECTORY, FILE, LINK, Piece
+from . import agent, appliance
+from .filesystem import DIRECTORY, FILE, LINK, Piece
 from .frames import DATA, HOLE, JSON, Ended, FrameReader, Silent, widen
 from .names import bad_name, encoded
 
@@ -260,6 +260,8 @@ class _AgentReader(FileReader):
 
     def _answer(self, key: str) -> Dict[str, Any]:
         document = self._document()
+        while "alive" in document:
+            document = self._document()
         if key not in document:
             raise self._nonsense()
         return document
@@ -359,14 +361,14 @@ class _AgentReader(FileReader):
 
 
 class DissectReader(_AgentReader):
-    """By dissect's parsers, in pure Python; without a mount, root or a virtual machine."""
+    """In pure Python; without a mount, root or a virtual machine. For btrfs it needs dissect's library."""
 
     name = "dissect"
     _module = agent.__name__
 
     @staticmethod
     def missing() -> List[str]:
-        return parsers.missing()
+        return []
 
 
 class GuestfishReader(_AgentReader):
@@ -374,7 +376,7 @@ class GuestfishReader(_AgentReader):
 
     Nothing compares what it reads with the hashes of the backup.
 
-    :param names: the volumes that are wanted; None: all.
+    :param skip: names of volumes that are not wanted.
     :param on_unchecked: called before anything is read.
     """
 
@@ -382,12 +384,10 @@ class GuestfishReader(_AgentReader):
     _module = appliance.__name__
     _end_seconds = 10.0
 
-    def __init__(
-        self, *args: Any, on_unchecked: Callable[[], None], names: Optional[Sequence[str]] = None, **options: Any
-    ) -> None:
+    def __init__(self, *args: Any, on_unchecked: Callable[[], None], skip: Sequence[str] = (), **options: Any) -> None:
         super().__init__(*args, **options)
         self._on_unchecked = on_unchecked
-        self._names = names
+        self._skip = list(skip)
 
     @staticmethod
     def missing() -> List[str]:
@@ -421,7 +421,7 @@ class GuestfishReader(_AgentReader):
 
     def _open(self, **request: Any) -> None:
         self._silence = max(self.io_timeout, _START_SECONDS)
-        super()._open(names=self._names, **request)
+        super()._open(skip=self._skip, **request)
         self._silence = self.io_timeout
 
 

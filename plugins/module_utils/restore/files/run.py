@@ -29,7 +29,7 @@ from ..request import DiskChoice
 from .appliance import remove_sockets
 from .choice import make_reader
 from .disk import layers_of
-from .filesystems import DIRECTORY, FILE, LINK
+from .filesystem import DIRECTORY, FILE, LINK
 from .names import encoded, path_fields, shown
 from .reader import DiskSource, Entry, FileReader, Unread
 from .request import FilesRequest

@@ -22,7 +22,7 @@ from ...errors import DataPathError, InputError, VadpError
 from ...repository.layout import REPOSITORY_FILE
 from ...repository.runs import new_run_id
 from ...repository.shapes import RUN_ID_PATTERN
-from .filesystems import DIRECTORY, FILE, LINK, Piece
+from .filesystem import DIRECTORY, FILE, LINK, Piece
 from .names import encoded, shown
 from .reader import Entry
 from .request import MODE, OWNER, SPECIAL, TIMES

@@ -6,16 +6,19 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import lzma
 import os
 import random
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import pytest
-from ansible_collections.openvadp.backup.plugins.module_utils.restore.files import run
+from ansible_collections.openvadp.backup.plugins.module_utils.restore.files import agent, run
+from ansible_collections.openvadp.backup.plugins.module_utils.restore.files.disk import ReadOnly
+from ansible_collections.openvadp.backup.plugins.module_utils.restore.files.frames import FrameReader
 from ansible_collections.openvadp.backup.plugins.module_utils.restore.files.request import FilesRequest
 
 MIB = 1 << 20
@@ -109,6 +112,30 @@ class Disks:
             self.world.point(name, len(final), writes, parent=parent)
             parent = name
 
+    def several(self, images: Sequence[bytes], name: str = "p1") -> None:
+        """A point with a disk of each image: 2000, 2001 and so on."""
+        world = self.world
+        key = _repository.KEY
+        entries = []
+        try:
+            with world.store.lock(_repository.new_run_id(), "test"):
+                for number, image in enumerate(images):
+                    _repository.KEY = 2000 + number
+                    writes: List[Tuple[int, bytes]] = []
+                    for start in range(0, len(image), BLOCK):
+                        piece = image[start : start + BLOCK]
+                        if piece.count(0) != len(piece):
+                            self._add(writes, start, piece)
+                    entry = world.layer(name, len(image), writes)
+                    uuid = f"6000C29a-1111-2222-3333-{number:012d}"
+                    entries.append(dict(entry, key=2000 + number, label=f"Hard disk {number + 1}", uuid=uuid))
+                    entries[-1]["file"] = f"[vmfs01] app01/app01_{number}.vmdk"
+                manifest = _repository.manifest_of(name, 1, entries, repository_id=world.repository.id)
+                manifest["configuration"] = world.store.write_config(name, world.config)
+                world.store.commit_point(manifest)
+        finally:
+            _repository.KEY = key
+
     def follow(self, name: str, parent: str, before: bytes, after: bytes) -> None:
         """A point of what changed."""
         writes: List[Tuple[int, bytes]] = []
@@ -137,6 +164,142 @@ class Disks:
         """{path: file} of what is listed."""
         result = self.restore(*paths, list_only=True, **options)
         return {file["path"]: file for file in result["files"]}
+
+
+class Looked(NamedTuple):
+    """What the reader's process says of some disks."""
+
+    volumes: Dict[str, Tuple[str, bool, str]]
+    #: volume and path -> what a file holds, or its kind
+    files: Dict[Tuple[str, str], Any]
+    skipped: Dict[str, str]
+
+
+class _PlainDisk(ReadOnly):
+    """An image in the place of a disk of a restore point."""
+
+    damage = None
+
+    def __init__(self, layers: Sequence[Dict[str, str]], capacity_bytes: int, run_dir: str) -> None:
+        super().__init__(capacity_bytes)
+        self._file = open(layers[0]["layer"], "rb")  # noqa: SIM115
+
+    def _at(self, offset: int, length: int) -> bytes:
+        self._file.seek(offset)
+        return self._file.read(length)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+@pytest.fixture
+def look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Looked]:
+    """Let the reader's process look at images, in this process and without a repository: it takes milliseconds."""
+    monkeypatch.setattr(agent, "CheckedDisk", _PlainDisk)
+
+    def looked(*images: bytes, keys: Sequence[int] = ()) -> Looked:
+        found = Looked({}, {}, {})
+        numbers: List[str] = []
+        files: List[Tuple[Tuple[str, str], int]] = []
+        disks = []
+        for number, image in enumerate(images):
+            path = tmp_path / f"look-{number}"
+            path.write_bytes(image)
+            if not keys or 2000 + number in keys:
+                disks.append({"key": 2000 + number, "layers": [{"layer": str(path)}], "capacity_bytes": len(image)})
+        out = os.memfd_create("frames")
+        answers = os.open(f"/proc/self/fd/{out}", os.O_RDONLY)
+        reader = FrameReader(answers, 1)
+
+        def asked() -> Iterator[bytes]:
+            yield json.dumps({"op": "open", "disks": disks, "run_dir": "/run"}).encode()
+            document = reader.next()[1]
+            for one in document["volumes"]:
+                numbers.append(one["name"])
+                assert one["name"] not in found.volumes
+                found.volumes[one["name"]] = (one["type"], one["readable"], one["problem"] or "")
+            readable = [number for number, one in enumerate(document["volumes"]) if one["readable"]]
+            walk = {"op": "walk", "volumes": readable, "patterns": ["/**"], "recurse": True, "limit": 10000}
+            yield json.dumps(walk).encode()
+            while "end" not in document:
+                document = reader.next()[1]
+                if "skipped" in document:
+                    found.skipped[document["skipped"]["path"]] = document["skipped"]["reason"]
+                elif "file" in document:
+                    one = document["file"]
+                    place = (numbers[one["volume"]], one["path"])
+                    found.files[place] = one.get("target", one["kind"])
+                    if "id" in one:
+                        files.append((place, one["id"]))
+            for place, handle in files:
+                yield json.dumps({"op": "read", "id": handle}).encode()
+                parts = []
+                kind, content = reader.next()
+                while kind != b"J":
+                    parts.append(bytes(content) if kind == b"H" else content)
+                    kind, content = reader.next()
+                found.files[place] = b"".join(parts)
+                if "problem" in content:
+                    found.skipped[place[1]] = content["problem"]
+                    del found.files[place]
+
+        try:
+            agent.Agent(out).serve(asked())
+        finally:
+            os.close(out)
+            os.close(answers)
+        return found
+
+    return looked
+
+
+@pytest.fixture
+def lvm_images(tmp_path: Path) -> List[bytes]:
+    """Two physical volumes by LVM's own tools, with a striped volume whose file system has a file "inside"."""
+    paths = [tmp_path / "pv0", tmp_path / "pv1"]
+    devices: List[str] = []
+    config = "devices { use_devicesfile=0 obtain_device_list_from_udev=0 global_filter=%s }"
+    config += " activation { udev_sync=0 udev_rules=0 }"
+    os.environ["LVM_SYSTEM_DIR"] = str(tmp_path / "lvm")
+
+    def lvm(command: str, *arguments: Any) -> str:
+        allowed = json.dumps([f"a|^({'|'.join(devices)})$|", "r|.*|"])
+        return tool(ROOT / "build/lvm2/lvm", command, "--config", config % allowed, *arguments)
+
+    try:
+        for path in paths:
+            path.touch()
+            os.truncate(path, 24 * MIB)
+            devices.append(tool("losetup", "-f", "--show", path).strip())
+        lvm("pvcreate", *devices)
+        lvm("vgcreate", "vg0", *devices)
+        striped = ["-an", "-Zn", "-Wn", "--driverloaded", "n", "-y", "-i", "2", "-I", "64k", "-L", "16m", "-n", "root"]
+        lvm("lvcreate", *striped, "vg0")
+        columns = "pv_name,lv_name,pvseg_start,pvseg_size,pe_start,vg_extent_size"
+        told = lvm("pvs", "--noheadings", "--units", "b", "--nosuffix", "--segments", "-o", columns)
+    finally:
+        del os.environ["LVM_SYSTEM_DIR"]
+        for device in devices:
+            tool("losetup", "-d", device)
+    tree = tmp_path / "lvm-tree"
+    tree.mkdir()
+    (tree / "inside").write_text("striped")
+    system = tmp_path / "lvm-system"
+    system.touch()
+    os.truncate(system, 16 * MIB)
+    tool("mkfs.ext4", "-q", "-F", "-d", tree, system)
+    content = system.read_bytes()
+    images = [bytearray(path.read_bytes()) for path in paths]
+    for line in told.splitlines():
+        fields = line.split()
+        if len(fields) == 6 and fields[1] == "root":
+            number = devices.index(fields[0])
+            start, dummy, first, extent = map(int, fields[2:])
+            half = b"".join(content[at : at + BLOCK] for at in range(number * BLOCK, len(content), 2 * BLOCK))
+            begin = first + start * extent
+            images[number][begin : begin + len(half)] = half
+    return [bytes(image) for image in images]
 
 
 @pytest.fixture

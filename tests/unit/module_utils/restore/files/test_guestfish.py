@@ -111,7 +111,7 @@ def test_what_dissect_can_not_read(c: Any, disks: Any, tree: Path, tmp_path: Pat
     volumes = [(one["name"], one["type"], one["reader"], one["reader_reason"]) for one in result["volumes"]]
     assert volumes == [
         ("2000p1", "ext4", "dissect", "dissect reads it"),
-        ("2000p2", "squashfs", "guestfish", "dissect: dissect's libraries don't read squashfs"),
+        ("2000p2", "squashfs", "guestfish", "dissect: only libguestfs reads squashfs"),
     ]
     assert result["reader"] == "dissect, guestfish"
     wanted = dict(c.sums(tree))
