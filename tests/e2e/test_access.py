@@ -163,6 +163,11 @@ def test_without_the_privilege_the_backup_goes_on_and_says_so(own_simulator: Sim
     assert not list(backups.repository.glob("vms/*/runs/*.json"))
 
 
+def unexpected(result: Dict[str, Any]) -> List[str]:
+    """Warnings but that a run was taken for over, which is asked for."""
+    return [str(text) for text in result.get("warnings") or [] if "force: run" not in str(text)]
+
+
 def test_what_cannot_be_ended_now_is_ended_later(modules: Modules, own_simulator: Simulator, repository: Path) -> None:
     """VDDK is gone when the run ends, and comes back: backups are not stopped by it meanwhile."""
     libdir = own_simulator.facts["vddk_libdir"]
@@ -180,7 +185,7 @@ def test_what_cannot_be_ended_now_is_ended_later(modules: Modules, own_simulator
     assert [(item["what"], item["action"]) for item in listed["recovered"]] == [("access", "would be ended")]
     found = modules.done("vadp_recover", **options, vddk_libdir=libdir)
     assert [item["what"] for item in found["recovered"]] == ["access"] and found["changed"]
-    assert prepared(own_simulator) == [] and not found.get("warnings")
+    assert prepared(own_simulator) == [] and not unexpected(found)
     again = modules.done("vadp_recover", **options, vddk_libdir=libdir)
     assert not again["changed"]
     without = modules.done("vadp_recover", **options, begin=True, point="two", vddk_libdir=libdir)
@@ -213,7 +218,7 @@ def test_what_vddk_attached_is_detached_before_the_snapshot_goes(
     process.wait()
     assert len(own_simulator.control.call("attachments")) == 1
     found = modules.done("vadp_recover", **named, vddk_libdir=libdir, **devices)
-    assert not found.get("warnings"), found
+    assert not unexpected(found), found
     assert own_simulator.control.call("attachments") == []
     assert own_simulator.snapshots(VM) == [] and prepared(own_simulator) == []
     assert not list(repository.glob("vms/*/runs/*.json"))

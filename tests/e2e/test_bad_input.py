@@ -435,6 +435,8 @@ def _files(picture: Options, begun: bool) -> Dict[str, List[Any]]:
             found[path] = [mode]
         elif path.endswith("/lock"):
             found[path] = [mode, size]
+        elif path.endswith("/vm.json"):  # the number that was drawn for the point stays drawn
+            found[path] = [mode]
     return found
 
 

@@ -39,7 +39,7 @@ SLOW = "3M"
 # Another task, and a vMotion.
 BUSY = ("TaskInProgress", "InvalidState")
 NOOP_CALLS = 12
-FULL_CALLS = 60
+FULL_CALLS = 68
 
 
 class MarkedModules(Modules):

@@ -426,7 +426,7 @@ def test_a_held_lease_blocks_the_vm_and_is_recovered(proxy: Proxy) -> None:
         assert found == [{"what": "lease", "id": lease._moId, "action": "left to its time-out"}] * 2
         assert recover_leases(proxy.session, run, check_mode=False) == []
         run.record("temporary_file", key=2001, stage="b.vmdk.part-1", lease=lease._moId)
-        found = recover_leases(proxy.session, run, check_mode=False)
+        found = recover_leases(proxy.session, run, check_mode=False, vm_moid=vm.moid)
         assert found == [{"what": "lease", "id": lease._moId, "action": "aborted"}]
         run.remove()
 

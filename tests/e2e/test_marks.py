@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import pytest
 from administrator import Administrator
-from harness import MIB, ROOT, Simulator
+from harness import MIB, ROOT, Simulator, made_repository
 from modules import Modules, Process
 
 BOTH = (2000, 2001)
@@ -30,7 +30,7 @@ class Site:
             self.write(key, 0, seed=key, length=4 * MIB)
 
     def _repository(self, path: Path) -> Modules:
-        path.mkdir()
+        made_repository(path)
         return Modules(self.simulator, path)
 
     def write(self, key: int, *offsets: int, seed: int = 1, length: int = 65536) -> None:
@@ -249,7 +249,7 @@ def test_a_restore_whose_reset_fails_is_good_and_waits_for_it(site: Site) -> Non
     assert all("was not reset since a restore" in disk["reason"] for disk in disks.values()), disks
     begun = site.b.done("vadp_recover", **_named(site.b), begin=True)
     assert [disk["key"] for disk in begun["run"]["not_trusted"]] == list(BOTH)
-    site.b.done("vadp_recover", **_named(site.b))
+    site.b.done("vadp_recover", **_named(site.b), run_id=begun["run"]["id"])
     site.b.track_changes("reset")
     assert not site.marks
     assert set(modes(site.b.point("b3")).values()) == {"full"}

@@ -17,7 +17,7 @@ from administrator import Administrator
 from harness import ROOT, Ansible, Simulator, file_sha256
 from modules import Modules, Process
 
-RUN = "20261122T084203.000000Z-00000001"
+RUN = "0123456789abcdef0123456789abcdef"
 
 
 class Proxy:

@@ -14,7 +14,7 @@ import pytest
 from administrator import Administrator
 from ansible_collections.openvadp.backup.plugins.module_utils.datapath.processes import start_time
 from ansible_collections.openvadp.backup.plugins.module_utils.repository.runs import new_run_id
-from harness import MIB, Ansible, Backups, Simulator
+from harness import MIB, Ansible, Backups, Simulator, made_repository
 from modules import Modules
 
 KEYS = (2000, 2001)
@@ -47,7 +47,7 @@ def test_a_snapshot_of_somebody_else_is_neither_read_nor_removed(app01: Modules)
     simulator = app01.simulator
     user = app01.snapshot("openvadp weekly", "before the upgrade, keep")
     other = Modules(simulator, app01.repository.parent / "other")
-    other.repository.mkdir()
+    made_repository(other.repository)
     run = other.done("vadp_recover", **other.named, repository=str(other.repository), begin=True, point="weekly")["run"]
     options = {**other.named, "repository": str(other.repository), "run_id": run["id"]}
     theirs = other.done("vm_snapshot", **options, quiesce="never")["snapshot"]
@@ -170,8 +170,7 @@ def test_nothing_of_the_control_flow_goes_through_results(tmp_path: Path) -> Non
         simulator = Simulator(tmp_path / f"state-{password}", passwords={"backup@vsphere.local": password})
         try:
             folder = tmp_path / password / "repository"
-            folder.mkdir(parents=True)
-            modules = Modules(simulator, folder)
+            modules = Modules(simulator, made_repository(folder))
             modules.backups.run("app01", verify="structure").ok()
             assert len(modules.backups.points("app01")) == 1
             modules.clean()

@@ -305,7 +305,7 @@ class BackupModel(RuleBasedStateMachine):
         machine, point = self.machine, self.new_point()
         frozen, visible = machine.content(), set(machine.visible_points())
         kill = {"kill_child_at": where // 6 + 1} if of_child else {"kill_at": where}
-        run = self.server.start(machine.job, "back_up", machine.tmpdir, point=point, **kill)
+        run = self.server.start(machine.job, "back_up", machine.tmpdir, point=point, force=self.crashed, **kill)
         result = run.result()
         run.wait_until_alone()
         self.ours.add(run.keeper)

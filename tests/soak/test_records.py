@@ -48,12 +48,12 @@ class Surroundings:
         self.before = self.seen()
 
     def seen(self) -> Dict[str, Any]:
-        """Machines, snapshots, processes and files; records and locks apart."""
+        """Machines, snapshots, processes and files; records, locks and the counter of points apart."""
         state = self.machine.world.control.call("state")
         files = {}
         for folder in (self.machine.repository, self.victim.repository):
             for path in folder.rglob("*"):
-                if path.is_file() and "runs" not in path.parts and path.name != "lock":
+                if path.is_file() and "runs" not in path.parts and path.name not in ("lock", "vm.json"):
                     files[str(path)] = (path.stat().st_size, path.stat().st_mtime_ns)
         return {
             "machines": {

@@ -28,7 +28,12 @@ from ..vsphere.change_tracking import is_temporary
 from ..vsphere.inventory import VmRef
 from ..vsphere.new_machine import is_new_vm, new_mark, remove_leftover
 from ..vsphere.session import Session
-from ..vsphere.snapshots import Snapshot, consolidate_if_needed, consolidation_state, list_snapshots, remove_snapshot
+from ..vsphere.snapshots import (
+    Snapshot,
+    consolidate_if_needed,
+    remove_snapshot,
+    what_is_left,
+)
 from . import access
 
 DEVICE_DIR = "/dev/disk/by-id"
@@ -130,7 +135,7 @@ def recover(
         elif run_id is not None:
             if run.run_id == run_id:
                 runs.append(run)
-        elif force or run.busy(now) is None:
+        elif force or store.report_only or run.busy(now) is None:
             runs.append(run)
     if store.report_only:
         result.told += [_told(store, run, "this place of the repository is not proved to be its own") for run in runs]
@@ -292,6 +297,9 @@ def _tasks(looked: Looked) -> List[str]:
 def _snapshot_tasks(looked: Looked) -> List[str]:
     """A run that was killed while its snapshot was being made or removed has told nobody of the task."""
     waiting = [run for run in looked.runs if run.intents("snapshot") and looked.of_this_server(run)]
+    if looked.run_id is not None:
+        # Whoever ends a run in order has waited for what the record names; a removal under way is waited for below.
+        waiting = [run for run in waiting if not all(intent.get("moid") for intent in run.intents("snapshot"))]
     if looked.vm is None or not waiting:
         return []
     session = looked.session
@@ -333,7 +341,8 @@ def _snapshots(looked: Looked, vm: VmRef, here: Sequence[Run]) -> None:
     """Snapshots of runs that are recorded here, and deltas that a removal of ours left (VADP facts 15)."""
     session, check_mode = looked.session, looked.check_mode
     removed = False
-    for snapshot in reversed(list_snapshots(session, vm)):  # children first
+    tree, needed, files = what_is_left(session, vm)
+    for snapshot in reversed(tree):  # children first
         if not _is_of_this_repository(snapshot, looked.store):
             if is_temporary(snapshot) and _run_id_of(snapshot) is None:
                 looked.result.told.append(
@@ -354,10 +363,9 @@ def _snapshots(looked: Looked, vm: VmRef, here: Sequence[Run]) -> None:
     # A snapshot that left the tree leaves no marker; that one of ours was there, the run's record knows.
     if removed or looked.run_id is not None or any(run.intents("snapshot") for run in looked.runs):
         if check_mode:
-            needed, files = consolidation_state(session, vm)
             if needed or files:
                 looked.item("snapshot", vm.moid, "consolidated")
-        elif consolidate_if_needed(session, vm):
+        elif (removed or needed or files) and consolidate_if_needed(session, vm):
             looked.item("snapshot", vm.moid, "consolidated")
 
 

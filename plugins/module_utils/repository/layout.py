@@ -177,7 +177,7 @@ def check_uuid(value: str) -> str:
     lowered = value.lower() if isinstance(value, str) else ""
     if _UUID.fullmatch(lowered) is None:
         raise InputError(
-            "This is no UUID",
+            "This is not a UUID",
             subject=repr(value)[:200],
             remedy="It looks like 500c1a2b-7d5e-0a4b-9a3c-2f1e0d9c8b7a",
         )

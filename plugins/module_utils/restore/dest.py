@@ -92,9 +92,12 @@ def is_writable(folder: files.Folder) -> bool:
     return os.access(folder.proc_path, os.W_OK | os.X_OK)
 
 
-def require_room(path: str, disks: Sequence[PointDisk], point: Point, twice: bool = False) -> None:
+def require_room(
+    path: str, disks: Sequence[PointDisk], point: Point, twice: bool = False, shown: Optional[str] = None
+) -> None:
     """:raises DataPathError: the folder's file system has less free space than the disks' data take.
 
+    :param shown: what the folder is called for people, if *path* is another name of it.
     :param twice: the largest of the disks takes its space twice for a while.
     """
     status = os.statvfs(path)
@@ -106,7 +109,7 @@ def require_room(path: str, disks: Sequence[PointDisk], point: Point, twice: boo
     if needed > free:
         raise DataPathError(
             "There is not enough free space for the image files",
-            subject=path,
+            subject=shown or path,
             reason=f"they take about {needed} bytes, {free} are free",
             remedy="Free some space, choose another folder, or restore fewer disks at a time",
             details={"needed_bytes": needed, "free_bytes": free},

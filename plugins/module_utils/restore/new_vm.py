@@ -144,17 +144,9 @@ def restore_point(request: RestoreRequest, check_mode: bool) -> Dict[str, Any]:
                     run = store.create_run(None, vm_name=name, run_id=run_id, server_uuid=session.server_uuid)
                     stack.enter_context(run.working())
                     stack.enter_context(session.remembering(run.remember_task))
-                    _put_mark(planned.machine.spec, new_machine.new_mark(store.repository.id, run_id))
                     return _Restore(session, point, saved, planned, store, run, request, progress).do()
             finally:
                 store.remove_unused()
-
-
-def _put_mark(spec: Any, mark: Tuple[str, str]) -> None:
-    """Without this mark nobody of ours ever removes the machine (proofs 10)."""
-    key, value = mark
-    others = [option for option in spec.extraConfig or [] if str(option.key).lower() != key]
-    spec.extraConfig = [*others, vim.option.OptionValue(key=key, value=value)]
 
 
 # Before the first write
@@ -512,8 +504,8 @@ class _Restore:
             leased=False,
         )
         # A machine without it is nobody's of ours to remove (proofs 10).
-        self.mark = vm_keys.new_key(point.repository.id)
-        own = vim.option.OptionValue(key=self.mark, value=vm_keys.new_value(run.run_id))
+        self.mark, value = new_machine.new_mark(point.repository.id, run.run_id)
+        own = vim.option.OptionValue(key=self.mark, value=value)
         planned.machine.spec.extraConfig = [*vm_keys.strip(planned.machine.spec.extraConfig), own]
         self.vm: Optional[VmRef] = None
         self.leased = False
@@ -542,7 +534,6 @@ class _Restore:
                 entry["transport_reasons"] = [
                     f"https: {why}" if line.startswith("https: ") else line for line in entry["transport_reasons"]
                 ]
-        self._unmark(vm)
         self.run.update(self.intent, complete=True)
         try:
             # Before it is started: from then on it is its owner's.
@@ -594,18 +585,6 @@ class _Restore:
         """What proves later on that it is still the machine that was made here."""
         config = new_machine.config_of(self.session, vm)
         self.run.update(self.intent, vm_moid=vm.moid, made_disks=new_machine.made_disks(config))
-
-    def _unmark(self, vm: VmRef) -> None:
-        """From now on nobody of ours removes the machine, whatever a record says."""
-        key, _value = new_machine.new_mark(self.store.repository.id, self.run.run_id)
-        spec = vim.vm.ConfigSpec(extraConfig=[vim.option.OptionValue(key=key, value="")])
-        try:
-            new_machine.reconfigure(self.session, vm, spec)
-        except VsphereError as error:
-            self.warnings.append(
-                f"The advanced setting {key} of {vm}, which says that it is being restored, was not removed:"
-                f" {error.reason or error.what}. Remove it in the vSphere client"
-            )
 
     def _lease(self, held: bool) -> None:
         self.leased = held
@@ -720,7 +699,6 @@ class _Restore:
         if vm is None:
             return self._undone(last)
         if last and self.request.on_failure == KEEP and not self.leased:
-            self._unmark(vm)
             error.remedy = _with(error.remedy, f"{vm} is kept, as on_failure says, and is not whole")
             try:
                 self._release(vm)

@@ -130,7 +130,7 @@ def _restore(
             if not check_mode and is_writable(folder):
                 remove_leftovers(folder)
         else:
-            require_room(folder.proc_path, point.disks, point, twice=True)
+            require_room(folder.proc_path, point.disks, point, twice=True, shown=folder.path)
             if check_mode:
                 proven()
                 reason = "it holds other bytes" if exists else "it is not there"

@@ -66,7 +66,7 @@ def _restore(folder: Folder, point: Point, request: RestoreRequest, check_mode: 
         files = [_look(disk, folder, point, request, proven) for disk in point.disks]
         _require_consent(files, request)
         todo = [file for file in files if not file.same]
-        require_room(folder.proc_path, [file.disk for file in todo], point)
+        require_room(folder.proc_path, [file.disk for file in todo], point, shown=folder.path)
         restored: Dict[int, Dict[str, Any]] = {file.disk.key: _unchanged(file) for file in files if file.same}
         if check_mode:
             proven()

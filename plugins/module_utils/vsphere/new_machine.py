@@ -13,6 +13,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 from ..errors import ConnectionLostError, NotFoundError, TaskError, VsphereError
 from ..libraries import vim, vmodl
+from . import faults, vm_keys
 from .datastore_files import http_put
 from .inventory import VmRef, find_vm
 from .placement import Placement
@@ -288,7 +289,9 @@ def remove_failed(
         except VsphereError as error:
             if isinstance(error.fault, vmodl.fault.ManagedObjectNotFound):
                 return []
-            held = leased and isinstance(error.fault, vim.fault.MethodDisabled)
+            # As long as the lease lives, it keeps methods disabled, and the disk that is being uploaded locked.
+            disabled = isinstance(error.fault, vim.fault.MethodDisabled)
+            held = leased and (disabled or faults.is_locked(error.fault))
             if not held or session.clock() > deadline:
                 raise
         session.sleep(pause)
@@ -336,7 +339,7 @@ def _known(session: Session, intent: Mapping[str, Any], server_uuid: Optional[st
 
 def new_mark(repository_id: str, run_id: str) -> Tuple[str, str]:
     """(key, value) of the advanced setting that a machine carries while a restore makes it (proofs 10)."""
-    return f"openvadp.new.{repository_id}", run_id
+    return vm_keys.new_key(repository_id), vm_keys.new_value(run_id)
 
 
 def is_new_vm(intent: Mapping[str, Any]) -> bool:

@@ -631,7 +631,7 @@ class Session:
                     raise
             finally:
                 if open_ended:
-                    self._leave(task, what, subject)
+                    self.leave(task, what, subject)
             self.sleep(next(pauses))
 
     def _gave_up(self, task: Any, error: TaskError) -> bool:
@@ -674,7 +674,8 @@ class Session:
                 return state
             self.sleep(1)
 
-    def _leave(self, task: Any, what: str, subject: Optional[str]) -> None:
+    def leave(self, task: Any, what: str, subject: Optional[str]) -> None:
+        """Tell of a task that nobody waits for any more, and that may go on."""
         if self.on_unfinished is not None:
             self.on_unfinished(
                 {"task": task._moId, "failed": what, "subject": subject, "server_uuid": self.server_uuid}

@@ -386,6 +386,8 @@ def compare_and_set(
                 raise
             lost = True
         except TaskError as error:
+            if error.details.get("timed_out"):
+                session.leave(task, what, str(vm))
             concurrent = isinstance(error.fault, vim.fault.ConcurrentAccess)
             if not concurrent and not (faults.is_busy(error.fault) and session.clock() < busy_until):
                 raise

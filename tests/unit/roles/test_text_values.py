@@ -104,7 +104,7 @@ def test_each_use_of_a_variable_reads_text(role: str) -> None:
     folder = ROLES / role
     specs = yaml.safe_load((folder / "meta/argument_specs.yml").read_text())["argument_specs"]["main"]["options"]
     kinds = {name: option["type"] for name, option in specs.items() if option["type"] in FILTERS}
-    kinds.update({name: "list" for name, option in specs.items() if option["type"] == "raw"})
+    kinds.update({name: "list" for name, option in specs.items() if option.get("default") == []})
     found: List[str] = []
     for path in sorted(folder.glob("*/*")):
         if path.parent.name == "templates":
