@@ -4,14 +4,6 @@
 
 from __future__ import annotations
 
-from typing import Any, List, Mapping, Optional
-
-from ansible import context
-from ansible.errors import AnsibleError
-from ansible.inventory.manager import InventoryManager
-from ansible.parsing.dataloader import DataLoader
-from ansible.plugins.lookup import LookupBase
-
 DOCUMENTATION = r"""
 name: matched_hosts
 short_description: A host pattern, if it matches a host
@@ -45,6 +37,14 @@ _raw:
   type: list
   elements: str
 """
+
+from typing import Any, List, Mapping, Optional
+
+from ansible import context
+from ansible.errors import AnsibleError
+from ansible.inventory.manager import InventoryManager
+from ansible.parsing.dataloader import DataLoader
+from ansible.plugins.lookup import LookupBase
 
 
 class LookupModule(LookupBase):

@@ -4,14 +4,6 @@
 
 from __future__ import annotations
 
-import difflib
-import os
-from typing import Any, Iterable, List, Mapping, Optional
-
-import yaml
-from ansible.errors import AnsibleError
-from ansible.plugins.lookup import LookupBase
-
 DOCUMENTATION = r"""
 name: unknown_variables
 short_description: Variables with the prefix of a role that the role does not know
@@ -49,6 +41,14 @@ _raw:
   type: list
   elements: str
 """
+
+import difflib
+import os
+from typing import Any, Iterable, List, Mapping, Optional
+
+import yaml
+from ansible.errors import AnsibleError
+from ansible.plugins.lookup import LookupBase
 
 
 class LookupModule(LookupBase):

@@ -396,8 +396,7 @@ class Repository:
         return None
 
     def _place_problem(self) -> RepositoryError:
-        if self.place is None:
-            assert self._unknown is not None
+        if self.place is None and self._unknown is not None:
             return self._unknown
         if self.format < REPOSITORY_FORMAT:
             what, reason = "The repository has an older format", f"it has format {self.format}, which lists no places"

@@ -103,8 +103,10 @@ class Place:
             return False
         if self.identity == other.identity:
             return True
-        either = self.identity.startswith(_FSID) or other.identity.startswith(_FSID)
-        return either and _fsid_in(self.identity) == _fsid_in(other.identity) is not None
+        if not (self.identity.startswith(_FSID) or other.identity.startswith(_FSID)):
+            return False
+        number = _fsid_in(self.identity)
+        return number is not None and number == _fsid_in(other.identity)
 
     def to_json(self) -> Dict[str, Any]:
         """As it stands in repository.json."""

@@ -69,7 +69,8 @@ def open_connected(request: RestoreRequest, stack: contextlib.ExitStack) -> Tupl
     A named point is looked for before the login. ``latest`` is meant to be the newest of the server (proofs 22), so
     that has to be known first.
     """
-    assert request.connection is not None
+    if request.connection is None:
+        raise RuntimeError("a connection is needed")
     if request.point != LATEST and moment_of(request.point) is None:
         point = open_point(request)
         return point, stack.enter_context(Session.connect(request.connection))

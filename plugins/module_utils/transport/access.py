@@ -103,7 +103,8 @@ def run_access(
             if not may_be_thumbprint(error.details.get("cause", "")):
                 raise
             first = first or error
-    assert first is not None
+    if first is None:
+        raise RuntimeError("there is no thumbprint to try")
     raise first
 
 

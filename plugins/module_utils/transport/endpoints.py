@@ -200,7 +200,8 @@ def _open_with_either(
             if finding is None or not may_be_thumbprint(finding["cause"]):
                 raise
             first = first or error
-    assert first is not None
+    if first is None:
+        raise RuntimeError("there is no thumbprint to try")
     raise first
 
 

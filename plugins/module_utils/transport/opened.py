@@ -91,8 +91,7 @@ def _place(fields: Optional[str], name: Optional[str]) -> Optional[Place]:
     if fields is None:
         plain = (name or "").strip("[]")
         return Place(plain, plain) if plain else None
-    known = {
-        key.strip(): value.strip().strip("[]") for key, _, value in (one.partition(":") for one in fields.split(","))
-    }
+    pairs = (one.partition(":")[::2] for one in fields.split(","))
+    known = {key.strip(): value.strip().strip("[]") for key, value in pairs}
     address = known.get("nfcip") or known.get("hostname") or ""
     return Place(known.get("hostname") or address, address) if address else None
