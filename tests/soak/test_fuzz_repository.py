@@ -56,7 +56,7 @@ ONLY = os.environ.get("SOAK_FUZZ_ONLY")
 LIMIT_SECONDS = 10.0
 BUSY_SECONDS = 60.0
 LIMIT_BYTES = 1 << 30
-RUN_ID = "20261122T084203.417123Z-3f9a2b1c"
+RUN_ID = "0123456789abcdef0123456789abcdef"
 
 # Of so many cases one is tried by what takes longer.
 SHARES = {"structure": 3, "data": 12, "restore": 8, "serve": 40, "files": 25, "module": 30, "simulator": 50}
