@@ -180,7 +180,7 @@ def test_what_has_no_hash_is_checked_by_its_schema(machine: Machine, tmp_path: P
     repository = tmp_path / "repository"
     shutil.copytree(machine.repository, repository)
     folder = f"vms/{machine.uuid}"
-    store = Repository.open(str(repository)).vm(machine.uuid)
+    store = Repository.open(str(repository), adopt="moved").vm(machine.uuid)
     with store.lock("0123456789abcdef0123456789abcdef", "test"):
         trust.mark(store, 2000, "for a test", uuid=None, change_id="52 de c0/1")
     readers: Dict[str, Callable[[], object]] = {

@@ -377,7 +377,10 @@ class BackupModel(RuleBasedStateMachine):
         machine.power("poweredOn")
         machine.disks = {key: bytearray(held) for key, held in machine.points[point].items()}
         machine.compare_with_simulator()
-        self.lying |= set(KEYS)
+        # The restore has started the tracking of all disks anew.
+        for key in KEYS:
+            self.since[key].add("reset")
+            self.lying.discard(key)
         self.count("restore in place", 1)
 
     # What holds after each step
