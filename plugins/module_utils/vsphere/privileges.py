@@ -79,7 +79,7 @@ PRIVILEGES: Tuple[Privilege, ...] = (
         "VirtualMachine.Config.ChangeTracking",
         VM,
         (BACKUP, RESTORE),
-        "switch changed block tracking on, query it; start it anew after a restore",
+        "switch changed block tracking on and query it; reset it after a restore",
     ),
     Privilege(
         "VirtualMachine.Config.AdvancedConfig",
