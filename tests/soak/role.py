@@ -13,8 +13,9 @@ from ansible_collections.openvadp.backup.plugins.module_utils.backup.export impo
 from ansible_collections.openvadp.backup.plugins.module_utils.backup.recover import RecoverRequest, recover_vm
 from ansible_collections.openvadp.backup.plugins.module_utils.backup.request import ExportRequest
 from ansible_collections.openvadp.backup.plugins.module_utils.errors import VadpError
-from ansible_collections.openvadp.backup.plugins.module_utils.repository.layout import Repository, VmStore
+from ansible_collections.openvadp.backup.plugins.module_utils.repository.layout import Repository
 from ansible_collections.openvadp.backup.plugins.module_utils.repository.runs import new_run_id
+from ansible_collections.openvadp.backup.plugins.module_utils.repository.store import VmStore
 from ansible_collections.openvadp.backup.plugins.module_utils.restore import in_place, to_file
 from ansible_collections.openvadp.backup.plugins.module_utils.restore.request import RestoreRequest
 from ansible_collections.openvadp.backup.plugins.module_utils.vsphere import change_tracking, snapshot_state

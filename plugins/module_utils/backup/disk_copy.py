@@ -20,7 +20,9 @@ from ..datapath.processes import Child, RuntimeDir
 from ..datapath.progress import DiskProgress, Progress
 from ..errors import DataPathError, RepositoryError, TransportError, VadpError, VsphereError
 from ..repository.content import new_content_id
-from ..repository.layout import PART, VmStore, file_entry
+from ..repository.names import PART
+from ..repository.store import VmStore
+from ..repository.stored import file_entry
 from ..repository.manifest import FULL
 from ..repository.runs import Run
 from ..transport.endpoints import Endpoint

@@ -13,7 +13,8 @@ from ..errors import VadpError
 from ..repository import trust
 from ..repository.chain import AUTO, Decision, StoreFacts, decide
 from ..repository.content import stored_id_problem
-from ..repository.layout import VmStore, stored_problem
+from ..repository.store import VmStore
+from ..repository.stored import stored_problem
 from ..repository.manifest import FULL, disk_of
 from ..transport.planner import READ, DiskFacts, Plan, ProxyFacts, plan
 from ..vsphere import vm_keys

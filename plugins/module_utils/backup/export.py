@@ -26,7 +26,10 @@ from ..repository import manifest as manifests
 from ..repository import trust
 from ..repository.content import stored_id_problem
 from ..repository.half_written import describe, half_written
-from ..repository.layout import Repository, VmStore, file_entry, new_point_name
+from ..repository.layout import Repository
+from ..repository.names import new_point_name
+from ..repository.store import VmStore
+from ..repository.stored import file_entry
 from ..repository.run_files import files_of
 from ..repository.runs import Run, new_run_id
 from ..repository.shapes import format_time

@@ -20,7 +20,7 @@ from ..datapath.processes import RuntimeDir
 from ..datapath.proof import NotProved, OurProcess
 from ..errors import LockedError, VadpError, VsphereError
 from ..libraries import vim
-from ..repository.layout import VmStore
+from ..repository.store import VmStore
 from ..repository.run_files import files_of, orphans, remove_file
 from ..repository.runs import Run, new_run_id
 from ..transport import hotadd, https

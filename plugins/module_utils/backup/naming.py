@@ -16,7 +16,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from ..errors import RepositoryError, VadpError, VsphereError
 from ..repository.chain import ABSENT, NAMED, TWICE, UNKNOWN, Names
-from ..repository.layout import VmStore
+from ..repository.store import VmStore
 from ..repository.manifest import disk_of
 from ..repository.shapes import SERVER_PATTERN
 from ..vsphere import vm_keys

@@ -13,14 +13,9 @@ from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 from ..errors import InputError, LockedError, NotFoundError, RepositoryError
 from ..repository import trust
-from ..repository.layout import (
-    Repository,
-    VmStore,
-    check_point_name,
-    check_run_id,
-    check_uuid,
-    new_point_name,
-)
+from ..repository.layout import Repository
+from ..repository.names import check_point_name, check_run_id, check_uuid, new_point_name
+from ..repository.store import VmStore
 from ..repository.runs import new_run_id
 from ..transport.facts import VDDK_TRANSPORTS
 from ..transport.vddk import look_for_library, named_library_error

@@ -11,7 +11,7 @@ from typing import Any, Dict, List, Mapping, Optional
 
 from ..errors import InputError
 from ..repository.chain import MAX_CHAIN, MODES
-from ..repository.layout import check_point_name, check_run_id
+from ..repository.names import check_point_name, check_run_id
 from ..transport.request import DEVICE_DIR, SYSFS_DIR, check_transport_options
 from ..vsphere.inventory import vm_selection
 from ..vsphere.session import Connection

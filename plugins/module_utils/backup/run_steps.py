@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Dict, Iterator, List, Mapping, Optional
 
 from ..errors import InputError, NotFoundError, RepositoryError
-from ..repository.layout import Repository, VmStore
+from ..repository.layout import Repository
+from ..repository.store import VmStore
 from ..repository.runs import Run
 from ..vsphere import change_tracking, snapshot_state
 from ..vsphere.inventory import VmRef, find_vm

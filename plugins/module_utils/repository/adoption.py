@@ -15,17 +15,19 @@ import secrets
 import uuid
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Tuple
+from typing import TYPE_CHECKING, Iterator, List, Optional, Tuple
 
 from ..datapath.image import fsync_dir
 from ..errors import DamagedError, InputError, RepositoryError
 from . import places
+from .documents import read_description
 from .lock import VmLock
 from .places import Place
 from .shapes import RUN_ID_PATTERN
 
 if TYPE_CHECKING:
-    from .layout import Repository, VmStore
+    from .layout import Repository
+    from .store import VmStore
 
 MOVED, COPY, ANOTHER_PATH = WAYS = ("moved", "copy", "another_path")
 
@@ -72,7 +74,7 @@ def adopt(repository: Repository, how: str) -> List[str]:
     _require_access(repository)
     with repository.lock(f"adopt {how}"):
         # Another may have adopted it since the first look.
-        fresh = type(repository)(repository.path, _read(repository))
+        fresh = type(repository)(repository.path, read_description(repository.path))
         if not wanted(fresh, how):
             return []
         if how == MOVED:
@@ -89,14 +91,8 @@ def note_machine(repository: Repository) -> None:
     """Let the list say that this machine uses this place."""
     place = _place(repository)
     with repository.lock("note the machine"):
-        fresh = type(repository)(repository.path, _read(repository))
+        fresh = type(repository)(repository.path, read_description(repository.path))
         fresh.write_description(fresh.id, [place if entry.is_same(place) else entry for entry in fresh.places])
-
-
-def _read(repository: Repository) -> Dict[str, Any]:
-    from .layout import read_description  # layout imports this module
-
-    return read_description(repository.path)
 
 
 def _check_word(how: str) -> None:

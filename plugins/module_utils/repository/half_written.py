@@ -11,7 +11,8 @@ from __future__ import annotations
 from typing import Any, Dict, List
 
 from ..errors import RepositoryError
-from .layout import Repository, VmStore
+from .layout import Repository
+from .store import VmStore
 from .runs import Run
 from .shapes import parse_time
 

@@ -9,7 +9,9 @@ from typing import Any, Dict, List, Optional
 
 from ..errors import DamagedError, InputError
 from ..libraries import jmespath
-from .layout import LATEST, Repository, VmStore, check_point_name, moment_of
+from .layout import Repository
+from .names import LATEST, check_point_name, moment_of
+from .store import VmStore
 from .sequence import newest_before, of_server, servers_of
 from .verify import point_problems, verify_point
 

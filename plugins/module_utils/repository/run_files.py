@@ -10,7 +10,7 @@ from typing import List, Optional, Sequence, Tuple
 
 from ..datapath.image import fsync_dir
 from ..errors import RepositoryError
-from .layout import VmStore
+from .store import VmStore
 from .runs import Run
 from .shapes import RUN_ID_PATTERN
 

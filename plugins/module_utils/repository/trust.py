@@ -35,7 +35,8 @@ from .shapes import (
 
 if TYPE_CHECKING:
     from ..vsphere.disks import Disk
-    from .layout import VmStore
+    from .points import VmPoints
+    from .store import VmStore
 
 FORMAT = 1
 
@@ -66,13 +67,13 @@ def prefix_of(change_id: Optional[str]) -> Optional[str]:
     return prefix if slash and prefix and number else None
 
 
-def marks(store: VmStore) -> List[Dict[str, Any]]:
+def marks(store: VmPoints) -> List[Dict[str, Any]]:
     """The marks of a VM: [{key, uuid, since, reason, change_id_prefixes}], oldest first, settled ones too."""
     found = [entry for path in store.trust_paths for entry in _marks_in(store, path)]
     return sorted(found, key=lambda entry: parse_time(entry["since"]))
 
 
-def _marks_in(store: VmStore, path: Path) -> List[Dict[str, Any]]:
+def _marks_in(store: VmPoints, path: Path) -> List[Dict[str, Any]]:
     try:
         document = files.parse(files.read(str(path), what="The marks of disks not to be trusted can't be used"))
         _TRUST(document, "")

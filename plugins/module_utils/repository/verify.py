@@ -29,7 +29,8 @@ from ..errors import DamagedError, DataPathError, InputError, RepositoryError
 from ..libraries import blake3, nbd
 from . import content
 from .chain import chain_of
-from .layout import VmStore, header_problem, stored_problem
+from .store import VmStore
+from .stored import header_problem, stored_problem
 from .manifest import FULL, disk_of, entry_of
 
 STRUCTURE = "structure"

@@ -18,7 +18,7 @@ from ..datapath.extents import Extents
 from ..errors import AuthenticationError, ConnectionLostError, PrivilegeError, VadpError, VsphereError
 from ..repository import journal, trust
 from ..repository.chain import DiskNow, tracking_obstacle
-from ..repository.layout import VmStore
+from ..repository.store import VmStore
 from ..repository.runs import Run, new_run_id
 from ..vsphere import vm_keys
 from ..vsphere.changed_areas import ChangedAreasUnavailable, query_changed_areas

@@ -17,7 +17,7 @@ from ..datapath import files, image
 from ..datapath.processes import run_tool
 from ..errors import DamagedError, DataPathError, InputError
 from ..repository.chain import chain_of
-from ..repository.layout import REPOSITORY_FILE
+from ..repository.documents import REPOSITORY_FILE
 from ..repository.manifest import entry_of
 from ..repository.shapes import RUN_ID_PATTERN
 from ..shown import shown

@@ -27,7 +27,8 @@ from ..datapath.progress import Progress
 from ..errors import DataPathError, InputError, LockedError, TransportError, VadpError, VsphereError
 from ..libraries import vim
 from ..repository import half_written, journal, trust
-from ..repository.layout import PART, VmStore
+from ..repository.names import PART
+from ..repository.store import VmStore
 from ..repository.run_files import remove_files_of
 from ..repository.runs import Run, new_run_id
 from ..transport.endpoints import Endpoint

@@ -29,7 +29,7 @@ from ..errors import (
     VsphereError,
 )
 from ..libraries import vim
-from ..repository.layout import VmStore
+from ..repository.store import VmStore
 from ..repository.run_files import remove_files_of
 from ..repository.runs import Run, new_run_id
 from ..repository.verify import point_problems

@@ -12,7 +12,8 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Tuple
 from ..datapath import image
 from ..datapath.progress import Progress
 from ..errors import TransportError, VadpError
-from ..repository.layout import PART, VmStore
+from ..repository.names import PART
+from ..repository.store import VmStore
 from ..repository.runs import Run
 from ..transport.https import Lease
 from ..transport.import_lease import Upload, import_machine

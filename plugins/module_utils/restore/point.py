@@ -13,7 +13,9 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 from ..datapath.progress import DiskProgress, Progress
 from ..errors import DamagedError, DataPathError, InputError, LockedError, RepositoryError
-from ..repository.layout import LATEST, Repository, VmStore, moment_of
+from ..repository.layout import Repository
+from ..repository.names import LATEST, moment_of
+from ..repository.store import VmStore
 from ..repository.manifest import disk_of
 from ..repository.verify import STRUCTURE, missing_problems, verify_point
 from ..vsphere.session import Session

@@ -10,7 +10,7 @@ from typing import Any, Dict, List, Mapping, Optional
 
 from ..datapath.image import FORMATS
 from ..errors import InputError
-from ..repository.layout import check_run_id
+from ..repository.names import check_run_id
 from ..transport.request import DEVICE_DIR, SYSFS_DIR, check_transport_numbers, check_transport_options
 from ..vsphere.session import Connection
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any, Dict, Iterable, Optional
 
 from ..errors import RepositoryError
-from ..repository.layout import VmStore
+from ..repository.store import VmStore
 from ..vsphere.disks import Disk
 
 _WHAT = "The safety point is not there, and no disk was written"

@@ -32,7 +32,8 @@ from ..datapath.files import nameless
 from ..datapath.image import atomic_write, create_overlay, layer_opts, overlay_opts
 from ..datapath.processes import is_listening, require_program, start_detached
 from ..errors import DamagedError, DataPathError, InputError, check_range
-from ..repository.layout import Repository, VmStore
+from ..repository.layout import Repository
+from ..repository.store import VmStore
 from ..repository.manifest import disk_of
 from ..repository.shapes import format_time, parse_time
 from ..repository.verify import missing_problems

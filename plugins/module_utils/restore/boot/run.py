@@ -23,7 +23,8 @@ from ...datapath import files
 from ...datapath.image import create_overlay, overlay_opts
 from ...datapath.processes import Child, RuntimeDir, require_program
 from ...errors import BootError, DataPathError, InputError, RepositoryError, check_range
-from ...repository.layout import Repository, VmStore
+from ...repository.layout import Repository
+from ...repository.store import VmStore
 from ...repository.report import verify
 from ...repository.runs import new_run_id
 from ...repository.verify import STRUCTURE

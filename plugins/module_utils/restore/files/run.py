@@ -21,7 +21,8 @@ from ...datapath.processes import RuntimeDir
 from ...datapath.progress import DiskProgress, Progress
 from ...errors import DamagedError, DataPathError, InputError, RepositoryError
 from ...repository.chain import chain_of
-from ...repository.layout import Repository, VmStore
+from ...repository.layout import Repository
+from ...repository.store import VmStore
 from ...repository.manifest import disk_of
 from ...repository.verify import missing_problems
 from ..point import Point, PointDisk, checked_beside

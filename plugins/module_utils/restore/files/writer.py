@@ -19,7 +19,7 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from ...datapath.files import own_folder, remove_tree
 from ...errors import DataPathError, InputError, VadpError
-from ...repository.layout import REPOSITORY_FILE
+from ...repository.documents import REPOSITORY_FILE
 from ...repository.runs import new_run_id
 from ...repository.shapes import RUN_ID_PATTERN
 from .filesystem import DIRECTORY, FILE, LINK, Piece

@@ -29,12 +29,10 @@ from ansible_collections.openvadp.backup.plugins.module_utils.errors import (
     VadpError,
     VsphereError,
 )
-from ansible_collections.openvadp.backup.plugins.module_utils.repository.layout import (
-    Repository,
-    VmStore,
-    stored_problem,
-)
+from ansible_collections.openvadp.backup.plugins.module_utils.repository.layout import Repository
 from ansible_collections.openvadp.backup.plugins.module_utils.repository.runs import Run, new_run_id
+from ansible_collections.openvadp.backup.plugins.module_utils.repository.store import VmStore
+from ansible_collections.openvadp.backup.plugins.module_utils.repository.stored import stored_problem
 from ansible_collections.openvadp.backup.plugins.module_utils.transport.endpoints import Endpoint
 from ansible_collections.openvadp.backup.plugins.module_utils.transport.opener import OpenContext
 from ansible_collections.openvadp.backup.plugins.module_utils.transport.planner import (

@@ -19,8 +19,9 @@ from ansible_collections.openvadp.backup.plugins.module_utils.backup.leftovers i
 from ansible_collections.openvadp.backup.plugins.module_utils.backup.recover import RecoverRequest
 from ansible_collections.openvadp.backup.plugins.module_utils.datapath.processes import Child, RuntimeDir, children_of
 from ansible_collections.openvadp.backup.plugins.module_utils.errors import InputError
-from ansible_collections.openvadp.backup.plugins.module_utils.repository.layout import Repository, VmStore
+from ansible_collections.openvadp.backup.plugins.module_utils.repository.layout import Repository
 from ansible_collections.openvadp.backup.plugins.module_utils.repository.runs import Run, new_run_id
+from ansible_collections.openvadp.backup.plugins.module_utils.repository.store import VmStore
 from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.session import Connection
 
 UUID = "500c1a2b-7d5e-0a4b-9a3c-2f1e0d9c8b7a"

@@ -14,10 +14,12 @@ from typing import Any, Dict, List, Optional, Tuple
 import pytest
 from ansible_collections.openvadp.backup.plugins.module_utils.datapath.hashes import HashWriter
 from ansible_collections.openvadp.backup.plugins.module_utils.datapath.image import create_layer, shrink_to
-from ansible_collections.openvadp.backup.plugins.module_utils.repository.layout import Repository, VmStore, file_entry
+from ansible_collections.openvadp.backup.plugins.module_utils.repository.layout import Repository
 from ansible_collections.openvadp.backup.plugins.module_utils.repository.manifest import disk_of
 from ansible_collections.openvadp.backup.plugins.module_utils.repository.runs import new_run_id
 from ansible_collections.openvadp.backup.plugins.module_utils.repository.shapes import format_time
+from ansible_collections.openvadp.backup.plugins.module_utils.repository.store import VmStore
+from ansible_collections.openvadp.backup.plugins.module_utils.repository.stored import file_entry
 
 UUID = "500c1a2b-7d5e-0a4b-9a3c-2f1e0d9c8b7a"
 DISK_UUID = "6000C29a-1111-2222-3333-444455556666"

@@ -17,7 +17,8 @@ from typing import Any, Callable, Dict, Iterator, List
 import pytest
 from ansible_collections.openvadp.backup.plugins.module_utils.errors import InputError, LockedError, RepositoryError
 from ansible_collections.openvadp.backup.plugins.module_utils.repository import half_written, places, state, trust
-from ansible_collections.openvadp.backup.plugins.module_utils.repository.layout import LOCK_FILE, Repository
+from ansible_collections.openvadp.backup.plugins.module_utils.repository.documents import LOCK_FILE
+from ansible_collections.openvadp.backup.plugins.module_utils.repository.layout import Repository
 from ansible_collections.openvadp.backup.plugins.module_utils.repository.runs import new_run_id
 from ansible_collections.openvadp.backup.plugins.module_utils.repository.verify import verify_point
 

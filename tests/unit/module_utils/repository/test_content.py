@@ -12,9 +12,9 @@ from ansible_collections.openvadp.backup.plugins.module_utils.datapath.hashes im
 from ansible_collections.openvadp.backup.plugins.module_utils.errors import DamagedError
 from ansible_collections.openvadp.backup.plugins.module_utils.repository import manifest as manifests
 from ansible_collections.openvadp.backup.plugins.module_utils.repository.content import new_content_id, pin_problem
-from ansible_collections.openvadp.backup.plugins.module_utils.repository.layout import file_entry
 from ansible_collections.openvadp.backup.plugins.module_utils.repository.runs import new_run_id
 from ansible_collections.openvadp.backup.plugins.module_utils.repository.shapes import to_json
+from ansible_collections.openvadp.backup.plugins.module_utils.repository.stored import file_entry
 from ansible_collections.openvadp.backup.plugins.module_utils.repository.verify import missing_problems, verify_point
 
 from .conftest import KEY, PREFIX, World, content_id, disk_entry, old

@@ -10,8 +10,9 @@ from typing import List
 import pytest
 from ansible_collections.openvadp.backup.plugins.module_utils.errors import DamagedError
 from ansible_collections.openvadp.backup.plugins.module_utils.repository.half_written import half_written, stores_of
-from ansible_collections.openvadp.backup.plugins.module_utils.repository.layout import Repository, VmStore
+from ansible_collections.openvadp.backup.plugins.module_utils.repository.layout import Repository
 from ansible_collections.openvadp.backup.plugins.module_utils.repository.runs import new_run_id
+from ansible_collections.openvadp.backup.plugins.module_utils.repository.store import VmStore
 
 OWN = "500c1a2b-7d5e-0a4b-9a3c-2f1e0d9c8b7a"
 OTHER = "400c1a2b-7d5e-0a4b-9a3c-2f1e0d9c8b7a"

@@ -16,8 +16,9 @@ from typing import Iterator
 import pytest
 from ansible_collections.openvadp.backup.plugins.module_utils.errors import InputError, LockedError, RepositoryError
 from ansible_collections.openvadp.backup.plugins.module_utils.repository import runs
-from ansible_collections.openvadp.backup.plugins.module_utils.repository.layout import Repository, VmStore
+from ansible_collections.openvadp.backup.plugins.module_utils.repository.layout import Repository
 from ansible_collections.openvadp.backup.plugins.module_utils.repository.runs import Run, file_system_time, new_run_id
+from ansible_collections.openvadp.backup.plugins.module_utils.repository.store import VmStore
 
 UUID = "500c1a2b-7d5e-0a4b-9a3c-2f1e0d9c8b7a"
 

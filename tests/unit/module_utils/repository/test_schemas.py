@@ -12,7 +12,8 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 import jsonschema
 import pytest
 from ansible_collections.openvadp.backup.plugins.module_utils.errors import DamagedError, RepositoryError
-from ansible_collections.openvadp.backup.plugins.module_utils.repository import content, layout, manifest, runs, trust
+from ansible_collections.openvadp.backup.plugins.module_utils.repository import content, manifest, runs, trust
+from ansible_collections.openvadp.backup.plugins.module_utils.repository.documents import _FACTS, _REPOSITORY_2
 from ansible_collections.openvadp.backup.plugins.module_utils.repository.shapes import ShapeError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -31,8 +32,8 @@ def check_sealed(document: Any, version: int) -> None:
 
 
 CHECKS: Dict[str, Callable[[Any], None]] = {
-    "repository": lambda document: layout._REPOSITORY_2(document, ""),
-    "vm": lambda document: layout._FACTS(document, ""),
+    "repository": lambda document: _REPOSITORY_2(document, ""),
+    "vm": lambda document: _FACTS(document, ""),
     "run": lambda document: runs._RUN(document, ""),
     "trust": lambda document: trust._TRUST(document, ""),
     "restore-point": lambda document: check_sealed(document, 2),

@@ -12,8 +12,9 @@ from typing import Any, Dict, List
 import pytest
 from ansible_collections.openvadp.backup.plugins.module_utils.datapath.hashes import HashWriter
 from ansible_collections.openvadp.backup.plugins.module_utils.errors import DamagedError, RepositoryError
-from ansible_collections.openvadp.backup.plugins.module_utils.repository.layout import VmStore, file_entry
 from ansible_collections.openvadp.backup.plugins.module_utils.repository.runs import new_run_id
+from ansible_collections.openvadp.backup.plugins.module_utils.repository.store import VmStore
+from ansible_collections.openvadp.backup.plugins.module_utils.repository.stored import file_entry
 from ansible_collections.openvadp.backup.plugins.module_utils.repository.verify import (
     point_problems,
     stored_areas,
