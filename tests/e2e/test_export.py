@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List
 
 import pytest
-from harness import ROOT, Ansible, Backups, Simulator
+from harness import ROOT, Ansible, Backups, Simulator, plant_orphans
 
 NOOP_CALLS = 12
 
@@ -219,10 +219,12 @@ def test_a_second_try_reads_what_is_missing_and_never_mixes_snapshots(
     assert app01.export(snapshot_moid=moid, **options)["failed"]
     simulator.control.call("nfc", clear_faults=True)
     app01.remove_snapshot(moid)
+    planted = plant_orphans(app01.repository)
     for key in (2000, 2001):
         simulator.write("app01", key, 65536, seed=9)
     moid = app01.snapshot("second")
     assert not app01.export(snapshot_moid=moid, **options)["failed"]
+    assert not any(path.exists() for path in planted)
     for key in (2000, 2001):
         assert backups.disk("app01", key, "two") == simulator.disk("app01", key, moid)
     app01.remove_snapshot(moid)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Tuple
 
 import pytest
-from harness import Ansible, Control, Simulator, file_sha256, made_repository
+from harness import Ansible, Control, Simulator, file_sha256, made_repository, plant_orphans
 
 KEYS = (2000, 2001)
 TO_RESTORE01 = [{"key": key, "target_key": key} for key in KEYS]
@@ -151,8 +151,10 @@ def test_a_machines_own_disks_are_not_trusted_afterwards(restores: Restores) -> 
     control.call("power", vm="app01", state="poweredOff")
     control.call("guest_write", vm="app01", disk=2000, offset=0, pattern={"seed": 9, "length": 1 << 20})
     untouched = restores.sha256("app01", 2001)
+    planted = plant_orphans(restores.repository)
     # Without a name it is the machine that the point came from, and the disk of the same key, by its UUID.
     result = restores.restore(target="in_place", disks=[{"key": 2000}], overwrite=True)
+    assert not any(path.exists() for path in planted)
     assert not result["failed"] and result["restored"][0]["target"] == "app01/Hard disk 1"
     assert restores.sha256("app01", 2000) == restores.expected["incremental"][2000]
     assert restores.sha256("app01", 2001) == untouched

@@ -30,7 +30,7 @@ from ..repository.layout import Repository
 from ..repository.names import new_point_name
 from ..repository.store import VmStore
 from ..repository.stored import file_entry
-from ..repository.run_files import files_of
+from ..repository.run_files import files_of, remove_orphans
 from ..repository.runs import Run, new_run_id
 from ..repository.shapes import format_time
 from ..transport.facts import disk_facts, proxy_facts
@@ -147,6 +147,7 @@ def export_point(request: ExportRequest, check_mode: bool) -> Dict[str, Any]:
         store.repository.note_machine()
         with store.lock(request.run_id or new_run_id(), "vadp_disk_export"), ExitStack() as stack:
             source.warnings.extend(store.refuse_busy(_run_id_of(source, store, request), request.force))
+            remove_orphans(store)
             return _export(Work(session, source, store, request, facts, stack, threading.Event()))
 
 

@@ -78,6 +78,17 @@ def orphans(store: VmStore, runs: Sequence[Run]) -> List[Path]:
     return found
 
 
+def remove_orphans(store: VmStore) -> None:
+    """Remove the unfinished files of ours that belong to no run of which there is a record. Under the VM's lock.
+
+    A process that is killed before its run has a record, or after it is removed, leaves nothing that names such a file.
+    Hence everyone who writes does this first, and not vadp_recover alone.
+    """
+    if not store.report_only:
+        for path in orphans(store, store.runs()):
+            remove_file(path)
+
+
 def remove_files_of(store: VmStore, runs: Sequence[Run]) -> None:
     """Remove what these runs, which are over, left in a VM's folder. Under the VM's lock."""
     for path in files_of(store, runs)[0]:

@@ -29,7 +29,7 @@ from ..libraries import vim
 from ..repository import half_written, journal, trust
 from ..repository.names import PART
 from ..repository.store import VmStore
-from ..repository.run_files import remove_files_of
+from ..repository.run_files import remove_files_of, remove_orphans
 from ..repository.runs import Run, new_run_id
 from ..transport.endpoints import Endpoint
 from ..transport.facts import disk_facts, proxy_facts
@@ -191,6 +191,7 @@ def _restore_locked(
     run_id = new_run_id()
     with store.lock(run_id, "vadp_disk_restore"), ExitStack() as stack:
         store.refuse_busy(force=request.force)
+        remove_orphans(store)
         safety = point.repository.vm(vm.instance_uuid)
         same = point.name if safety.uuid == point.store.uuid else ""
         require_safety_point(safety, request.safety_run_id, [target.disk for target in targets], same)

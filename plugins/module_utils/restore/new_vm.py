@@ -30,7 +30,7 @@ from ..errors import (
 )
 from ..libraries import vim
 from ..repository.store import VmStore
-from ..repository.run_files import remove_files_of
+from ..repository.run_files import remove_files_of, remove_orphans
 from ..repository.runs import Run, new_run_id
 from ..repository.verify import point_problems
 from ..transport.facts import datastore_facts, proxy_facts
@@ -436,6 +436,7 @@ def _clear_crashed(session: Session, point: Point, name: str, request: RestoreRe
                         RuntimeDir.leftovers(run.run_id, remove=True)
                         run.remove()
                 remove_files_of(store, runs)
+                remove_orphans(store)
         except LockedError as error:
             raise LockedError(
                 "Another run makes this virtual machine",
