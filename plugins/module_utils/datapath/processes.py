@@ -214,7 +214,8 @@ def _spawn(argv: Sequence[str], env: Optional[Mapping[str, str]] = None, **popen
     """Start *argv* in a session of its own, bound to the life of this thread."""
     program, setpriv = require_program(argv[0]), require_program("setpriv")
     command = [setpriv, "--pdeathsig", "KILL", "/bin/sh", "-c", _STILL_OURS, "sh", str(os.getpid()), program]
-    return subprocess.Popen(
+    # run_command is AnsibleModule's, and waits for the end.
+    return subprocess.Popen(  # pylint: disable=ansible-bad-function
         command + list(argv[1:]),
         stdin=subprocess.DEVNULL,
         env=_environment(env),
@@ -232,7 +233,7 @@ def start_detached(argv: Sequence[str], *, log_path: str, pass_fds: Sequence[int
     """
     log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
-        return subprocess.Popen(
+        return subprocess.Popen(  # pylint: disable=ansible-bad-function
             ["/bin/sh", "-c", _NO_CORE, "sh", *argv],
             stdin=subprocess.DEVNULL,
             stdout=log,

@@ -15,10 +15,12 @@ import re
 import secrets
 import socket
 import struct
-import subprocess
 import time
 from dataclasses import dataclass
 from typing import Any, Callable, Optional, Tuple
+
+from ..datapath.processes import tool_result
+from ..errors import VadpError
 
 # Of Linux; not all of them are in Python's module.
 _IP_MTU_DISCOVER, _IP_RECVERR = 10, 11
@@ -144,16 +146,8 @@ _REFUSED_WORDS = re.compile(r"(?:destination (?:host|net) \w+|network is unreach
 
 
 def _run(command: Any, timeout: float) -> Tuple[int, str]:
-    done = subprocess.run(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=timeout,
-        check=False,
-        env={**os.environ, "LC_ALL": "C"},
-    )
-    return done.returncode, done.stdout.decode(errors="replace")
+    result = tool_result(command, what="No echo request could be sent", timeout=timeout, accept=tuple(range(256)))
+    return result.returncode, result.stdout + result.stderr
 
 
 def by_program(
@@ -166,7 +160,7 @@ def by_program(
     command += ["-I", str(source)] if source is not None else []
     try:
         code, text = run([*command, str(address)], seconds + 5)
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except VadpError as error:
         raise NoEcho(str(error)) from error
     found = _LOCAL_WORDS.search(text)
     if found:

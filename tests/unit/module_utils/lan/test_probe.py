@@ -8,12 +8,11 @@ import errno
 import ipaddress
 import json
 import socket
-import subprocess
 import threading
 
 import pytest
 from ansible.module_utils.testing import patch_module_args
-from ansible_collections.openvadp.backup.plugins.module_utils.errors import InputError
+from ansible_collections.openvadp.backup.plugins.module_utils.errors import DataPathError, InputError
 from ansible_collections.openvadp.backup.plugins.module_utils.lan import echo, probe, routes
 from ansible_collections.openvadp.backup.plugins.modules import backup_lan_probe
 
@@ -126,8 +125,7 @@ def test_what_ping_says(code, text, expected):
     [
         (2, "ping: socket: Operation not permitted"),
         (1, ""),
-        FileNotFoundError("ping"),
-        subprocess.TimeoutExpired("ping", 7),
+        DataPathError("No echo request could be sent", reason="ping did not end within 7 s"),
     ],
 )
 def test_a_ping_that_can_not_ping(outcome):
@@ -138,6 +136,17 @@ def test_a_ping_that_can_not_ping(outcome):
 
     with pytest.raises(echo.NoEcho):
         echo.by_program(HERE, None, 1500, 2.0, run)
+
+
+def test_the_program_itself(tmp_path, monkeypatch):
+    program = tmp_path / "ping"
+    program.write_text("#!/bin/sh\necho 1 packets transmitted, 1 received; echo '4 bytes' >&2\n")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    program.chmod(0o755)
+    assert echo.by_program(HERE, None, 1500, 2.0) == echo.Echo(echo.CAME_BACK)
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    with pytest.raises(echo.NoEcho, match="not installed"):
+        echo.by_program(HERE, None, 1500, 2.0)
 
 
 def test_without_any_way_the_mtu_stays_open(monkeypatch):
