@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import io
-
 import mmap
 import os
+from abc import abstractmethod
 from collections import OrderedDict
 from typing import Any, BinaryIO, Dict, Iterator, List, Optional, Sequence, Tuple
 
@@ -117,9 +117,9 @@ class ReadOnly(io.RawIOBase):
         self.size = size
         self._position = 0
 
+    @abstractmethod
     def _at(self, offset: int, length: int) -> bytes:
         """All of the bytes."""
-        raise NotImplementedError
 
     def readable(self) -> bool:
         return True

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import stat
 import struct
+from abc import ABC, abstractmethod
 from typing import Any, BinaryIO, Dict, Iterator, List, NamedTuple, Optional, Tuple, Type, Union
 
 from . import parsers
@@ -75,7 +76,7 @@ class Unreadable(ValueError):
     """What this reader can't read as it is, and why."""
 
 
-class FileSystem:
+class FileSystem(ABC):
     """A file system; a *node* is whatever it takes for a file or directory."""
 
     name = ""
@@ -90,35 +91,35 @@ class FileSystem:
 
     @staticmethod
     def begins(volume: BinaryIO) -> Optional[str]:
-        """The type, if a volume begins as this file system does."""
-        raise NotImplementedError
+        """The type, if a volume begins as this file system does; None also for one that is not recognised so."""
+        return None
 
+    @abstractmethod
     def root(self) -> Any:
         """The node of the root directory."""
-        raise NotImplementedError
 
     def others(self) -> Dict[str, FileSystem]:
         """What of it can't be reached from its root: by name, each with a root of its own."""
         return {}
 
+    @abstractmethod
     def entries(self, node: Any) -> Iterator[Tuple[str, Any]]:
         """Names and nodes of a directory. A name may be anything; what is no Unicode stands in it as surrogates.
 
         :raises: any of broken(): not all of its entries were told.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def info(self, node: Any) -> Info:
         """Facts of a node."""
-        raise NotImplementedError
 
     def link(self, node: Any) -> str:
         """Where a symbolic link points to."""
-        raise NotImplementedError
+        raise Unreadable(f"{type(self).__name__} has no symbolic links")
 
+    @abstractmethod
     def read(self, node: Any) -> Iterator[Piece]:
         """What a file holds."""
-        raise NotImplementedError
 
     # For those below
 

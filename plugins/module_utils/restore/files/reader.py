@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, Generator, Iterator, List, Mapping, Optional, Sequence, Set, Tuple
 
@@ -83,7 +84,7 @@ class TooMany(DataPathError):
     """More files are selected than the limit allows."""
 
 
-class FileReader:
+class FileReader(ABC):
     """What reads files. A context manager: entering finds the volumes.
 
     ``volumes`` are dictionaries: {name, disk, size, type, label, uuid, readable, problem, warnings,
@@ -113,15 +114,16 @@ class FileReader:
 
     @staticmethod
     def missing() -> List[str]:
-        """What has to be installed for it; empty if it can be used."""
-        raise NotImplementedError
+        """What must be installed for it; empty if it can be used."""
+        return []
 
-    def __enter__(self) -> FileReader:
-        raise NotImplementedError
+    @abstractmethod
+    def __enter__(self) -> FileReader: ...
 
-    def __exit__(self, *exc_info: Any) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def __exit__(self, *exc_info: Any) -> None: ...
 
+    @abstractmethod
     def walk(
         self, volumes: Sequence[int], patterns: Sequence[str], recurse: bool, limit: int, on_skipped: OnSkipped
     ) -> Iterator[Entry]:
@@ -132,14 +134,13 @@ class FileReader:
         :param on_skipped: gets volume, path and reason of what can't be had.
         :raises DataPathError: it takes too long. TooMany: it says so. DamagedError: the restore point is damaged.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, entry: Entry) -> Generator[Piece, None, None]:
         """What a file of the last walk holds: bytes, or the length of a hole.
 
         :raises Unread: this file can't be read. Otherwise as :meth:`walk`.
         """
-        raise NotImplementedError
 
 
 class _AgentReader(FileReader):
