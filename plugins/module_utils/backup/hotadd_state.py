@@ -9,7 +9,7 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence
 
 from ..errors import InputError, NotFoundError
 from ..libraries import vim
-from ..transport import hotadd, scsi_units
+from ..transport import hotadd, hotadd_proxy, scsi_units
 from ..transport.guest_device import find_device, guest_disks, uuid_digits
 from ..transport.hotadd import Attachment
 from ..vsphere.disks import Disk, disks_of
@@ -101,7 +101,7 @@ def _attached(session: Session, vm: VmRef, proxy: VmRef, wanted: Wanted, check_m
             device_dir=wanted.device_dir,
             sysfs_dir=wanted.sysfs_dir,
             record=_unrecorded,
-            timeout=hotadd.DEVICE_TIMEOUT,
+            timeout=hotadd_proxy.DEVICE_TIMEOUT,
         )
         entries = [_entry(item) for item in found]
     mode = hotadd.MODES[wanted.access]
@@ -156,14 +156,14 @@ def _detached(session: Session, vm: VmRef, proxy: VmRef, wanted: Wanted, check_m
         if chosen is None or item.key in chosen:
             going.append(_with_link(item, wanted))
     if going and not check_mode:
-        elsewhere = hotadd.is_elsewhere(session, proxy, wanted.sysfs_dir)
+        elsewhere = hotadd_proxy.is_elsewhere(session, proxy, wanted.sysfs_dir)
         hotadd.detach(
             session,
             proxy,
             going,
             sysfs_dir=wanted.sysfs_dir,
             device_dir=None if elsewhere else wanted.device_dir,
-            timeout=hotadd.DEVICE_TIMEOUT,
+            timeout=hotadd_proxy.DEVICE_TIMEOUT,
         )
     return {
         "changed": bool(going),

@@ -23,7 +23,7 @@ from ..libraries import vim
 from ..repository.store import VmStore
 from ..repository.run_files import files_of, orphans, remove_file
 from ..repository.runs import Run, new_run_id
-from ..transport import hotadd, https
+from ..transport import hotadd_recovery, https
 from ..vsphere.change_tracking import is_temporary
 from ..vsphere.inventory import VmRef
 from ..vsphere.new_machine import is_new_vm, new_mark, remove_leftover
@@ -146,7 +146,9 @@ def recover(
     if not check_mode:
         access.clean_up(session, ours, vddk_libdir)
     for run in runs:
-        result.found += hotadd.recover(session, run, sysfs_dir=sysfs_dir, device_dir=device_dir, check_mode=check_mode)
+        result.found += hotadd_recovery.recover(
+            session, run, sysfs_dir=sysfs_dir, device_dir=device_dir, check_mode=check_mode
+        )
     for run in ours:
         result.found += https.recover_leases(
             session, run, check_mode=check_mode, vm_moid=None if vm is None else vm.moid

@@ -33,7 +33,7 @@ from ..repository.run_files import remove_files_of, remove_orphans
 from ..repository.runs import Run, new_run_id
 from ..transport.endpoints import Endpoint
 from ..transport.facts import disk_facts, proxy_facts
-from ..transport.hotadd import recover
+from ..transport.hotadd_recovery import recover
 from ..transport.opener import OpenContext, all_failed, open_disk, same_way_failed
 from ..transport.planner import WRITE, Candidate, DiskFacts, Plan, ProxyFacts, plan
 from ..vsphere import vm_keys

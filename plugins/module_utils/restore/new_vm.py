@@ -34,7 +34,7 @@ from ..repository.run_files import remove_files_of, remove_orphans
 from ..repository.runs import Run, new_run_id
 from ..repository.verify import point_problems
 from ..transport.facts import datastore_facts, proxy_facts
-from ..transport.hotadd import recover
+from ..transport.hotadd_recovery import recover
 from ..transport.opener import OpenContext
 from ..transport.planner import (
     BY_IMPORT,

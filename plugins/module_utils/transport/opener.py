@@ -14,7 +14,9 @@ from ..datapath.processes import RuntimeDir
 from ..errors import DataPathError, TransportError, VadpError
 from . import budget
 from .endpoints import LAN_MODES, Endpoint, open_vddk
-from .hotadd import Patience, intent_of_vddk, is_over, open_hotadd, release, reserve
+from .hotadd import open_hotadd
+from .hotadd_proxy import Patience
+from .hotadd_reservation import intent_of_vddk, is_over, release, reserve
 from .https import open_folder, open_lease
 from .planner import BY_ATTACHING, BY_FOLDER, BY_LEASE, BY_VDDK, Candidate, DiskFacts, ProxyFacts
 from .san import allow_list

@@ -13,16 +13,14 @@ from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import pytest
 from ansible_collections.openvadp.backup.plugins.module_utils.errors import NotFoundError, TransportError, VsphereError
-from ansible_collections.openvadp.backup.plugins.module_utils.transport import hotadd, scsi_units
-from ansible_collections.openvadp.backup.plugins.module_utils.transport.guest_device import GuestDisk
-from ansible_collections.openvadp.backup.plugins.module_utils.transport.hotadd import (
-    Patience,
-    attach,
-    detach,
-    recover,
-    release,
-    reserve,
+from ansible_collections.openvadp.backup.plugins.module_utils.transport import (
+    hotadd,
+    hotadd_proxy,
+    hotadd_recovery,
+    scsi_units,
 )
+from ansible_collections.openvadp.backup.plugins.module_utils.transport.guest_device import GuestDisk
+from ansible_collections.openvadp.backup.plugins.module_utils.transport.hotadd import attach, detach
 from ansible_collections.openvadp.backup.plugins.module_utils.transport.hotadd_plan import (
     READ,
     WRITE,
@@ -33,6 +31,9 @@ from ansible_collections.openvadp.backup.plugins.module_utils.transport.hotadd_p
     obstacles,
     plan_attach,
 )
+from ansible_collections.openvadp.backup.plugins.module_utils.transport.hotadd_proxy import Patience
+from ansible_collections.openvadp.backup.plugins.module_utils.transport.hotadd_recovery import recover
+from ansible_collections.openvadp.backup.plugins.module_utils.transport.hotadd_reservation import release, reserve
 from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.disks import Disk
 from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.inventory import VmRef
 from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.snapshots import Snapshot, VmState
@@ -326,8 +327,10 @@ class Guest:
 @pytest.fixture
 def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[VCenter]:
     made = VCenter(tmp_path)
-    monkeypatch.setattr(hotadd, "_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(hotadd, "delete_device", Guest(made).delete)
+    monkeypatch.setattr(hotadd_proxy, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(hotadd, "_LOOK_AGAIN_SECONDS", 0.01)
+    for module in (hotadd, hotadd_proxy):
+        monkeypatch.setattr(module, "delete_device", Guest(made).delete)
     yield made
 
 
@@ -472,7 +475,7 @@ def test_nothing_is_attached_to_another_machine_than_this_one(
     session: VCenter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its own disk of the same UUID would be taken for the one that is attached over there."""
-    monkeypatch.setattr(hotadd.ProxyIdentity, "find", lambda _session, sysfs_dir: (vm(108, "proxy02"), ""))
+    monkeypatch.setattr(hotadd_proxy.ProxyIdentity, "find", lambda _session, sysfs_dir: (vm(108, "proxy02"), ""))
     with pytest.raises(TransportError, match="this machine is VM 'proxy02'"):
         _attach(session)
     assert session.specs == []
@@ -687,8 +690,8 @@ def _find_vm(_session: Any, moid: Optional[str] = None, uuid: Optional[str] = No
 def test_only_what_the_record_names_is_detached(
     session: VCenter, monkeypatch: pytest.MonkeyPatch, fields: Dict[str, Any], ours: bool
 ) -> None:
-    monkeypatch.setattr(hotadd, "find_vm", _find_vm)
-    monkeypatch.setattr(hotadd.ProxyIdentity, "find", lambda _session, sysfs_dir: (None, ""))
+    monkeypatch.setattr(hotadd_recovery, "find_vm", _find_vm)
+    monkeypatch.setattr(hotadd_proxy.ProxyIdentity, "find", lambda _session, sysfs_dir: (None, ""))
     session.put(DISK.file, 1)
     run: Any = Record(**fields)
     folders = {"sysfs_dir": str(session.sysfs), "device_dir": str(session.by_id)}
@@ -706,7 +709,7 @@ def test_what_was_attached_to_a_proxy_that_is_gone(
     session: VCenter, monkeypatch: pytest.MonkeyPatch, server: Optional[str], done: bool
 ) -> None:
     """It went with it; a proxy of another vCenter is not gone because this one does not know it."""
-    monkeypatch.setattr(hotadd, "find_vm", _find_vm)
+    monkeypatch.setattr(hotadd_recovery, "find_vm", _find_vm)
     run: Any = Record(proxy_moid="vm-9", proxy_uuid=OTHER_UUID, server_uuid=server)
     folders = {"sysfs_dir": str(session.sysfs), "device_dir": str(session.by_id)}
     found = recover(session, run, check_mode=False, **folders)  # type: ignore[arg-type]
@@ -717,8 +720,8 @@ def test_what_was_attached_to_a_proxy_that_is_gone(
 def test_what_vddk_attached_is_ours_if_its_uuid_is_reserved_for_the_run(
     session: VCenter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hotadd, "find_vm", _find_vm)
-    monkeypatch.setattr(hotadd.ProxyIdentity, "find", lambda _session, sysfs_dir: (vm(109, "proxy01"), ""))
+    monkeypatch.setattr(hotadd_recovery, "find_vm", _find_vm)
+    monkeypatch.setattr(hotadd_proxy.ProxyIdentity, "find", lambda _session, sysfs_dir: (vm(109, "proxy01"), ""))
     session.options[f"openvadp.hotadd.{DIGITS}"] = f"1:{PROXY_UUID}:{RUN}"
     session.put(DISK.file, 4)
     run: Any = Record(method="vddk", device_key=None, bus=None, unit=None)
