@@ -23,7 +23,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tu
 from urllib.parse import quote
 
 from ..errors import DamagedError, DataPathError
-from . import files
+from . import files, stream_vmdk
 from .processes import Child, allow_open_files, run_prefix, run_tool, tool_result
 
 CLUSTER_BYTES = 65536
@@ -58,8 +58,11 @@ def driver_of(image_format: str) -> str:
     return "vmdk" if image_format in _VMDK_TYPES else image_format
 
 
-def is_of_format(image: int, image_format: str) -> bool:
-    """Whether an open file may be what :func:`convert_into` writes in that format, as far as its header tells."""
+def is_of_format(image: int, image_format: str, offset: int = 0) -> bool:
+    """Whether an open file may be what :func:`convert_into` writes in that format, as far as its header tells.
+
+    :param offset: where a VMDK begins in the file.
+    """
     if image_format == "qcow2":
         try:
             header = _parse_header(os.pread(image, _HEADER_BYTES, 0), "")
@@ -67,19 +70,21 @@ def is_of_format(image: int, image_format: str) -> bool:
             return False
         return header.backing is None and not header.external_data
     if image_format in _VMDK_TYPES:
-        return _vmdk_type(image) == _VMDK_TYPES[image_format]
+        # A stream without an end, as qemu-img leaves it, is not what is written here.
+        finished = image_format != "vmdk_stream" or stream_vmdk.is_finished(image, offset)
+        return finished and _vmdk_type(image, offset) == _VMDK_TYPES[image_format]
     return True
 
 
-def _vmdk_type(image: int) -> Optional[str]:
+def _vmdk_type(image: int, start: int) -> Optional[str]:
     """What a sparse VMDK calls itself in the descriptor that it holds."""
-    header = os.pread(image, _SECTOR_BYTES, 0)
+    header = os.pread(image, _SECTOR_BYTES, start)
     if len(header) < _SECTOR_BYTES or not header.startswith(_VMDK_MAGIC):
         return None
     offset, length = struct.unpack_from("<QQ", header, 28)
     if not 0 < length <= 2048 or offset > 1 << 32:
         return None
-    found = _VMDK_TYPE.search(os.pread(image, length * _SECTOR_BYTES, offset * _SECTOR_BYTES))
+    found = _VMDK_TYPE.search(os.pread(image, length * _SECTOR_BYTES, start + offset * _SECTOR_BYTES))
     return found.group(1).decode("ascii") if found else None
 
 
@@ -463,7 +468,7 @@ def convert_into(
 
     :param name: what it is called in the stage. A VMDK tells its own name: it should be the final one.
     :param source: a qcow2 layer.
-    :param format: raw, qcow2, vmdk (monolithicSparse) or vmdk_stream (streamOptimized).
+    :param format: raw, qcow2, vmdk (monolithicSparse) or vmdk_stream (streamOptimized, with footer and end marker).
     :param on_progress: gets done and total bytes.
     :returns: the open file; the caller closes it.
     :raises DamagedError: the chain leaves the layer's folder, or a file of it is missing.
@@ -488,7 +493,7 @@ def _convert(
     pass_fds: Tuple[int, ...],
     on_progress: Optional[Callable[[int, int], None]],
 ) -> None:
-    """qemu-img into a file that is there, empty, so that it is nobody else's."""
+    """qemu-img into a file that is there, empty, so that it is nobody else's. :raises OSError: as its caller says."""
     if format not in FORMATS:
         raise ValueError(f"not one of {FORMATS}: {format!r}")
     options = layer_opts(os.path.abspath(source))
@@ -509,6 +514,8 @@ def _convert(
         on_output=percent if on_progress else None,
         pass_fds=pass_fds,
     )
+    if format == "vmdk_stream":
+        stream_vmdk.finish(descriptor, shown)
     os.fsync(descriptor)
 
 

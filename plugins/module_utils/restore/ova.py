@@ -350,7 +350,8 @@ def _holds(found: int, path: Path, package: _Package, point: Point) -> bool:
         return False
     try:
         return all(
-            image.compare(
+            image.is_of_format(found, "vmdk_stream", by_name[plan.href].offset_data)
+            and image.compare(
                 disk.layer,
                 str(path),
                 b_format="vmdk",

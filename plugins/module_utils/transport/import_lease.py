@@ -29,8 +29,6 @@ IMPORT_LEASE = "import_lease"
 
 _PIECE = 256 << 10
 _ATTEMPTS = 4
-# qemu-img leaves it to the file's end to say that there is no more. Who reads it as a stream looks for the marker.
-_END_OF_STREAM = bytes(512)
 
 Progress = Callable[[int, int], None]
 
@@ -89,7 +87,7 @@ class Upload:
         self._rate_limit = rate_limit
         self._on_progress = on_progress
         self._address = address_of(lease.addresses, disk)
-        self.size = source.stat().st_size + len(_END_OF_STREAM)
+        self.size = source.stat().st_size
 
     def run(self) -> None:
         """:raises TransportError: it failed again and again, or for good."""
@@ -168,7 +166,6 @@ class Upload:
                 if not piece:
                     break
                 yield piece
-        yield _END_OF_STREAM
 
     def _unreadable(self, error: OSError) -> DataPathError:
         return DataPathError("A packed disk can't be read", subject=str(self._source), reason=error.strerror)

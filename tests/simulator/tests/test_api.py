@@ -29,6 +29,7 @@ SIMULATOR = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(SIMULATOR))
 
 from client import Control  # noqa: E402
+from vcenter import stream_vmdk  # noqa: E402
 
 KIB, MIB = 1 << 10, 1 << 20
 PC = vmodl.query.PropertyCollector
@@ -1083,9 +1084,9 @@ def stream_of(folder, size, seed):
         stream.write(data)
         stream.seek(size - 512)
         stream.write(b"end" + bytes(509))
-    options = ["-o", "subformat=streamOptimized"]
-    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "vmdk", *options, str(raw), str(vmdk)], check=True)
-    return hashlib.sha256(raw.read_bytes()).hexdigest(), vmdk.read_bytes() + bytes(512)  # with its end marker
+    disk = raw.read_bytes()
+    pieces = stream_vmdk.stream(vmdk.name, size, [(0, size)], lambda at, length: disk[at : at + length])
+    return hashlib.sha256(disk).hexdigest(), b"".join(pieces)
 
 
 def upload(sim, url, data, method="POST", kind="application/x-vnd.vmware-streamVmdk"):
@@ -1116,6 +1117,10 @@ def test_a_machine_comes_by_an_import_lease(sim, tmp_path):
     assert "no VMDK" in upload(sim, urls[names[0]], bytes(65536))[1]
     assert "the disk has" in upload(sim, urls[names[0]], second)[1]
     assert "ends early" in upload(sim, urls[names[0]], first[: len(first) // 2])[1]
+    options = ["-o", "subformat=streamOptimized"]
+    bare = tmp_path / "bare.vmdk"
+    subprocess.run(["qemu-img", "convert", "-O", "vmdk", *options, str(tmp_path / "1.raw"), str(bare)], check=True)
+    assert "in front" in upload(sim, urls[names[0]], bare.read_bytes() + bytes(512))[1]
     assert upload(sim, urls[names[0]], first)[0] == 201
     assert download(sim, urls[names[0]])[0] == 405
     with pytest.raises(vim.fault.InvalidState):

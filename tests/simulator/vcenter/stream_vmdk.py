@@ -132,15 +132,19 @@ def grains(pieces: Iterable[bytes], capacity: int) -> Iterator[tuple[int, bytes]
     text = head[(at - 1) * SECTOR : (at - 1 + length) * SECTOR].split(b"\0")[0].decode("utf-8", "replace")
     if '"streamOptimized"' not in text or "parentCID=ffffffff" not in text or "parentFileNameHint" in text:
         raise BadStream("its descriptor is of another kind")
-    last = -1
+    if fields[9] != AT_END:
+        raise BadStream("its tables are in front")
+    last, parts = -1, []
     while True:
         marker = source.read(SECTOR)
         number, size, kind = struct.unpack_from("<QII", marker)
         if size == 0:
             if kind == END_OF_STREAM:
                 break
-            source.read(number * SECTOR)
+            parts.append((kind, source.read(number * SECTOR)))
             continue
+        if parts and parts[-1][0] != GRAIN_TABLE:
+            raise BadStream("a grain behind the directory")
         packed = marker[12:] + source.read(len(_padded(bytes(12 + size))) - SECTOR)
         offset = number * SECTOR
         if number % grain or offset <= last or offset >= capacity:
@@ -150,9 +154,11 @@ def grains(pieces: Iterable[bytes], capacity: int) -> Iterator[tuple[int, bytes]
             data = zlib.decompress(packed[:size])
         except zlib.error as error:
             raise BadStream(f"the grain at byte {offset}: {error}") from error
-        if len(data) not in (GRAIN, capacity - offset):  # the last one may be whole, or as much as there is
+        if len(data) != GRAIN:  # the last one is filled up
             raise BadStream(f"the grain at byte {offset} has {len(data)} bytes")
         yield offset, data[: capacity - offset]
+    if [kind for kind, _data in parts[-2:]] != [GRAIN_DIRECTORY, FOOTER] or not parts[-1][1].startswith(b"KDMV"):
+        raise BadStream("it has no footer behind a directory")
     while True:
         rest = source.read(1 << 16, at_end=True)
         if rest.count(0) != len(rest):
