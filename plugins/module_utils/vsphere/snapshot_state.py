@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, List, Optional
 
-from ..errors import NotFoundError
+from ..errors import NotFoundError, VsphereError
 from . import snapshots
 from .disks import disks_of
 from .inventory import VmRef
@@ -57,13 +57,12 @@ def _present(session: Session, vm: VmRef, wanted: Wanted, check_mode: bool) -> D
     existing = snapshots.pick_snapshot(state.snapshots, vm, wanted.moid, wanted.name)
     result: Dict[str, Any] = {"changed": False, "consolidated": False}
     if existing is not None:
+        _require_quiesced(existing, vm, wanted)
         quiesce = snapshots.Quiesce(
             wanted.quiesce,
             "quiesced" if existing.quiesced else "crash-consistent",
             "the snapshot was there already; what was achieved is judged by the option it was made with",
         )
-        if wanted.quiesce == "required" and not existing.quiesced:
-            result["warnings"] = [f"The existing {existing} of {vm} was made without quiescing the guest."]
         held = snapshots.snapshot_disks(session, existing)
         result.update(snapshot=existing.to_dict(), disks=[disk.to_dict() for disk in held], quiesce=quiesce.to_dict())
         result["diff"] = _diff(_words(existing), _words(existing))
@@ -93,6 +92,17 @@ def _present(session: Session, vm: VmRef, wanted: Wanted, check_mode: bool) -> D
     else:
         return make(session, vm, wanted, None, state)
     return _made(vm, wanted, quiesce, result)
+
+
+def _require_quiesced(existing: Snapshot, vm: VmRef, wanted: Wanted) -> None:
+    """:raises VsphereError: a quiesced one is demanded, and this is not. That the machine was off then is nowhere."""
+    if wanted.quiesce == "required" and not existing.quiesced:
+        raise VsphereError(
+            "The existing snapshot was not quiesced",
+            subject=f"{existing} of {vm}",
+            reason="quiesce is required, and the snapshot was made without it",
+            remedy="Choose another name, remove the snapshot, or use quiesce: preferred",
+        )
 
 
 def make(

@@ -192,6 +192,24 @@ def test_present_is_made_once(session, vm, machine):
     assert not machine.changing_calls()
 
 
+@pytest.mark.parametrize("check_mode", [False, True])
+def test_required_takes_no_existing_snapshot_that_was_not_quiesced(session, vm, machine, make, stub, check_mode):
+    """By its name or by its moid. Nothing says afterwards that the machine was off."""
+    machine.nodes = [
+        make.tree_node(stub, "snapshot-1", "nightly", quiesced=False),
+        make.tree_node(stub, "snapshot-2", "weekly", quiesced=True),
+    ]
+    for node in machine.nodes:
+        stub.add(node.snapshot, config__hardware__device=machine.devices)
+    for named in (wanted(quiesce="required"), wanted(name=None, moid="snapshot-1", quiesce="required")):
+        with pytest.raises(VsphereError, match="was not quiesced.*snapshot-1.*another name"):
+            ensure(session, vm, named, check_mode)
+    for good in (wanted(name="weekly", quiesce="required"), wanted(), wanted(quiesce="never")):
+        assert not ensure(session, vm, good, check_mode)["changed"]
+    assert ensure(session, vm, wanted(), check_mode)["quiesce"]["achieved"] == "crash-consistent"
+    assert not machine.changing_calls()
+
+
 def test_check_mode_predicts_and_calls_nothing_that_changes(session, vm, machine):
     machine.stub.calls.clear()
     result = ensure(session, vm, wanted(), check_mode=True)
