@@ -23,9 +23,9 @@ PACKAGES=(python3 python3-venv python3-dev python3-libnbd libnbd-bin nbdkit qemu
     e2fsprogs ntfs-3g xfsprogs btrfs-progs dosfstools mtools fdisk util-linux procps openssh-client shellcheck
     iproute2 iputils-ping)
 
-# A firmware for EFI, and what makes a program for it out of a kernel.
+# A firmware for EFI, and what makes a program for it out of a kernel; readers of images that are not qemu.
 if [ "$for_tests" = soak ]; then
-    PACKAGES+=(ovmf systemd-boot-efi binutils)
+    PACKAGES+=(ovmf systemd-boot-efi binutils 7zip libvmdk-utils sleuthkit)
 fi
 
 apt_install() {
