@@ -61,8 +61,9 @@ options:
   quiesce:
     description:
       - Whether the guest's file systems, and its applications where the guest can, are brought into a consistent state.
-      - V(required) fails where that can't be had, before the snapshot if possible. It also fails where the snapshot exists
-        and was made without quiescing, even of a virtual machine that was off, because nothing shows that afterwards.
+      - V(required) fails where that can't be had, before the snapshot if possible. It also fails where the snapshot
+        exists and was made without quiescing, even of a virtual machine that was off, because nothing shows that
+        afterwards.
       - V(preferred) makes a crash-consistent snapshot instead, with a warning.
       - A virtual machine that is off is consistent by itself.
     type: str
