@@ -195,13 +195,12 @@ def test_errors_that_are_ignored_make_no_backup_complete(app01: Modules, ansible
     outcome = ansible.run([play], hosts=["app01"], variables=variables)
     simulator.control.call("clear_injections")
     told = outcome.result("debug", task="told")["vm_backup_result"]
-    assert told["state"] == "failed" and "no complete restore point" in told["reason"], told
-    assert "SnapshotFault" in told["reason"]
+    assert told["state"] == "failed" and "SnapshotFault" in told["reason"], told
     app01.clean()
 
 
 def test_errors_that_are_ignored_overwrite_nothing(app01: Modules, ansible: Ansible) -> None:
-    """The module that writes demands the safety point itself."""
+    """What the role refuses is refused, though tasks that fail are passed over."""
     simulator, backups = app01.simulator, Backups(app01.simulator, ansible, app01.repository)
     backups.run("app01", point="p1").ok()
     simulator.control.call("power", vm="app01", state="poweredOff")
@@ -209,20 +208,46 @@ def test_errors_that_are_ignored_overwrite_nothing(app01: Modules, ansible: Ansi
     before = _held(app01)
     for name in ("CreateSnapshot_Task", "CreateSnapshotEx_Task"):
         simulator.control.call("inject", target="task", name=name, fault="vim.fault.SnapshotFault", count=0)
-    variables = {name.replace("vm_backup_", "vm_restore_"): value for name, value in backups.variables().items()}
-    variables.update(vm_restore_vm_name="app01", vm_restore_point="p1", vm_restore_target="in_place")
-    variables.update(vm_restore_overwrite=True, vm_restore_safety_point=True)
-    play = {
-        "hosts": "localhost",
-        "gather_facts": False,
-        "ignore_errors": True,
-        "tasks": [{"ansible.builtin.include_role": {"name": "openvadp.backup.vm_restore"}}],
-    }
-    outcome = ansible.run([play], variables=variables)
+    outcome = ansible.run([_ignoring("vm_restore")], variables=_restore_variables(backups, safety_point=True))
     simulator.control.call("clear_injections")
     simulator.control.call("power", vm="app01", state="poweredOn")
     assert _held(app01) == before
     failed = [event["result"].get("msg", "") for event in outcome.events if event["status"] == "failed"]
-    assert any("The safety point is not there, and no disk was written" in text for text in failed), failed
+    assert any("The safety point could not be made, and no disk was written" in text for text in failed), failed
+    assert outcome.result("debug", task="told")["vm_restore_result"]["failed"] is True
+    app01.clean()
+
+
+def test_a_misspelt_safety_point_overwrites_nothing(app01: Modules, ansible: Ansible) -> None:
+    """What a role refuses counts where errors are ignored: the default of the right name would overwrite the disk."""
+    simulator, backups = app01.simulator, Backups(app01.simulator, ansible, app01.repository)
+    backups.run("app01", point="p1").ok()
+    simulator.control.call("power", vm="app01", state="poweredOff")
+    simulator.write("app01", 2000, 5 * MIB, seed=10)
+    before = _held(app01)
+    outcome = ansible.run([_ignoring("vm_restore")], variables=_restore_variables(backups, safty_point=True))
+    simulator.control.call("power", vm="app01", state="poweredOn")
+    assert _held(app01) == before
+    told = outcome.result("debug", task="told")["vm_restore_result"]
+    assert told["failed"] is True and "vm_restore_safty_point (vm_restore_safety_point?)" in told["msg"], told
     app01.clean()
     shutil.rmtree(app01.repository)
+
+
+def _ignoring(role: str) -> Dict[str, Any]:
+    return {
+        "hosts": "localhost",
+        "gather_facts": False,
+        "ignore_errors": True,
+        "tasks": [
+            {"ansible.builtin.include_role": {"name": f"openvadp.backup.{role}"}},
+            {"name": "told", "ansible.builtin.debug": {"var": f"{role}_result"}},
+        ],
+    }
+
+
+def _restore_variables(backups: Backups, **more: Any) -> Dict[str, Any]:
+    variables = {name.replace("vm_backup_", "vm_restore_"): value for name, value in backups.variables().items()}
+    variables.update(vm_restore_vm_name="app01", vm_restore_point="p1", vm_restore_target="in_place")
+    variables.update(vm_restore_overwrite=True, **{f"vm_restore_{name}": value for name, value in more.items()})
+    return variables
