@@ -82,6 +82,22 @@ def test_a_variable_that_no_role_knows_is_refused(
     assert backups.simulator.last_call() == seen and _untouched(backups)
 
 
+def test_a_role_refuses_where_errors_are_ignored_too(backups: Backups, simulator: Simulator) -> None:
+    """A guard is a task, and ``ignore_errors`` of a play passes tasks over that fail."""
+    seen = simulator.last_call()
+    tell = {"name": "told", "ansible.builtin.debug": {"var": "results"}, "vars": {"results": "{{ vm_backup_result }}"}}
+    play = {
+        "hosts": "vms",
+        "gather_facts": False,
+        "ignore_errors": True,
+        "tasks": [{"ansible.builtin.include_role": {"name": "openvadp.backup.vm_backup"}}, tell],
+    }
+    variables = backups.variables(exclude_disk=["2001"])
+    told = backups.ansible.run([play], hosts=["app01"], variables=variables).result("debug", task="told")["results"]
+    assert told["state"] == "failed" and "vm_backup_exclude_disk (vm_backup_exclude_disks?)" in told["reason"], told
+    assert simulator.last_call() == seen and _untouched(backups)
+
+
 def test_a_library_that_is_named_and_absent_is_an_error(backups: Backups, simulator: Simulator) -> None:
     """Otherwise whole disks would be downloaded each night, by a way that nobody chose."""
     seen = simulator.last_call()

@@ -143,6 +143,20 @@ def test_what_is_not_reached_fails_the_run_and_says_why(lan: Lan, own_simulator:
     lan.run().ok()
 
 
+def test_errors_that_are_ignored_make_no_backup_lan(lan: Lan, own_simulator: Simulator) -> None:
+    """The state is not what remains when nobody has noted a failure."""
+    own_simulator.control.call("inject", target="call", name="AddVirtualNic", fault="HostConfigFault", count=0)
+    role = {"ansible.builtin.include_role": {"name": "openvadp.backup.backup_lan"}}
+    tell = {"name": "told", "ansible.builtin.debug": {"var": "backup_lan_result"}}
+    play = {"hosts": "localhost", "gather_facts": False, "ignore_errors": True, "tasks": [role, tell]}
+    for options in ({}, {"uplink": "vmnic1"}):
+        variables = lan.variables(probe=False, interface=None, proxy_address=None, **options)
+        variables.pop("backup_lan_proxies")
+        told = lan.ansible.run([play], variables=variables).result("debug", task="told")["backup_lan_result"]
+        assert told["state"] == "failed" and told["reason"], told
+    assert "backup_lan_uplink (backup_lan_uplinks?)" in told["reason"]
+
+
 def test_a_source_that_is_not_there_is_told(lan: Lan) -> None:
     outcome = lan.run(proxy_address="10.20.30.5/24", proxy_gateway="10.20.30.1").failed()
     assert "10.20.30.5 is not an address of this machine" in outcome.stdout
