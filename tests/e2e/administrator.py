@@ -38,6 +38,9 @@ class Administrator:
         """Go back to a snapshot. The machine is off afterwards."""
         WaitForTask(vim.vm.Snapshot(moid, self._vm._stub).RevertToSnapshot_Task())
 
+    def make_snapshot(self, name: str) -> None:
+        WaitForTask(self._vm.CreateSnapshot_Task(name=name, description="", memory=False, quiesce=False))
+
     def remove_snapshot(self, moid: str) -> None:
         """The task may fail half-way, as it does where somebody reads a disk."""
         with contextlib.suppress(vim.fault.FileLocked):

@@ -570,6 +570,13 @@ def _children(pid: int) -> List[int]:
 # Calls
 
 
+def _calls(world: World, since: int) -> int:
+    """How many there were. Looks at a task until it has ended are one, however long the machine takes for it."""
+    calls = world.control("calls", since=since)
+    looks = [tuple(call["reads"]) for call in calls if str((call.get("reads") or [""])[0]).startswith("task-")]
+    return len(calls) - len(looks) + len(set(looks))
+
+
 def test_a_backup_does_with_few_calls(own_world: World, capsys: pytest.CaptureFixture[str]) -> None:
     """Role vm_backup, one disk, change tracking to be turned on; and an export whose point is complete."""
     simulator = own_world.simulator
@@ -577,11 +584,11 @@ def test_a_backup_does_with_few_calls(own_world: World, capsys: pytest.CaptureFi
     for name, bound in (("api_calls_full_backup", FULL_CALLS), ("api_calls_next_full_backup", FULL_CALLS)):
         seen = simulator.last_call()
         own_world.role(name, disks=["2000"], transports=["san", "hotadd", "nbdssl", "nbd", "https"]).wait().ok()
-        figures[name] = (len(own_world.control("calls", since=seen)), bound)
+        figures[name] = (_calls(own_world, seen), bound)
     seen = simulator.last_call()
     options = own_world.modules.export_options(snapshot_name="gone", point="api_calls_full_backup")
     assert own_world.modules.done("vadp_disk_export", **options)["changed"] is False
-    figures["api_calls_noop_export"] = (len(own_world.control("calls", since=seen)), NOOP_CALLS)
+    figures["api_calls_noop_export"] = (_calls(own_world, seen), NOOP_CALLS)
     with capsys.disabled():
         print("".join(f"\n{name} {count} (at most {bound})" for name, (count, bound) in figures.items()))
     assert all(0 < count <= bound for count, bound in figures.values()), figures

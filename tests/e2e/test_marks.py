@@ -268,15 +268,14 @@ def test_a_snapshot_that_appears_after_the_mark_stops_the_restore(site: Site) ->
     site.write(2000, 8 * MIB, seed=3)
     site.power(False)
     held = {key: site.simulator.disk("app01", key) for key in BOTH}
+    session = Administrator(site.simulator.facts, "app01")
     site.call("set_settings", task_delay=1.0)
     process = site.a.start("vadp_disk_restore", site.options(site.a, "a1"))
     site.until(process, lambda: _reconfigured(site))
     site.call("set_settings", task_delay=0.02)
-    session = Administrator(site.simulator.facts, "app01")
-    # The mark's task is under way; the snapshot comes as soon as it is done.
+    # The mark's task is under way; the snapshot comes as soon as it is done, before the restore has seen that.
     site.until(process, lambda: site.marks)
-    made = site.b.start("vm_snapshot", {**site.b.named, "snapshot_name": "b2", "quiesce": "never"})
-    site.b.result(made)
+    session.make_snapshot("b2")
     result = site.a.result(process)
     session.close()
     if not result["failed"]:

@@ -16,8 +16,12 @@ WARNING_SECONDS = 300
 def skew_seconds(session: Session) -> float:
     """How far the server's clock is ahead of this machine's (negative: behind); what the call took is not counted.
 
+    The answer to a login holds the server's time; another call is made where it does not.
+
     :raises VsphereError: the server does not tell.
     """
+    if session.login_time is not None:
+        return skew(*session.login_time)
     before = datetime.datetime.now(datetime.timezone.utc)
     theirs = session.call(session.service.CurrentTime, what="The server's time was not read", idempotent=True)
     return skew(theirs, before, datetime.datetime.now(datetime.timezone.utc))

@@ -25,6 +25,7 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from http.cookies import SimpleCookie
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 from xml.etree import ElementTree
@@ -280,7 +281,7 @@ class Session:
     """One login; a context manager that logs out at its end. Usable from several threads.
 
     ``connection``, ``content`` (``vim.ServiceInstanceContent``), ``about``, ``stub``, ``clock``, ``sleep`` are public;
-    ``key`` names the login to vCenter's own calls about sessions.
+    ``key`` names the login to vCenter's own calls about sessions, ``login_time`` says when it was.
 
     :param stub: a pyVmomi stub adapter that is not logged in.
     """
@@ -303,6 +304,8 @@ class Session:
         self._login_lock = threading.Lock()
         self._logins = 0
         self.key: Optional[str] = None
+        #: (the server's time, this machine's before and after it) at the last login, if the server tells.
+        self.login_time: Optional[Tuple[datetime, datetime, datetime]] = None
         self._server_uuid: Optional[str] = None
         self.on_unfinished: Optional[Callable[[Dict[str, Any]], None]] = None
         self._last_call = clock()
@@ -409,8 +412,11 @@ class Session:
             ) from error
 
     def _login(self) -> None:
+        before = datetime.now(timezone.utc)
         session = self.content.sessionManager.Login(self.connection.username, self.connection.password, None)
         self.key = getattr(session, "key", None)
+        theirs = getattr(session, "loginTime", None)
+        self.login_time = (theirs, before, datetime.now(timezone.utc)) if theirs is not None else None
         self._logins += 1
 
     def renew_login(self, seen: int) -> None:

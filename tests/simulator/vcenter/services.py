@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from pyVmomi import VmomiSupport, vim, vmodl
@@ -150,7 +151,16 @@ class CallLog:
         self._lock = threading.Lock()
         self._calls: list[dict[str, Any]] = []
 
-    def add(self, user: str | None, method: str, object: str | None, changing: bool, fault: str | None) -> None:
+    def add(
+        self,
+        user: str | None,
+        method: str,
+        object: str | None,
+        changing: bool,
+        fault: str | None,
+        reads: list[str] | None = None,
+    ) -> None:
+        """:param reads: moids of the objects that a call begins to read at."""
         with self._lock:
             self._calls.append(
                 {
@@ -161,6 +171,7 @@ class CallLog:
                     "object": object,
                     "changing": changing,
                     "fault": fault,
+                    **({} if reads is None else {"reads": reads}),
                 }
             )
 
@@ -262,13 +273,15 @@ class Injector:
 
 
 class Session:
-    def __init__(self, key: str, user: User, address: str, agent: str, rest: bool = False) -> None:
+    def __init__(
+        self, key: str, user: User, address: str, agent: str, login_time: datetime, rest: bool = False
+    ) -> None:
         self.rest = rest  # of the REST API: its cookie is the token, and no good for anything else
         self.key = key
         self.user = user
         self.address = address
         self.agent = agent
-        self.login_time = now()
+        self.login_time = login_time
         self.last_active = time.monotonic()
         self.alive = True
         self.objects: dict[str, Managed] = {}  # views, collectors, filters: they die with the session
@@ -301,7 +314,7 @@ class Sessions:
     def login(self, username: str, password: str, address: str, agent: str, rest: bool = False) -> Session:
         """:raises AuthenticationFailed: unknown user or wrong password."""
         user = self.authenticate(username, password)
-        session = Session(f"52{secrets.token_hex(15)}", user, address, agent, rest)
+        session = Session(f"52{secrets.token_hex(15)}", user, address, agent, self.simulator.clock(), rest)
         with self._lock:
             self._by_cookie[session.cookie] = session
         return session

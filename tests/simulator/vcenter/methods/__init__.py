@@ -237,7 +237,14 @@ def call(context: Context, request: soap.Request) -> tuple[Any, Any]:
             VmomiSupport.GetWsdlName(type(as_fault(error)))
             if isinstance(error, vmodl.MethodFault)
             else error and repr(error),
+            _read_at(request),
         )
+
+
+def _read_at(request: soap.Request) -> list[str] | None:
+    if request.method != "RetrievePropertiesEx":
+        return None
+    return [part.obj._moId for spec in request.arguments.get("specSet") or [] for part in spec.objectSet or []]
 
 
 def require_readable(context: Context, obj: Managed, paths: list[str]) -> None:
