@@ -151,6 +151,45 @@ def test_a_planted_record_destroys_nothing(app01: Modules) -> None:
     app01.clean()
 
 
+def test_a_planted_record_takes_no_disk_from_its_own_machine(app01: Modules) -> None:
+    """It names a disk as vCenter shows it, of a machine that it calls a proxy: nothing takes it away."""
+    simulator = app01.simulator
+    administrator = Administrator(simulator.facts, "restore01")
+    victim, source = administrator.config(_moid(app01, "restore01")), administrator.config(_moid(app01, "app01"))
+    administrator.close()
+    app01.track_changes()
+    app01.point("p1")
+    disk = next(device for device in victim.hardware.device if device.key == 2000)
+    attachment = {
+        "what": "attachment",
+        "proxy_moid": _moid(app01, "restore01"),
+        "proxy_uuid": victim.instanceUuid,
+        "file": disk.backing.fileName,
+        "disk_uuid": disk.backing.uuid,
+        "vm_moid": _moid(app01, "app01"),
+        "vm_uuid": source.instanceUuid,
+        "access": "write",
+        "device_key": 2000,
+    }
+    before = simulator.vm("restore01")["disks"]
+    itself = {"vm_moid": _moid(app01, "restore01"), "vm_uuid": victim.instanceUuid}
+    path = _plant(app01, [attachment, {**attachment, **itself}])
+    result = app01.done("vadp_recover", **app01.named, repository=str(app01.repository))
+    assert simulator.vm("restore01")["disks"] == before
+    assert [item["action"].split(";")[0] for item in result["recovered"]] == [
+        "left: the record does not prove that it is this run's"
+    ] * 2
+    record = json.loads(path.read_text()) if path.exists() else None
+    assert record is None or record["intents"]
+    simulator.control.call("power", vm="app01", state="poweredOff")
+    _plant(app01, [attachment], repository_id="0" * 8 + "-0000-4000-8000-" + "0" * 12)
+    options = app01.export_options(target="in_place", vm_name="app01", point="p1", overwrite=True)
+    app01.done("vadp_disk_restore", **options)
+    assert simulator.vm("restore01")["disks"] == before
+    simulator.control.call("power", vm="app01", state="poweredOn")
+    shutil.rmtree(app01.repository)
+
+
 def test_a_task_that_is_given_up_is_cancelled_or_looked_for(app01: Modules) -> None:
     """A snapshot that appears after the module has failed does not stay for ever."""
     simulator, where = app01.simulator, {**app01.named, "repository": str(app01.repository)}

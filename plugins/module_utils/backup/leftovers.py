@@ -129,7 +129,7 @@ def recover(
     here, now = store.runs() + store.foreign_runs(), store.now(write=not check_mode)
     runs = []
     for run in here:
-        problem = _stranger(store, run)
+        problem = store.stranger(run)
         if problem is not None:
             result.told.append(_told(store, run, problem))
         elif run_id is not None:
@@ -168,15 +168,6 @@ def recover(
 
 def _need_server(runs: Sequence[Run]) -> bool:
     return any(run.data["server_uuid"] is not None for run in runs)
-
-
-def _stranger(store: VmStore, run: Run) -> Optional[str]:
-    """Why a record is not one that this repository's code has written for this VM."""
-    if run.old:
-        return "its record has format 1, which has no proof of anything"
-    if run.data["repository_id"] != store.repository.id or run.data["vm_uuid"] != store.uuid:
-        return "its record is of another repository or virtual machine"
-    return None
 
 
 def _told(store: VmStore, run: Run, problem: str) -> str:
@@ -509,7 +500,7 @@ def would_end(store: VmStore, run_id: Optional[str] = None) -> bool:
     """Whether a recovery would end a record, as far as the records themselves say."""
     now = store.now(write=False)
     return any(
-        _stranger(store, run) is None
+        store.stranger(run) is None
         and not _kept(run)
         and (run.run_id == run_id if run_id is not None else run.busy(now) is None)
         for run in store.runs()

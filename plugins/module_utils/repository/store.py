@@ -196,6 +196,21 @@ class VmStore(VmPoints):
             folders.append(here / "runs")
         return _runs_in(*folders)
 
+    def stranger(self, run: Run) -> Optional[str]:
+        """Why a record is not one that this collection has written for this VM and this repository; None if it is.
+
+        Copied, planted and old records are reported, and never acted upon.
+        """
+        if run.old:
+            return "its record has format 1, which has no proof of anything"
+        if run.data["repository_id"] != self.repository.id or run.data["vm_uuid"] != self.uuid:
+            return "its record is of another repository or virtual machine"
+        return None
+
+    def own_runs(self) -> List[Run]:
+        """Those of :meth:`runs` that are this VM's and this repository's: only they may be acted upon."""
+        return [run for run in self.runs() if self.stranger(run) is None]
+
     def foreign_runs(self) -> List[Run]:
         """The repository's records where they are told and not acted upon, oldest first; else none."""
         return [] if self.repository.may_write else _runs_in(self._inside("runs"))

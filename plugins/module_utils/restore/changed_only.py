@@ -361,16 +361,16 @@ def _areas(session: Session, vm: VmRef, snapshot: Snapshot, disk: Disk, then: st
 
 def clear_leftovers(session: Session, vm: VmRef, store: VmStore) -> None:
     """Remove the snapshot that a killed restore of this virtual machine left: no disk is written below one."""
-    if any(_may_have_left(run) for run in store.runs()):
+    if any(_may_have_left(run) for run in store.own_runs()):
         with store.lock(new_run_id(), "vadp_disk_restore"):
             now = store.now()
-            for run in store.runs():
+            for run in store.own_runs():
                 if _may_have_left(run) and run.busy(now) is None:
                     _remove_snapshots(session, vm, store, run)
 
 
 def _may_have_left(run: Run) -> bool:
-    return not run.old and run.data["point"] is None and bool(run.intents("snapshot"))
+    return run.data["point"] is None and bool(run.intents("snapshot"))
 
 
 def _remove_snapshots(session: Session, vm: VmRef, store: VmStore, run: Run) -> None:

@@ -196,9 +196,7 @@ def _restore_locked(
         same = point.name if safety.uuid == point.store.uuid else ""
         require_safety_point(safety, request.safety_run_id, [target.disk for target in targets], same)
         # What a restore that crashed left attached is in the way.
-        for earlier in store.runs():
-            if earlier.old:
-                continue
+        for earlier in store.own_runs():
             recover(
                 session,
                 earlier,
@@ -560,8 +558,8 @@ def _forget_earlier(store: VmStore, vm: VmRef, run: Run, keys: List[int]) -> Non
 
 def _forget_healed(store: VmStore, vm: VmRef, run: Run, keys: List[int]) -> None:
     now = store.now()
-    for other in store.runs():
-        if other.run_id == run.run_id or other.data["point"] is not None or other.old or other.busy(now) is not None:
+    for other in store.own_runs():
+        if other.run_id == run.run_id or other.data["point"] is not None or other.busy(now) is not None:
             continue
         intents = other.intents()
         ours = all(intent["what"] in ("restore", "process") for intent in intents)

@@ -426,13 +426,13 @@ def _clear_crashed(session: Session, point: Point, name: str, request: RestoreRe
         try:
             with store.lock(new_run_id(), "vadp_disk_restore"):
                 store.refuse_busy(force=request.force)
-                runs = [run for run in store.runs() if not run.old and run.data["repository_id"] == point.repository.id]
+                runs = [run for run in store.own_runs() if any(_is_same(item, point, name) for item in run.intents())]
                 for run in runs:
                     recover(session, run, sysfs_dir=request.sysfs_dir, device_dir=request.device_dir, check_mode=False)
                     for intent in run.intents("restore"):
                         if _is_same(intent, point, name):
                             _remove_leftover(session, store, run, intent)
-                    if not (run.intents("restore") or run.intents("task")):
+                    if not _is_needed(run):
                         RuntimeDir.leftovers(run.run_id, remove=True)
                         run.remove()
                 remove_files_of(store, runs)
@@ -461,6 +461,13 @@ def _remove_leftover(session: Session, store: VmStore, run: Run, intent: Mapping
             remedy="Or restore under another name",
         )
     run.done(intent["id"])
+
+
+def _is_needed(run: Run) -> bool:
+    """Whether the record of a crashed run still names what may be left."""
+    if run.intents("process") and not (run.here or run.of_an_ended_boot):
+        return True
+    return any(run.intents(what) for what in ("restore", "task", "attachment", "snapshot", "access"))
 
 
 def _is_same(intent: Mapping[str, Any], point: Point, name: str) -> bool:

@@ -41,6 +41,8 @@ def recover(session: Session, run: Run, *, sysfs_dir: str, device_dir: str, chec
         state = read_proxy(session, proxy)
         there = attachments_of(state.devices, [str(intent["file"])])
         ours = [item for item in there if is_intended(item, intent, proxy, state, run.run_id)]
+        if ours and not _is_of_its_source(session, intent, proxy):
+            ours = []
         if not check_mode:
             devices = device_dir if ours and is_here(session, proxy, sysfs_dir) else None
             detach(session, proxy, ours, sysfs_dir=sysfs_dir, device_dir=devices, timeout=DEVICE_TIMEOUT)
@@ -55,6 +57,21 @@ def recover(session: Session, run: Run, *, sysfs_dir: str, device_dir: str, chec
             if item not in ours
         ]
     return found
+
+
+def _is_of_its_source(session: Session, intent: Dict[str, Any], proxy: VmRef) -> bool:
+    """Whether vCenter shows the file as one of the machine that was backed up or restored, which is not the proxy.
+
+    Else a record that somebody has written could take a disk away from the machine that it belongs to.
+    """
+    try:
+        source = find_vm(session, moid=str(intent.get("vm_moid")))
+    except NotFoundError:
+        return False
+    if source.moid == proxy.moid or intent.get("vm_uuid") not in (None, source.instance_uuid):
+        return False
+    files = session.read(source.obj, "layoutEx.file")["layoutEx.file"] or []
+    return any(file.name == intent["file"] for file in files)
 
 
 def _left(identity: str, reason: str) -> Dict[str, Any]:

@@ -217,7 +217,10 @@ class VCenter:
     def sleep(self, _seconds: float) -> None:
         pass
 
-    def read(self, _obj: Any, *paths: str) -> Dict[str, Any]:
+    def read(self, obj: Any, *paths: str) -> Dict[str, Any]:
+        if paths == ("layoutEx.file",):
+            files = [DISK.file, LEAF] if obj._moId == "vm-101" else []
+            return {paths[0]: [vim.vm.FileLayoutEx.FileInfo(name=name) for name in files]}
         return {path: self.proxy.get(path) for path in paths}
 
     @property
@@ -674,6 +677,11 @@ RECORDS: List[Any] = [
     ({"disk_uuid": OTHER_UUID}, False),
     ({"access": "write"}, False),
     ({"method": "vddk"}, False),
+    # vCenter has to show it as a file of the machine that was backed up, which is another one than the proxy.
+    ({"vm_moid": "vm-9"}, False),
+    ({"vm_moid": "vm-109"}, False),
+    ({"vm_moid": "vm-102"}, False),
+    ({"vm_uuid": OTHER_UUID}, False),
 ]
 
 
@@ -681,6 +689,8 @@ PROXY_UUID = "503f1d2e-3c4b-5a69-7887-96a5b4c3d2e1"
 
 
 def _find_vm(_session: Any, moid: Optional[str] = None, uuid: Optional[str] = None, **_options: Any) -> VmRef:
+    if moid in ("vm-101", "vm-102"):
+        return vm(int(moid[3:]), moid)
     if moid != "vm-109" and uuid != PROXY_UUID:
         raise NotFoundError("There is no such virtual machine")
     return replace(vm(109, "proxy01"), instance_uuid=PROXY_UUID)
