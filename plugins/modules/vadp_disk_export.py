@@ -66,7 +66,8 @@ options:
     default: false
   point:
     description:
-      - Name of the restore point. If it exists, nothing is done, whatever the other options say.
+      - Name of the restore point. If it exists, nothing is done, whatever the other options say; it is an error
+        if it is damaged, or was made from another server.
       - If not given, it is that of the run which made the snapshot, or one that is made of the time, such as
         V(20261122T084203Z).
     type: str

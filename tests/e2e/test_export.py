@@ -230,6 +230,11 @@ def test_a_second_try_reads_what_is_missing_and_never_mixes_snapshots(
     app01.remove_snapshot(moid)
     assert [item["what"] for item in app01.recover()["recovered"]] == []
     assert not list(app01.repository.glob("vms/*/runs/*"))
+    # A point that has lost a file is there, and no backup.
+    assert app01.export(snapshot_moid=moid, **options)["changed"] is False
+    next(app01.repository.glob("vms/*/disk-2001/two.qcow2")).unlink()
+    damaged = app01.export(snapshot_moid=moid, **options)
+    assert damaged["failed"] and "exists, and is damaged" in damaged["msg"] and "two.qcow2" in damaged["msg"], damaged
 
 
 @pytest.mark.soak

@@ -73,6 +73,13 @@ def test_a_replica_and_the_original_in_one_repository(world: Callable[[Path], Mo
     original.simulator.write("app01", 2000, 8 * MIB, seed=6, length=2 * MIB)
     test.simulator.write("app01", 2000, 16 * MIB, seed=7, length=2 * MIB)
     assert modes(test.point("dr1"))[2000] == ("incremental", "p2")
+    # A name that the other one has used is not a backup of this one.
+    where = {**original.named, "repository": str(original.repository)}
+    begun = original.run("vadp_recover", **where, begin=True, point="dr1")
+    snapshot = original.snapshot("taken")
+    for taken in (begun, original.export(snapshot, "dr1")):
+        assert taken["failed"] and "it was made from server" in taken["msg"], taken
+    original.remove_snapshot(snapshot)
     original.simulator.write("app01", 2000, 24 * MIB, seed=8, length=65536)
     assert modes(original.point("p3"))[2000] == ("incremental", "p2")
     test.simulator.write("app01", 2000, 28 * MIB, seed=9, length=65536)

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -190,6 +192,48 @@ def test_a_planted_record_takes_no_disk_from_its_own_machine(app01: Modules) -> 
     shutil.rmtree(app01.repository)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
+def test_a_run_that_found_no_room_keeps_nobody_waiting(minimal: Simulator, tmp_path: Path) -> None:
+    """Neither one that can't begin, nor one that can't write that it is over."""
+    image, folder = tmp_path / "image", tmp_path / "small"
+    folder.mkdir()
+    image.touch()
+    os.truncate(image, 8 * MIB)
+    subprocess.run(["mkfs.ext4", "-q", "-b", "4096", "-O", "^has_journal", "-m", "0", str(image)], check=True)
+    subprocess.run(["mount", "-o", "loop", str(image), str(folder)], check=True)
+    try:
+        modules = Modules(minimal, made_repository(folder))
+        where = {**modules.named, "repository": str(modules.repository)}
+        run = modules.done("vadp_recover", **where, begin=True, point="p1")["run"]
+        filler = _fill(folder, spare=0)
+        modules.done("vadp_recover", **where, run_id=run["id"])
+        for spare in (1, 2, 3):
+            filler.unlink()
+            filler = _fill(folder, spare)
+            modules.run("vadp_recover", **where, begin=True, point="p2", run_id=new_run_id())
+            filler.unlink()
+            # Whoever leads a run ends it only where it has begun.
+            for path in modules.repository.glob("vms/*/runs/*.json"):
+                if json.loads(path.read_text())["intents"]:
+                    modules.done("vadp_recover", **where, run_id=path.stem)
+            begun = modules.done("vadp_recover", **where, begin=True, point="p3")["run"]
+            modules.done("vadp_recover", **where, run_id=begun["id"])
+            filler = _fill(folder, spare=0)
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=False)
+
+
+def _fill(folder: Path, spare: int) -> Path:
+    """A file that leaves so many blocks of the file system free."""
+    filler = folder / "filler"
+    with filler.open("wb", buffering=0) as stream, contextlib.suppress(OSError):
+        while True:
+            stream.write(bytes(4096))
+    free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_bsize
+    os.truncate(filler, filler.stat().st_size - max(0, spare * 4096 - free))
+    return filler
+
+
 def test_a_task_that_is_given_up_is_cancelled_or_looked_for(app01: Modules) -> None:
     """A snapshot that appears after the module has failed does not stay for ever."""
     simulator, where = app01.simulator, {**app01.named, "repository": str(app01.repository)}
@@ -235,6 +279,23 @@ def test_errors_that_are_ignored_make_no_backup_complete(app01: Modules, ansible
     simulator.control.call("clear_injections")
     told = outcome.result("debug", task="told")["vm_backup_result"]
     assert told["state"] == "failed" and "SnapshotFault" in told["reason"], told
+    app01.clean()
+
+
+def test_who_is_given_up_for_another_one_says_so(app01: Modules, ansible: Ansible) -> None:
+    """With any_errors_fatal, Ansible runs the rescue of hosts on which nothing failed too."""
+    simulator, backups = app01.simulator, Backups(app01.simulator, ansible, app01.repository)
+    for name in ("CreateSnapshot_Task", "CreateSnapshotEx_Task"):
+        fault = {"target": "task", "name": name, "fault": "vim.fault.SnapshotFault", "count": 0}
+        simulator.control.call("inject", **fault, object=_moid(app01, "app01"))
+    role = {"ansible.builtin.include_role": {"name": "openvadp.backup.vm_backup"}}
+    play = {"hosts": "vms", "gather_facts": False, "any_errors_fatal": True, "tasks": [role]}
+    variables = backups.variables(change_tracking=False)
+    outcome = ansible.run([play], hosts=["app01", "restore01"], variables=variables).failed()
+    simulator.control.call("clear_injections")
+    failed = [event for event in outcome.events if event["status"] == "failed" and event["host"] == "restore01"]
+    assert all("is undefined" not in event["result"].get("msg", "") for event in failed), failed
+    assert not simulator.snapshots("restore01")
     app01.clean()
 
 

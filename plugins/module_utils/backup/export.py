@@ -21,7 +21,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from ..datapath.processes import RuntimeDir, run_tool
 from ..datapath.progress import Progress
-from ..errors import InputError, NotFoundError, RepositoryError, VadpError, VsphereError
+from ..errors import DamagedError, InputError, NotFoundError, RepositoryError, VadpError, VsphereError
 from ..repository import manifest as manifests
 from ..repository import trust
 from ..repository.content import stored_id_problem
@@ -327,7 +327,19 @@ def _unchanged(
     session: Session, vm: VmRef, store: VmStore, manifest: Dict[str, Any], request: ExportRequest, check_mode: bool
 ) -> Dict[str, Any]:
     """The point exists: nothing to do, whatever the other options say. Only a name that was missed is written, as long
-    as the snapshot is there."""
+    as the snapshot is there.
+
+    :raises RepositoryError: it is another server's, so that nothing of this one is in it. DamagedError: it is damaged.
+    """
+    names.require_own_point(store, manifest, session.server_uuid)
+    problems = store.stored_problems(manifest)
+    if problems:
+        raise DamagedError(
+            "The restore point exists, and is damaged",
+            subject=f"{manifest['point']} of {store.shown}",
+            reason="; ".join(problems),
+            remedy="Bring back the files from a copy of the repository, or give the new point another name",
+        )
     warnings = []
     named = False
     newest = store.points()[-1:]

@@ -243,6 +243,21 @@ def require_own_folder(
     )
 
 
+def require_own_point(store: VmStore, manifest: Dict[str, Any], server_uuid: Optional[str]) -> None:
+    """A point that is there already is no backup of a replica, or of the original, on another server.
+
+    :raises RepositoryError: the point of that name was made from another server.
+    """
+    made_from = manifest.get("server_uuid")
+    if made_from not in (None, server_uuid):
+        raise RepositoryError(
+            "The restore point's name is taken, and nothing was backed up",
+            subject=f"{manifest['point']} of {store.shown}",
+            reason=f"it was made from server {made_from}, and {server_uuid} is connected",
+            remedy="Give the point another name, one that says which site it is of",
+        )
+
+
 def names_elsewhere(points: Sequence[Dict[str, Any]], keys: VmKeys, repository_id: str) -> List[str]:
     """Keys by which the machine names content of this repository that is not here: it is a copy of another one, or lost
     points (proofs 3). Then its records are no ground to remove anything. Pure."""

@@ -7,16 +7,17 @@ All of it happens under the VM's lock. What is done about leftovers is in :mod:`
 
 from __future__ import annotations
 
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from datetime import datetime, timezone
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
 
-from ..errors import InputError, LockedError, NotFoundError, RepositoryError
+from ..errors import InputError, LockedError, NotFoundError, RepositoryError, VadpError
 from ..repository import trust
 from ..repository.layout import Repository
 from ..repository.names import check_point_name, check_run_id, check_uuid, new_point_name
 from ..repository.store import VmStore
-from ..repository.runs import new_run_id
+from ..repository.runs import Run, new_run_id
 from ..transport.facts import VDDK_TRANSPORTS
 from ..transport.vddk import look_for_library, named_library_error
 from ..vsphere import vm_keys
@@ -184,7 +185,9 @@ def _end(store: VmStore, run_id: str) -> None:
     """Whoever led the run says that it is over. What can't be removed now, any later run may remove."""
     run = store.run(run_id)
     if run is not None and not run.old:
-        run.over()
+        # Where there is no room to write that, its record may still be removed.
+        with suppress(RepositoryError):
+            run.over()
 
 
 def _recover(
@@ -303,15 +306,30 @@ def begin_run(
             complete_before=facts["complete"],
         )
         if not vm.template and not facts["complete"]:
-            run.record("snapshot", name=facts["snapshot_name"], vm_moid=vm.moid)
+            with _removed_if_it_fails(run):
+                run.record("snapshot", name=facts["snapshot_name"], vm_moid=vm.moid)
     return facts
+
+
+@contextmanager
+def _removed_if_it_fails(run: Run) -> Iterator[None]:
+    """A run that can't begin keeps nobody waiting for its deadline."""
+    try:
+        yield
+    except VadpError:
+        with suppress(VadpError):
+            run.remove()
+        raise
 
 
 def _run_to_begin(
     session: Session, store: Optional[VmStore], vm: VmRef, point: Optional[str], run_id: Optional[str]
 ) -> Dict[str, Any]:
     name = point or new_point_name(store.point_names() if store is not None else [], datetime.now(timezone.utc))
-    complete = store is not None and store.point(name) is not None
+    made = None if store is None else store.point(name)
+    if store is not None and made is not None:
+        naming.require_own_point(store, made, session.server_uuid)
+    complete = made is not None
     return {
         **_named(store, vm, run_id or new_run_id(), name),
         "complete": complete,

@@ -403,9 +403,9 @@ class Repository:
             paths = [store.manifest_path(name) for name in store.point_names()]
             for path in sorted(paths, key=_changed_at, reverse=True):
                 try:
-                    if run_id.encode() not in path.read_bytes():
+                    if run_id.encode() not in files.read(str(path)):
                         continue
-                except OSError:
+                except (OSError, DamagedError):
                     continue  # removed since it was listed, or told by whoever needs it
                 manifest = store.point(path.stem)
                 if manifest is not None and manifest["run_id"] == run_id:

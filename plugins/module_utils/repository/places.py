@@ -77,7 +77,7 @@ _FSID = "fsid-"
 SHAPE = record(
     {
         "filesystem": record({"kind": one_of(NETWORK, LOCAL), "identity": text()}),
-        "path": text(r"/[^\n]*"),
+        "path": text(r"/(?s:.*)"),
         "machine": text(empty=True),
     }
 )

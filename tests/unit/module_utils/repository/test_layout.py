@@ -56,6 +56,24 @@ def test_open_makes_a_repository_of_an_empty_folder_once(tmp_path: Path) -> None
     assert first.part_files() == [tmp_path / "repository.json.part-1234"]
 
 
+def test_a_folder_may_have_any_name_that_is_utf_8(tmp_path: Path) -> None:
+    folder = tmp_path / "-a b\n{}\u00fc"
+    folder.mkdir()
+    first = Repository.open(str(folder), create=True)
+    again = Repository.open(str(folder))
+    assert again.id == first.id and again.listed
+
+
+def test_a_pipe_in_place_of_a_manifest_keeps_no_look_up_waiting(world: World) -> None:
+    world.point("p1", 65536, [(0, b"x")])
+    os.mkfifo(world.store.manifest_path("p2"))
+    run_id = str(world.store.resolve("p1")["run_id"])
+    store, manifest = world.repository.find_point_of(run_id)
+    assert (store.uuid, manifest["point"]) == (world.store.uuid, "p1")
+    with pytest.raises(RepositoryError, match="There is no restore point of this run"):
+        world.repository.find_point_of(new_run_id())
+
+
 def test_two_who_create_a_repository_agree_on_its_id(tmp_path: Path) -> None:
     for number in range(20):
         folder = tmp_path / str(number)
