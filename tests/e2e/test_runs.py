@@ -5,10 +5,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Any, Dict, Iterator, List
 
@@ -204,9 +206,10 @@ def test_a_run_that_found_no_room_keeps_nobody_waiting(minimal: Simulator, tmp_p
     try:
         modules = Modules(minimal, made_repository(folder))
         where = {**modules.named, "repository": str(modules.repository)}
-        run = modules.done("vadp_recover", **where, begin=True, point="p1")["run"]
+        vddk = {"vddk_libdir": minimal.facts["vddk_libdir"]}
+        run = modules.done("vadp_recover", **where, **vddk, begin=True, access=True, point="p1")["run"]
         filler = _fill(folder, spare=0)
-        modules.done("vadp_recover", **where, run_id=run["id"])
+        modules.done("vadp_recover", **where, **vddk, run_id=run["id"])
         for spare in (1, 2, 3):
             filler.unlink()
             filler = _fill(folder, spare)
@@ -279,6 +282,21 @@ def test_errors_that_are_ignored_make_no_backup_complete(app01: Modules, ansible
     simulator.control.call("clear_injections")
     told = outcome.result("debug", task="told")["vm_backup_result"]
     assert told["state"] == "failed" and "SnapshotFault" in told["reason"], told
+    app01.clean()
+
+
+def test_a_lock_that_is_held_for_a_moment_is_waited_for(app01: Modules, ansible: Ansible) -> None:
+    """Another run that looks at the machine while this one cleans up: its point is complete, and nothing is left."""
+    backups = Backups(app01.simulator, ansible, app01.repository)
+    variables = backups.variables(snapshot_removal_delay=1, snapshot_removal_retries=8)
+    running = ansible.start("openvadp.backup.backup", hosts=["app01"], variables=variables)
+    running.wait_for("[openvadp.backup.vm_backup : Remove the snapshot]", 120)
+    (path,) = app01.repository.glob("vms/*/lock")
+    with path.open("r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        time.sleep(3)
+    outcome = running.wait().ok()
+    assert "RETRYING" in outcome.stdout
     app01.clean()
 
 

@@ -164,5 +164,5 @@ def _ended(
     if problem is not None:
         run.update(intent["id"], problem=problem)
         return False
-    run.done(intent["id"])
+    run.settle(intent["id"])
     return True

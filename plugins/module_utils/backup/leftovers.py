@@ -91,7 +91,7 @@ class Looked:
 
     def done(self, run: Run, intent: Dict[str, Any]) -> None:
         if not self.check_mode:
-            run.done(intent["id"])
+            run.settle(intent["id"])
 
     @property
     def known(self) -> Dict[str, Run]:

@@ -135,7 +135,8 @@ def recover_vm(request: RecoverRequest, check_mode: bool) -> Dict[str, Any]:
                 if request.access and not run["complete"] and not vm.template:
                     begun_run = store.run(run["id"])
                     if begun_run is not None:
-                        run["access"] = access.prepare(session, begun_run, vm, request.vddk_libdir)
+                        with _removed_if_it_fails(begun_run):  # what can't be recorded is not prepared
+                            run["access"] = access.prepare(session, begun_run, vm, request.vddk_libdir)
             elif facts is not None:
                 run = dict(facts, **_proof(session, store, vm, str(ending), facts))
             begun = request.begin and run is not None and not run["complete"]

@@ -382,6 +382,14 @@ class Run:
             self.data = dict(self.data, intents=[known for known in self.data["intents"] if known["id"] != intent])
             self._save()
 
+    def settle(self, intent: int) -> None:
+        """As :meth:`done`, in a recovery: a record that can't be written now may still be removed.
+
+        Where it stays, the next recovery looks once more.
+        """
+        with suppress(RepositoryError):
+            self.done(intent)
+
     def set_server(self, server_uuid: Optional[str]) -> None:
         """Say which server the managed object ids of this run are of."""
         with self._mutex:

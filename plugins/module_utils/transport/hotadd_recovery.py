@@ -31,7 +31,7 @@ def recover(session: Session, run: Run, *, sysfs_dir: str, device_dir: str, chec
         if proxy is None:
             if _is_gone(session, intent):
                 if not check_mode:
-                    run.done(intent["id"])
+                    run.settle(intent["id"])
             else:
                 found.append(_left(f"{intent['file']} at {intent['proxy_moid']}", "that proxy is not in this vCenter"))
             continue
@@ -48,7 +48,7 @@ def recover(session: Session, run: Run, *, sysfs_dir: str, device_dir: str, chec
             detach(session, proxy, ours, sysfs_dir=sysfs_dir, device_dir=devices, timeout=DEVICE_TIMEOUT)
             release(session, proxy, intent.get("disk_uuid"), run.run_id)
             if ours == there:
-                run.done(intent["id"])
+                run.settle(intent["id"])
         action = "would be detached" if check_mode else "detached"
         found += [{"what": "attachment", "id": f"{item.file} at {proxy}", "action": action} for item in ours]
         found += [

@@ -661,8 +661,10 @@ class Record:
     def intents(self, _what: str) -> List[Dict[str, Any]]:
         return list(self.open)
 
-    def done(self, _number: int) -> None:
+    def settle(self, _number: int) -> None:
         self.open = []
+
+    done = settle
 
 
 RECORDS: List[Any] = [
