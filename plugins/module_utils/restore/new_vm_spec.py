@@ -15,6 +15,7 @@ from typing import Any, Collection, Dict, List, Mapping, Optional, Pattern, Set,
 
 from ..errors import InputError
 from ..libraries import vim
+from ..vsphere.configuration import network_name
 
 KEEP = "keep"
 NEW = "new"
@@ -172,16 +173,12 @@ def network_of(card: Any, saved_networks: List[Dict[str, Any]]) -> Optional[str]
     """
     backing = card.backing
     port = getattr(backing, "port", None)
-    if port is not None:
-        for network in saved_networks:
-            if network.get("portgroup_key") == port.portgroupKey:
-                return network.get("name")
-        return port.portgroupKey
-    opaque = getattr(backing, "opaqueNetworkId", None)
-    if opaque is not None:
-        names = [network["name"] for network in saved_networks if network.get("type") == "OpaqueNetwork"]
-        return names[0] if len(names) == 1 else opaque
-    return getattr(backing, "deviceName", None) or None
+    return network_name(
+        saved_networks,
+        portgroup_key=None if port is None else port.portgroupKey,
+        opaque_network_id=getattr(backing, "opaqueNetworkId", None),
+        device_name=getattr(backing, "deviceName", None),
+    )
 
 
 def cards_of(config: Any) -> List[Any]:

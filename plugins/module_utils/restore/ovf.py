@@ -14,6 +14,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 from xml.sax.saxutils import escape, quoteattr
 
 from ..errors import InputError
+from ..vsphere.configuration import network_name
 
 DISK_FORMAT = "http://www.vmware.com/interfaces/specifications/vmdk.html#streamOptimized"
 _NAMESPACES = {
@@ -150,14 +151,17 @@ def _disk_section(disks: Sequence[PackedDisk]) -> List[str]:
 
 def _networks(saved: Mapping[str, Any], devices: Sequence[Dict[str, Any]]) -> Dict[int, str]:
     """{device key of a network card: name of its network}."""
-    by_key = {entry.get("portgroup_key"): entry.get("name") for entry in saved.get("networks") or []}
     found = {}
     for device in devices:
         if _class(device) in _CARDS:
             backing = device.get("backing") or {}
-            group = (backing.get("port") or {}).get("portgroupKey")
-            name = backing.get("deviceName") or (by_key.get(group) if group is not None else None)
-            found[int(device["key"])] = str(name or "Network")
+            name = network_name(
+                saved.get("networks") or [],
+                portgroup_key=(backing.get("port") or {}).get("portgroupKey"),
+                opaque_network_id=backing.get("opaqueNetworkId"),
+                device_name=backing.get("deviceName"),
+            )
+            found[int(device["key"])] = name or "Network"
     return found
 
 

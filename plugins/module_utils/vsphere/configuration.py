@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import base64
 import datetime
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 from ..errors import InputError
 from ..libraries import pyVmomi, vim, vmodl
@@ -213,6 +213,8 @@ def _surroundings(session: Session, facts: Dict[str, Any]) -> Dict[str, Any]:
     }
     if any(isinstance(network, vim.dvs.DistributedVirtualPortgroup) for network in networks):
         properties[vim.dvs.DistributedVirtualPortgroup] = ["name", "key", "config.distributedVirtualSwitch"]
+    if any(isinstance(network, vim.OpaqueNetwork) for network in networks):
+        properties[vim.OpaqueNetwork] = ["name", "summary"]
     spec = filter_spec([item for item in (host, pool) if item is not None], properties, [up])
     spec.objectSet.extend(collector.ObjectSpec(obj=item, skip=False) for item in networks + datastores)
     known: Dict[str, Dict[str, Any]] = {}
@@ -234,6 +236,7 @@ def _surroundings(session: Session, facts: Dict[str, Any]) -> Dict[str, Any]:
                 "type": type(network).__name__.rsplit(".", 1)[-1],
                 "portgroup_key": known.get(network._moId, {}).get("key"),
                 "switch": switches.get(network._moId),
+                "opaque_network_id": getattr(known.get(network._moId, {}).get("summary"), "opaqueNetworkId", None),
             }
             for network in networks
         ],
@@ -247,6 +250,31 @@ def _surroundings(session: Session, facts: Dict[str, Any]) -> Dict[str, Any]:
             for datastore in datastores
         ],
     }
+
+
+def network_name(
+    saved_networks: Sequence[Mapping[str, Any]],
+    *,
+    portgroup_key: Optional[str] = None,
+    opaque_network_id: Optional[str] = None,
+    device_name: Optional[str] = None,
+) -> Optional[str]:
+    """The name of the network that a card was connected to, by what its backing says; None: to nothing.
+
+    :param saved_networks: ``networks`` of the saved configuration.
+    """
+    if portgroup_key is not None:
+        named = [network for network in saved_networks if network.get("portgroup_key") == portgroup_key]
+        return (named[0].get("name") if named else None) or portgroup_key
+    if opaque_network_id is not None:
+        opaque = [network for network in saved_networks if network.get("type") == "OpaqueNetwork"]
+        named = [network for network in opaque if network.get("opaque_network_id") == opaque_network_id]
+        # Points of older versions don't tell the ids.
+        unknown = [network for network in opaque if network.get("opaque_network_id") is None]
+        if not named and len(opaque) == len(unknown) == 1:
+            named = unknown
+        return (named[0].get("name") if named else None) or opaque_network_id
+    return device_name or None
 
 
 def _name(known: Dict[str, Dict[str, Any]], obj: Any) -> Optional[str]:

@@ -131,6 +131,11 @@ def test_cards_keep_address_and_slot_and_go_to_their_networks():
     )
     names = [new_vm_spec.network_of(one, NETWORKS) for one in new_vm_spec.cards_of(saved)]
     assert names == ["VM Network", "dv-web", "segment"]
+    # By its id where that was saved, however many there are; a point that does not tell it may have one alone.
+    known = [{"name": f"segment-{one}", "type": "OpaqueNetwork", "opaque_network_id": f"x-{one}"} for one in (0, 1)]
+    last = new_vm_spec.cards_of(saved)[-1]
+    assert new_vm_spec.network_of(last, [*NETWORKS, *known]) == "segment-1"
+    assert new_vm_spec.network_of(last, known[:1]) == new_vm_spec.network_of(last, NETWORKS + NETWORKS) == "x-1"
     _made, changes = design(saved)
     first = changes[4000].device
     assert (first.macAddress, first.slotInfo.pciSlotNumber) == ("00:50:56:00:00:01", 192)

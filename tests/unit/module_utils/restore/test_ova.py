@@ -43,6 +43,8 @@ def saved(**changes: Any) -> Dict[str, Any]:
             "deviceInfo": {"_type": "vim.Description", "label": "Network adapter 1"},
         },
         {"_type": kind + "VirtualE1000", "key": 4001, "backing": {"port": {"portgroupKey": "dvportgroup-7"}}},
+        {"_type": kind + "VirtualVmxnet3", "key": 4002, "backing": {"opaqueNetworkId": "5f3c-2"}},
+        {"_type": kind + "VirtualVmxnet3", "key": 4003, "backing": {"opaqueNetworkId": "5f3c-9"}},
         {"_type": kind + "VirtualUSB", "key": 8000},
     ]
     hardware = {"numCPU": 4, "numCoresPerSocket": 2, "memoryMB": 3072, "device": devices}
@@ -52,7 +54,11 @@ def saved(**changes: Any) -> Dict[str, Any]:
         "guest_full_name": "Debian GNU/Linux 12 (64-bit)",
         "hardware_version": "vmx-19",
         "firmware": "efi",
-        "networks": [{"name": "dv-backup", "portgroup_key": "dvportgroup-7"}],
+        "networks": [
+            {"name": "dv-backup", "portgroup_key": "dvportgroup-7"},
+            {"name": "segment-1", "type": "OpaqueNetwork", "opaque_network_id": "5f3c-1"},
+            {"name": "segment-2", "type": "OpaqueNetwork", "opaque_network_id": "5f3c-2"},
+        ],
         "config": {
             "annotation": "first & last\x01",
             "hardware": hardware,
@@ -167,15 +173,18 @@ def test_the_descriptor_says_what_the_machine_was() -> None:
     assert by_type["3"][0]["VirtualQuantity"] == "4" and by_type["3"][0]["CoresPerSocket"] == "2"
     assert by_type["4"][0]["VirtualQuantity"] == "3072"
     # Of the controllers that which a disk is attached to, and nothing that an OVF can't carry.
-    assert len(items) == 6 and by_type["6"][0]["ResourceSubType"] == "VirtualSCSI"
+    assert len(items) == 8 and by_type["6"][0]["ResourceSubType"] == "VirtualSCSI"
     disk = by_type["17"][0]
     assert (disk["Parent"], disk["AddressOnParent"]) == (by_type["6"][0]["InstanceID"], "3")
     assert disk["HostResource"] == "ovf:/disk/vmdisk-2000"
     assert [(item["Connection"], item["ResourceSubType"]) for item in by_type["10"]] == [
         ("Büro <1>", "VmxNet3"),
         ("dv-backup", "E1000"),
+        ("segment-2", "VmxNet3"),
+        ("5f3c-9", "VmxNet3"),
     ]
-    assert [network.get(OVF + "name") for network in envelope.iter(OVF + "Network")] == ["Büro <1>", "dv-backup"]
+    networks = [network.get(OVF + "name") for network in envelope.iter(OVF + "Network")]
+    assert networks == ["Büro <1>", "dv-backup", "segment-2", "5f3c-9"]
     settings = {entry.get(VMW + "key"): entry.get(VMW + "value") for entry in system.iter(VMW + "Config")}
     assert settings == {"firmware": "efi", "bootOptions.efiSecureBootEnabled": "true"}
     operating = system.find(OVF + "OperatingSystemSection")

@@ -164,6 +164,13 @@ def test_save_names_what_surrounds_the_machine(session, stub, vm, make):
         key="dvportgroup-1",
         config__distributedVirtualSwitch=switch,
     )
+    opaque = stub.add(
+        vim.OpaqueNetwork("network-o2", stub),
+        name="segment",
+        summary=vim.OpaqueNetwork.Summary(
+            name="segment", opaqueNetworkId="5f3c", opaqueNetworkType="nsx.LogicalSwitch"
+        ),
+    )
     datastore = stub.add(
         vim.Datastore("datastore-1", stub), name="vmfs01", summary__type="VMFS", summary__url="ds:///vmfs/1/"
     )
@@ -185,7 +192,7 @@ def test_save_names_what_surrounds_the_machine(session, stub, vm, make):
         runtime__host=host,
         runtime__powerState="poweredOn",
         resourcePool=pool,
-        network=[plain, group],
+        network=[plain, group, opaque],
         datastore=[datastore],
         layoutEx__file=[file_kind(key=0, name="[vmfs01] app01/app01.nvram", type="nvram", size=8684)],
     )
@@ -196,7 +203,8 @@ def test_save_names_what_surrounds_the_machine(session, stub, vm, make):
     saved = json.loads(json.dumps(configuration.save(session, vm, Taken())))
     assert stub.names() == ["RetrievePropertiesEx"] * 3
     assert (saved["host"], saved["cluster"], saved["resource_pool"]) == ("esx01", "cluster1", "Resources/prod")
-    assert [network["switch"] for network in saved["networks"]] == [None, {"name": "dvs", "uuid": "50 2f"}]
+    assert [network["switch"] for network in saved["networks"]] == [None, {"name": "dvs", "uuid": "50 2f"}, None]
+    assert [network["opaque_network_id"] for network in saved["networks"]] == [None, None, "5f3c"]
     assert saved["networks"][1]["portgroup_key"] == "dvportgroup-1"
     assert saved["datastores"][0]["name"] == "vmfs01"
     assert saved["files"] == [{"name": "[vmfs01] app01/app01.nvram", "type": "nvram", "size_bytes": 8684}]
