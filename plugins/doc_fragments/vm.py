@@ -24,6 +24,7 @@ options:
   folder:
     description:
       - Inventory folder that the virtual machine must lie in, such as V(/DC0/vm/production), or the last parts of it.
+      - A slash in a folder's name is written as C(%2f), as vCenter's API shows it.
       - It narrows O(name).
     type: str
   datacenter:

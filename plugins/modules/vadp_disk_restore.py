@@ -246,7 +246,7 @@ options:
   resource_pool:
     description:
       - Resource pool of the new machine, with O(target=new_vm), by name or by its path from the root pool on
-        (V(Resources/production)).
+        (V(Resources/production)). In a path a slash that belongs to a name is written as C(%2f).
       - If not given, the pool of the old machine, if there is one of that path, else the root pool.
     type: str
   datastore:

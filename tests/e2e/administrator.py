@@ -162,6 +162,13 @@ class Administrator:
         """The configuration of this machine, or of another one."""
         return (vim.VirtualMachine(moid, self._vm._stub) if moid else self._vm).config
 
+    def move_beside(self, *names: str) -> None:
+        """Into a new folder of the first name below the datacenter's. The others become folders in each other."""
+        above: Any = self._vm.parent.parent
+        WaitForTask(above.CreateFolder(names[0]).MoveIntoFolder_Task([self._vm]))
+        for name in names[1:]:
+            above = above.CreateFolder(name)
+
     def destroy(self, name: str) -> None:
         """A machine and its files, off."""
         WaitForTask(self._find(vim.VirtualMachine, name).Destroy_Task())

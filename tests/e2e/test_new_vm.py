@@ -19,6 +19,8 @@ from modules import Modules
 
 KEYS = (2000, 2001)
 ISO = "[nfs01] iso/setup.iso"
+# As the API shows a folder "a/b"; there is a folder b in a folder a, too.
+FOLDER = "/DC0/vm/a%2fb"
 # One disk of 16 MiB, where it does not matter which.
 SMALL: Dict[str, Any] = {"disks": [{"key": 2001}]}
 TAGS = [["Backup", "daily"], ["Owner", "web"]]
@@ -38,6 +40,7 @@ class NewMachines:
         self.administrator = Administrator(self.simulator.facts, "app01")
         self.administrator.furnish(ISO)
         self.administrator.describe(owner="team web", room="B 12")
+        self.administrator.move_beside("a/b", "a", "b")
         self.control = self.simulator.control
         for category, name in TAGS:
             self.control.call("make_tag", category=category, name=name)
@@ -126,7 +129,7 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NewMachines]:
 def test_a_new_machine_is_the_old_one_but_for_what_must_differ(machines: NewMachines) -> None:
     for point in ("full", "incremental", "differential"):
         result = machines.make(f"copy-{point}", point=point)
-        assert result["changed"] and result["vm"]["path"] == f"/DC0/vm/production/copy-{point}"
+        assert result["changed"] and result["vm"]["path"] == f"{FOLDER}/copy-{point}"
         assert machines.held(f"copy-{point}") == machines.modules.held[point]
         assert [entry["verified"] for entry in result["restored"]] == [True, True, True]
     told = "\n".join(str(one) for one in result["warnings"])
@@ -247,7 +250,7 @@ def test_a_second_machine_of_a_name_only_if_told(machines: NewMachines) -> None:
     options = {"point": "full", "allow_duplicate_name": True}
     failed = machines.modules.run("vadp_disk_restore", **machines.options("app01", **options))
     assert failed["failed"] and "DuplicateName" in failed["msg"], failed["msg"]
-    result = machines.make("restore01", folder="/DC0/vm/production", **options)
+    result = machines.make("restore01", folder=FOLDER, **options)
     assert "another virtual machine 'restore01'" in str(result["warnings"])
     assert machines.names().count("restore01") == 2
     machines.administrator.destroy_moid(result["vm"]["moid"])
@@ -387,7 +390,7 @@ def test_an_original_that_is_gone_comes_back_under_its_own_name(machines: NewMac
     assert "Tag 'web' of category 'Owner' was not restored: vCenter shows no such category" in str(result["warnings"])
     lost = {one["path"]: one["reason"] for one in result["differences"] if one["path"].startswith("tags")}
     assert lost == {"tags[Owner/web]": "a warning tells of it"}
-    assert result["vm"]["path"] == "/DC0/vm/production/app01"
+    assert result["vm"]["path"] == f"{FOLDER}/app01"
     assert machines.simulator.vm("app01")["power_state"] == "poweredOn"
     copy = machines.administrator.config(result["vm"]["moid"])
     told_of = {device.key for device in machines.app01.hardware.device if "Serial" in type(device).__name__}

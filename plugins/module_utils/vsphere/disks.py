@@ -60,10 +60,13 @@ class Disk:
 
 
 def split_datastore_path(path: str) -> List[str]:
-    """``[vmfs01] app01/app01.vmdk`` -> ``["vmfs01", "app01/app01.vmdk"]``; no datastore gives an empty name."""
+    """``[vmfs01] app01/app01.vmdk`` -> ``["vmfs01", "app01/app01.vmdk"]``; no datastore gives an empty name.
+
+    One space stands between the two; another is the beginning of a folder's name.
+    """
     if path.startswith("[") and "]" in path:
         datastore, rest = path[1:].split("]", 1)
-        return [datastore, rest.strip()]
+        return [datastore, rest[1:] if rest.startswith(" ") else rest]
     return ["", path]
 
 

@@ -53,6 +53,21 @@ def readable(name: str) -> str:
     return name
 
 
+def is_called(name: str, wanted: str) -> bool:
+    """Whether a name of the API is the one that is asked for, as the vSphere client shows it or as the API has it."""
+    return readable(name) in (wanted, readable(wanted))
+
+
+def parts_of(path: str) -> List[str]:
+    """The names in an inventory path. Those that hold a slash are escaped in it, so none is cut."""
+    return [part for part in path.split("/") if part]
+
+
+def are_called(names: Sequence[str], wanted: Sequence[str]) -> bool:
+    """As :func:`is_called`, of each name of a path."""
+    return len(names) == len(wanted) and all(map(is_called, names, wanted))
+
+
 def vm_selection(params: Dict[str, Any]) -> Dict[str, Any]:
     """The keyword arguments of :func:`find_vm` out of ``module.params`` (doc fragment ``vm``)."""
     return {key: params[key] for key in ("name", "uuid", "use_instance_uuid", "moid", "folder", "datacenter")}
@@ -277,9 +292,6 @@ def _is_in(vm: VmRef, folder: Optional[str], datacenter: Optional[str]) -> bool:
     if datacenter and datacenter not in (vm.datacenter, vm.datacenter_path, "/" + vm.datacenter_path):
         return False
     if folder:
-        wanted = [part for part in folder.split("/") if part]
-        place = vm.path.split("/")[1:-1]
-        if folder.startswith("/"):
-            return [readable(part) for part in place] == [readable(part) for part in wanted]
-        return [readable(part) for part in place][-len(wanted) :] == [readable(part) for part in wanted]
+        wanted, place = parts_of(folder), parts_of(vm.path)[:-1]
+        return are_called(place if folder.startswith("/") else place[-len(wanted) :], wanted)
     return True

@@ -12,7 +12,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple
 
 from ..errors import VsphereError
 from ..libraries import vim
-from .inventory import readable
+from .inventory import are_called, is_called, parts_of, readable
 from .session import Session
 
 _Found = Tuple[Any, Dict[str, Any]]
@@ -75,7 +75,7 @@ def place(session: Session, wanted: Wanted, subject: str) -> Placement:
 
 
 def _named(items: Sequence[_Found], name: str) -> List[_Found]:
-    return [item for item in items if name in (item[1]["name"], readable(str(item[1]["name"])))]
+    return [item for item in items if is_called(str(item[1]["name"]), name)]
 
 
 def _names(items: Sequence[_Found]) -> str:
@@ -139,46 +139,55 @@ class _Look:
         return "/" + "/".join(reversed(parts))
 
     def _datacenter(self) -> Optional[_Found]:
-        asked = self.wanted.datacenter
+        asked, was = self.wanted.datacenter, self.wanted.was
         if asked is None and self.wanted.folder is not None and self.wanted.folder.startswith("/"):
-            inside = [item for item in self.datacenters if self._is_below(self.wanted.folder, self._path(item))]
+            inside = [item for item in self.datacenters if self._holds(item, self.wanted.folder)]
             if len(inside) == 1:
                 return inside[0]
-        name = asked or self.wanted.was.get("datacenter_path") or self.wanted.was.get("datacenter")
-        found = [
-            item
-            for item in self.datacenters
-            if name is not None
-            and name in (readable(str(item[1]["name"])), self._path(item), self._path(item).lstrip("/"))
-        ]
+        name = asked or was.get("datacenter_path") or was.get("datacenter")
+        if asked is None and was.get("datacenter_path"):
+            # As the API had it, so nothing else fits.
+            found = [item for item in self.datacenters if self._path(item) == f"/{name}"]
+        else:
+            found = [item for item in self.datacenters if name is not None and self._is_datacenter(item, name)]
         if len(found) == 1:
             return found[0]
         if not found and asked is None and len(self.datacenters) == 1:
             return self.datacenters[0]
-        problem = "there are several" if found else "there is no"
-        self.obstacles.append(f"{problem} datacenter '{name}' (there is {_names(self.datacenters)}): give datacenter")
+        problem = "there are several datacenters" if found else "there is no datacenter"
+        self.obstacles.append(f"{problem} '{name}' (there is {_names(self.datacenters)}): give datacenter")
         return None
 
-    @staticmethod
-    def _is_below(path: str, above: str) -> bool:
-        return readable(path).rstrip("/").startswith(readable(above) + "/") or readable(path) == readable(above)
+    def _is_datacenter(self, item: _Found, name: str) -> bool:
+        return is_called(str(item[1]["name"]), name) or are_called(parts_of(self._path(item)), parts_of(name))
+
+    def _holds(self, datacenter: _Found, path: str) -> bool:
+        """Whether a path that somebody gave lies in a datacenter."""
+        above = parts_of(self._path(datacenter))
+        return are_called(above, parts_of(path)[: len(above)])
 
     def _folder(self, datacenter: _Found) -> Optional[Tuple[Any, str]]:
-        root = datacenter[1]["vmFolder"]
+        root = self.folders[datacenter[1]["vmFolder"]._moId]
+        top = self._path(root)
         paths: Dict[str, Any] = {}
-        for obj, values in self.folders.values():
-            path = self._path((obj, values))
-            if obj._moId == root._moId or self._is_below(path, self._path((root, self.folders[root._moId][1]))):
-                paths[readable(path)] = obj
-        asked = self.wanted.folder
-        name = asked or self.wanted.was.get("folder")
-        if asked is None and name is not None and readable(name) not in paths and self.wanted.datacenter is not None:
-            name = readable(self._path((root, self.folders[root._moId][1])))
-        wanted = [part for part in readable(str(name or "")).split("/") if part]
-        if name is not None and name.startswith("/"):
-            found = [path for path in paths if path.split("/")[1:] == wanted]
+        for item in self.folders.values():
+            path = self._path(item)
+            if path == top or path.startswith(top + "/"):
+                paths[path] = item[0]
+        asked, name = self.wanted.folder or None, self.wanted.was.get("folder")
+        if asked is None:
+            if name not in paths and name is not None and self.wanted.datacenter is not None:
+                name = top
+            # As the API had it, so nothing else fits.
+            found = [path for path in paths if path == name]
         else:
-            found = [path for path in paths if wanted and path.split("/")[-len(wanted) :] == wanted]
+            name, wanted = asked, parts_of(asked)
+            found = [
+                path
+                for path in paths
+                if wanted
+                and are_called(parts_of(path) if asked.startswith("/") else parts_of(path)[-len(wanted) :], wanted)
+            ]
         if len(found) == 1:
             return paths[found[0]], found[0]
         listed = ", ".join(sorted(found or paths)[:12])
@@ -310,22 +319,26 @@ class _Look:
         tops = [values["resourcePool"] for _obj, values in compute if values["resourcePool"] is not None]
         paths: Dict[str, Any] = {}
         for obj, values in pools.values():
-            names, above, seen = [readable(str(values["name"]))], values["parent"], {obj._moId}
+            names, above, seen = [str(values["name"])], values["parent"], {obj._moId}
             top = obj
             while isinstance(above, vim.ResourcePool) and above._moId in pools and above._moId not in seen:
                 seen.add(above._moId)
                 top = pools[above._moId][0]
-                names.append(readable(str(pools[above._moId][1]["name"])))
+                names.append(str(pools[above._moId][1]["name"]))
                 above = pools[above._moId][1]["parent"]
             if top._moId in {one._moId for one in tops}:
                 paths["/".join(reversed(names))] = obj
         asked = self.wanted.resource_pool
         if asked is not None:
-            fitting: Set[str] = {path for path in paths if path == asked.strip("/") or path.split("/")[-1] == asked}
+            wanted = parts_of(asked)
+            fitting: Set[str] = {
+                path for path in paths if are_called(parts_of(path), wanted) or is_called(parts_of(path)[-1], asked)
+            }
             if len(fitting) == 1:
                 return paths[fitting.pop()]
             problem = "more than one resource pool fits" if fitting else "there is no resource pool"
             self.obstacles.append(f"{problem} '{asked}' (there is {', '.join(sorted(paths)) or 'none'})")
             return None
-        was = self.wanted.was.get("resource_pool")
-        return paths.get(str(was)) or (tops[0] if tops else None)
+        # As the API had it, so nothing else fits.
+        was = str(self.wanted.was.get("resource_pool"))
+        return paths.get(was) or (tops[0] if tops else None)

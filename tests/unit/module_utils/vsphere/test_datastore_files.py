@@ -110,6 +110,13 @@ PATH = "[ds 1+2] a b/ü&c?.nvram"
 KEY = ("Europe/DC%2f1", "ds 1+2", "a b/ü&c?.nvram")
 
 
+@pytest.mark.parametrize("name", [" leading/ leading.nvram", "trailing /trailing.nvram ", "[x] y/z.nvram"])
+def test_spaces_and_brackets_of_a_name_are_kept(server, files, name):
+    datastore_files.http_put(files, f"[ds] {name}", "DC", b"bytes")
+    assert server.files == {("DC", "ds", name): b"bytes"}
+    assert datastore_files.http_get(files, f"[ds] {name}", "DC") == b"bytes"
+
+
 def test_names_arrive_as_they_are(server, files):
     datastore_files.http_put(files, PATH, "Europe/DC%2f1", b"bytes")
     assert server.files == {KEY: b"bytes"}

@@ -92,6 +92,23 @@ def test_folder_narrows(session, inventory, folder):
     assert find_vm(session, name="app01", folder=folder).moid == "vm-1"
 
 
+def test_a_folder_whose_name_holds_a_slash_is_not_two(session, inventory):
+    odd, nested, above = (vim.Folder(f"group-v{number}", inventory) for number in (91, 92, 93))
+    vm_folder = inventory.objects["vm-3"][1]["parent"]
+    children = inventory.objects[vm_folder._moId][1]["childEntity"]
+    inventory.add(odd, name="x%2f y", parent=vm_folder, childEntity=[vim.VirtualMachine("vm-11", inventory)])
+    inventory.add(above, name="x", parent=vm_folder, childEntity=[nested])
+    inventory.add(nested, name=" y", parent=above, childEntity=[vim.VirtualMachine("vm-12", inventory)])
+    children.extend([odd, above])
+    for number, parent in ((11, odd), (12, nested)):
+        values = {"config__uuid": f"bios-{number}", "config__instanceUuid": f"instance-{number}"}
+        inventory.add(vim.VirtualMachine(f"vm-{number}", inventory), name="same", parent=parent, **values)
+    for folder, moid in (("x%2f y", "vm-11"), ("/DC0/vm/x%2f y", "vm-11"), ("x/ y", "vm-12"), (" y", "vm-12")):
+        assert find_vm(session, name="same", folder=folder).moid == moid
+    with pytest.raises(NotFoundError):
+        find_vm(session, name="same", folder="y")
+
+
 def test_not_here_but_elsewhere(session, inventory):
     with pytest.raises(NotFoundError, match=r"elsewhere: .*/DC0/vm/production/app01"):
         find_vm(session, name="app01", folder="/DC0/vm")
