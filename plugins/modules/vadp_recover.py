@@ -96,8 +96,18 @@ options:
       - Options with which M(openvadp.backup.vadp_disk_export) is to be called in the run that is begun, with
         O(begin=true). They are checked before anything is touched, rather than when there is a snapshot already.
       - They mean what they mean there.
+      - Whether O(export) is given or not, a virtual machine that can't be backed up, or of which no disk would be, is
+        refused before anything is touched, unless the point exists.
     type: dict
     suboptions:
+      disks:
+        description: Device keys or labels of the disks that are read.
+        type: list
+        elements: str
+      exclude_disks:
+        description: Device keys or labels of disks that are not.
+        type: list
+        elements: str
       transports:
         description: The transports that may be used.
         type: list
@@ -437,6 +447,8 @@ from ..module_utils.runner import (
 )
 
 EXPORT = dict(
+    disks=dict(type="list", elements="str"),
+    exclude_disks=dict(type="list", elements="str"),
     transports=dict(type="list", elements="str"),
     proxy_name=dict(type="str"),
     proxy_uuid=dict(type="str"),

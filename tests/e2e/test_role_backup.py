@@ -220,7 +220,7 @@ def test_a_vm_that_fails_does_not_stop_the_others(simulator: Simulator, backups:
         "nobody01",
         "copy02",
         host_variables={
-            "win01": {"vm_backup_disks": ["Hard disk 9"]},
+            "win01": {"vm_backup_mode": "incremental"},
             "new01": {"vm_backup_mode": "yesterday"},
             "copy02": {"vm_backup_proxy": "proxy.invalid"},
         },
@@ -228,7 +228,13 @@ def test_a_vm_that_fails_does_not_stop_the_others(simulator: Simulator, backups:
     ).failed()
     table = [line for line in outcome.stdout.splitlines() if "FAILED [" in line]
     assert [line.split()[0] for line in table] == ["win01", "shared01", "new01", "nobody01", "copy02"]
-    for reason in ("'Hard disk 9' in disks", "bus", "vm_backup_mode", "'nobody01'", "proxy.invalid can't be reached"):
+    for reason in (
+        "can't be read as incremental",
+        "bus",
+        "vm_backup_mode",
+        "'nobody01'",
+        "proxy.invalid can't be reached",
+    ):
         assert reason in outcome.stdout.split("PLAY [Show what was backed up]")[1], reason
     assert [stats["failures"] for stats in outcome.stats.values() if stats["failures"] != 1] == []
     assert simulator.snapshots("win01") == [] and simulator.vm("win01")["consolidation_needed"] is False
@@ -256,9 +262,9 @@ def test_a_snapshot_that_can_not_be_removed_is_said_beside_the_first_reason(
     fault = "GenericVmConfigFault"
     own_simulator.control.call("inject", target="task", name="RemoveSnapshot_Task", fault=fault, count=0)
     options = {"change_tracking": False, "snapshot_removal_retries": 1, "snapshot_removal_delay": 1}
-    outcome = backups.run("app01", disks=["Hard disk 9"], **options).failed()
+    outcome = backups.run("app01", mode="incremental", **options).failed()
     reasons = outcome.result("fail", task="Fail with the reason")["msg"]
-    assert reasons.index("'Hard disk 9' in disks") < reasons.index("was not removed")
+    assert reasons.index("can't be read as incremental") < reasons.index("was not removed")
     assert len(own_simulator.snapshots("app01")) == 1
 
     own_simulator.control.call("clear_injections")

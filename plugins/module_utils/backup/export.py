@@ -49,7 +49,7 @@ from .disk_plan import DiskPlan, not_to_be_trusted, plan_disks, skipped_result
 from .naming import Naming
 from .request import ExportRequest
 from .run_steps import is_of_run, run_vm
-from .selection import Selection, select_disks
+from .selection import Selection, select_disks, select_of
 from .template import (
     TemplateState,
     changes_since,
@@ -260,7 +260,7 @@ def _look(session: Session, vm: VmRef, request: ExportRequest, check_mode: bool)
     return Source(
         vm=vm,
         snapshot=snapshot,
-        selection=_select(vm, disks, request),
+        selection=select_of(vm, disks, request.disks, request.exclude_disks),
         change_ids={disk.key: disk.change_id for disk in disks if disk.included},
         foreign=[item for item in state.snapshots if snapshot is None or item.moid != snapshot.moid],
         disks=disks,
@@ -282,7 +282,7 @@ def _look_at_template(session: Session, vm: VmRef, request: ExportRequest) -> So
     return Source(
         vm=vm,
         snapshot=None,
-        selection=_select(vm, disks, request),
+        selection=select_of(vm, disks, request.disks, request.exclude_disks),
         change_ids={disk.key: None for disk in disks if disk.included},
         foreign=[],
         disks=disks,
@@ -301,14 +301,6 @@ def _half_written(repository: Repository, source: Source) -> List[str]:
         for entry in half_written(repository, source.vm.instance_uuid)
         if entry["key"] in keys
     ]
-
-
-def _select(vm: VmRef, disks: List[Disk], request: ExportRequest) -> Selection:
-    try:
-        return select_disks(disks, request.disks, request.exclude_disks)
-    except InputError as error:
-        error.subject = f"{error.subject} of {vm}" if error.subject else str(vm)
-        raise
 
 
 def _with_those_outside(held: List[Disk], present: List[Disk]) -> List[Disk]:

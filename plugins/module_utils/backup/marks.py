@@ -30,15 +30,27 @@ class Verdict:
     warnings: List[str] = field(default_factory=list)
 
 
-def before_snapshot(session: Session, vm: VmRef) -> List[Dict[str, Any]]:
-    """The disks whose tracking has to be reset before the snapshot is made: [{key, label, since, reason}].
+@dataclass(frozen=True)
+class Seen:
+    """What a virtual machine was just now: its keys, and the devices of its configuration."""
+
+    keys: VmKeys
+    devices: List[Any]
+
+
+def look(session: Session, vm: VmRef) -> Seen:
+    """One call."""
+    values = session.read(vm.obj, *vm_keys.PATHS, "config.hardware.device")
+    return Seen(vm_keys.of_values(values)[0], list(values["config.hardware.device"] or []))
+
+
+def before_snapshot(seen: Seen) -> List[Dict[str, Any]]:
+    """The disks whose tracking has to be reset before the snapshot is made: [{key, label, since, reason}]. Pure.
 
     What a restore has left as ``done`` waits for just that. ``since`` is None: a mark tells no time.
     """
-    values = session.read(vm.obj, *vm_keys.PATHS, "config.hardware.device")
-    keys, _version = vm_keys.of_values(values)
-    disks = disks_of(values["config.hardware.device"] or [])
-    marks = keys.marks_of(disks)
+    disks = disks_of(seen.devices)
+    marks = seen.keys.marks_of(disks)
     return [
         {
             "key": disk.key,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from datetime import datetime, timezone
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from ..errors import InputError, LockedError, NotFoundError, RepositoryError, VadpError
 from ..repository import trust
@@ -27,16 +27,20 @@ from ..vsphere.session import Connection, Session
 from ..vsphere.snapshots import marker_text, vm_state, what_is_left
 from . import access, naming
 from .leftovers import DEVICE_DIR, SYSFS_DIR, Recovery, recover, would_end
-from .marks import before_snapshot
+from .marks import Seen, before_snapshot, look
 from .request import ExportRequest, parse_rate
 from .run_steps import run_vm
+from .selection import refuse_unfit
 
 _SNAPSHOT_NAME_LIMIT = 80
 
 
 @dataclass(frozen=True)
 class RecoverRequest:
-    """The options of ``vadp_recover``."""
+    """The options of ``vadp_recover``.
+
+    :param disks: and *exclude_disks*: those of the export that is to follow in the run that is begun.
+    """
 
     connection: Connection
     vm: Mapping[str, Any]
@@ -46,6 +50,8 @@ class RecoverRequest:
     run_id: Optional[str] = None
     force: bool = False
     access: bool = False
+    disks: Optional[Sequence[str]] = None
+    exclude_disks: Sequence[str] = ()
     vddk_libdir: Optional[str] = None
     device_dir: str = DEVICE_DIR
     sysfs_dir: str = SYSFS_DIR
@@ -63,10 +69,13 @@ class RecoverRequest:
             check_point_name(params["point"])
         if params["run_id"] is not None:
             check_run_id(params["run_id"])
-        names = {field.name for field in fields(cls)} - {"connection", "vm"}
+        names = {field.name for field in fields(cls)} - {"connection", "vm", "disks", "exclude_disks"}
+        export = params["export"] or {}
         request = cls(
             connection=Connection.from_params(params),
             vm=vm_selection(params),
+            disks=export.get("disks"),
+            exclude_disks=export.get("exclude_disks") or (),
             **{name: params[name] for name in names},
         )
         if params["export"] is not None:
@@ -93,6 +102,18 @@ class RecoverRequest:
         ).check()
 
 
+@dataclass(frozen=True)
+class _About:
+    """The virtual machine that a run is begun for."""
+
+    vm: VmRef
+    seen: Seen
+
+    def refuse_unfit(self, request: RecoverRequest) -> None:
+        """:raises VadpError: it can't be backed up, or none of its disks would be."""
+        refuse_unfit(self.vm, self.seen.devices, request.disks, request.exclude_disks)
+
+
 def recover_vm(request: RecoverRequest, check_mode: bool) -> Dict[str, Any]:
     """The whole of ``vadp_recover``: {changed, recovered, report_only, run, warnings}.
 
@@ -101,11 +122,17 @@ def recover_vm(request: RecoverRequest, check_mode: bool) -> Dict[str, Any]:
     """
     with Session.connect(request.connection) as session:
         vm, uuid = _find(session, request)
-        if request.begin and vm is not None:
-            require_only_one(session, vm)
+        begun = _About(vm, look(session, vm)) if request.begin and vm is not None else None
+        if begun is not None:
+            require_only_one(session, begun.vm)
+            if request.point is None:
+                begun.refuse_unfit(request)
         store = _store(request, uuid, check_mode)
+        # Of a point that exists nothing is read, whatever the disks are now.
+        if begun is not None and request.point is not None and (store is None or store.point(request.point) is None):
+            begun.refuse_unfit(request)
         if check_mode or store is None or (store.report_only and not request.begin):
-            return _look_only(session, store, vm, request, check_mode)
+            return _look_only(session, store, vm, request, check_mode, begun)
         told = store.repository.done + store.repository.warnings
         made = store.repository.created or bool(store.repository.done)
         store.repository.note_machine()
@@ -130,8 +157,10 @@ def recover_vm(request: RecoverRequest, check_mode: bool) -> Dict[str, Any]:
                     details={"recovered": recovery.found},
                 )
             run: Optional[Dict[str, Any]] = None
-            if request.begin and vm is not None:
-                run = begin_run(session, store, vm, request.point, request.run_id)
+            if begun is not None and vm is not None:
+                if recovery.found:
+                    begun = _About(vm, look(session, vm))
+                run = begin_run(session, store, begun, request.point, request.run_id)
                 if request.access and not run["complete"] and not vm.template:
                     begun_run = store.run(run["id"])
                     if begun_run is not None:
@@ -139,10 +168,10 @@ def recover_vm(request: RecoverRequest, check_mode: bool) -> Dict[str, Any]:
                             run["access"] = access.prepare(session, begun_run, vm, request.vddk_libdir)
             elif facts is not None:
                 run = dict(facts, **_proof(session, store, vm, str(ending), facts))
-            begun = request.begin and run is not None and not run["complete"]
+            begins = begun is not None and run is not None and not run["complete"]
             acted = bool(recovery.found) and not store.report_only
             return {
-                "changed": made or acted or (recovery.ended > 0 and ending is None) or begun,
+                "changed": made or acted or (recovery.ended > 0 and ending is None) or begins,
                 "recovered": recovery.found,
                 "report_only": store.report_only,
                 "run": run,
@@ -250,7 +279,12 @@ def _store(request: RecoverRequest, uuid: str, check_mode: bool) -> Optional[VmS
 
 
 def _look_only(
-    session: Session, store: Optional[VmStore], vm: Optional[VmRef], request: RecoverRequest, check_mode: bool
+    session: Session,
+    store: Optional[VmStore],
+    vm: Optional[VmRef],
+    request: RecoverRequest,
+    check_mode: bool,
+    begun: Optional[_About],
 ) -> Dict[str, Any]:
     """Check mode, and what is not acted upon: what would be recovered; nothing is touched, the lock neither."""
     recovery = Recovery()
@@ -270,7 +304,7 @@ def _look_only(
                 store.refuse_busy(write=False)
             except LockedError as error:
                 warnings.append(str(error))
-    run = _run_to_begin(session, store, vm, request.point, request.run_id) if request.begin and vm is not None else None
+    run = None if begun is None else _run_to_begin(session, store, begun, request.point, request.run_id)
     acts = store is None or not store.report_only
     ended = store is not None and would_end(store, None if request.begin else request.run_id)
     changed = (acts and (bool(recovery.found) or ended)) or (run is not None and not run["complete"])
@@ -286,7 +320,7 @@ def _look_only(
 
 
 def begin_run(
-    session: Session, store: VmStore, vm: VmRef, point: Optional[str], run_id: Optional[str] = None
+    session: Session, store: VmStore, begun: _About, point: Optional[str], run_id: Optional[str] = None
 ) -> Dict[str, Any]:
     """Begin a run in which other modules follow. Under the VM's lock.
 
@@ -295,7 +329,8 @@ def begin_run(
     :returns: {id, repository_id, vm_moid, template, point, complete, snapshot_gone, snapshot_name,
         snapshot_description, access, not_trusted}.
     """
-    facts = _run_to_begin(session, store, vm, point, run_id)
+    vm = begun.vm
+    facts = _run_to_begin(session, store, begun, point, run_id)
     if not facts["complete"] or run_id is not None:
         run = store.create_run(
             facts["point"],
@@ -324,7 +359,7 @@ def _removed_if_it_fails(run: Run) -> Iterator[None]:
 
 
 def _run_to_begin(
-    session: Session, store: Optional[VmStore], vm: VmRef, point: Optional[str], run_id: Optional[str]
+    session: Session, store: Optional[VmStore], begun: _About, point: Optional[str], run_id: Optional[str]
 ) -> Dict[str, Any]:
     name = point or new_point_name(store.point_names() if store is not None else [], datetime.now(timezone.utc))
     made = None if store is None else store.point(name)
@@ -332,10 +367,10 @@ def _run_to_begin(
         naming.require_own_point(store, made, session.server_uuid)
     complete = made is not None
     return {
-        **_named(store, vm, run_id or new_run_id(), name),
+        **_named(store, begun.vm, run_id or new_run_id(), name),
         "complete": complete,
         "snapshot_gone": None,
-        "not_trusted": [] if vm.template else _not_trusted(session, store, vm),
+        "not_trusted": [] if begun.vm.template else _not_trusted(session, store, begun),
     }
 
 
@@ -395,12 +430,12 @@ def _is_removal(item: Dict[str, Any]) -> bool:
     return bool(item["what"] == "new_vm" and item["action"].startswith("removed"))
 
 
-def _not_trusted(session: Session, store: Optional[VmStore], vm: VmRef) -> List[Dict[str, Any]]:
+def _not_trusted(session: Session, store: Optional[VmStore], begun: _About) -> List[Dict[str, Any]]:
     """Disks whose change tracking has to be reset: the virtual machine says so, or this repository."""
-    found = before_snapshot(session, vm)
+    found = before_snapshot(begun.seen)
     marks = trust.marks(store) if store is not None else []
     if store is not None and marks:
         keys = {disk["key"] for disk in found}
-        waiting = trust.waiting_for_reset(marks, store.points(), disks_of(vm_state(session, vm).devices))
+        waiting = trust.waiting_for_reset(marks, store.points(), disks_of(vm_state(session, begun.vm).devices))
         found += [disk for disk in waiting if disk["key"] not in keys]
     return found

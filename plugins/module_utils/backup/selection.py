@@ -5,10 +5,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, Dict, List, Optional, Sequence, Set
 
-from ..errors import InputError
-from ..vsphere.disks import Disk
+from ..errors import InputError, VsphereError
+from ..vsphere.disks import Disk, disks_of, vm_obstacles
+from ..vsphere.inventory import VmRef
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,28 @@ def select_disks(disks: Sequence[Disk], wanted: Optional[Sequence[str]], exclude
             remedy="Choose at least one disk that a snapshot can hold",
         )
     return Selection(taken, skipped)
+
+
+def select_of(vm: VmRef, disks: Sequence[Disk], wanted: Optional[Sequence[str]], excluded: Sequence[str]) -> Selection:
+    """As :func:`select_disks`. The error names the virtual machine."""
+    try:
+        return select_disks(disks, wanted, excluded)
+    except InputError as error:
+        error.subject = f"{error.subject} of {vm}" if error.subject else str(vm)
+        raise
+
+
+def refuse_unfit(vm: VmRef, devices: Sequence[Any], wanted: Optional[Sequence[str]], excluded: Sequence[str]) -> None:
+    """Before anything is done for a backup of it.
+
+    :param devices: of its configuration.
+    :raises VadpError: as the export would, if the snapshot held these devices.
+    """
+    config = SimpleNamespace(template=vm.template, hardware=SimpleNamespace(device=devices))
+    obstacles = vm_obstacles(config, snapshot=not vm.template)
+    if obstacles:
+        raise VsphereError("The virtual machine can't be backed up", subject=str(vm), reason="; ".join(obstacles))
+    select_of(vm, disks_of(devices), wanted, excluded)
 
 
 def _keys(disks: Sequence[Disk], names: Sequence[str], option: str) -> Set[int]:
