@@ -101,8 +101,9 @@ options:
       - What reads the file systems. V(dissect) is there at once and reads only what it needs. V(guestfish) boots a
         small virtual machine by libguestfs, in which Linux mounts them; it takes seconds with KVM, without it a minute
         or two.
-      - V(auto) takes dissect, and libguestfs for each volume that dissect knows and does not read, or fails on. Which
-        volumes those are can be narrowed by O(volumes). RV(volumes[].reader) tells which it was.
+      - V(auto) takes dissect, and libguestfs for each volume that dissect knows and does not read, or fails on, or
+        whose log has to be replayed (RV(volumes[].clean)), and for files that dissect refuses and Linux is known to
+        read right. Which volumes those are can be narrowed by O(volumes). RV(volumes[].reader) tells which it was.
       - With O(versions=true) only dissect reads.
     type: str
     choices: [auto, dissect, guestfish]
@@ -154,10 +155,10 @@ requirements:
     here
   - jmespath, for O(query)
 notes:
-  - The file systems are as they were at the snapshot. dissect replays the journal of ext3 and ext4, in memory, but not
-    the logs of the others, so of a snapshot that was not quiesced the changes of the last seconds may be missing there.
-    A warning tells when that may be so on ext3, ext4 and btrfs. libguestfs replays all, on an overlay that is thrown
-    away.
+  - The file systems are as they were at the snapshot. dissect replays the journal of ext3 and ext4, in memory.
+    libguestfs replays those of XFS and btrfs, on an overlay that is thrown away. Only Windows replays that of NTFS, and
+    FAT has none. Where a file system is not known to be clean after that, the newest changes may be missing, and files
+    that had just changed may hold other bytes. RV(volumes[].clean) and a warning say so.
   - The times of FAT are local times of the guest; they are taken for UTC.
 seealso:
   - module: openvadp.backup.vadp_disk_restore
@@ -276,6 +277,12 @@ volumes:
       description: Why not.
       type: str
       sample: null
+    clean:
+      description:
+        - Whether it is known that all of the file system lies in its place, and nothing waits in a log or for a check.
+          Otherwise RV(volumes[].warnings) says why. Null if it can't be read.
+      type: bool
+      sample: true
     warnings:
       description: What to mind about its files.
       type: list

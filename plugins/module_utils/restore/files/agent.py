@@ -34,11 +34,11 @@ from typing import (
     cast,
 )
 
-from ...errors import VadpError
+from ...errors import DataPathError, VadpError
 from ...transport.disk_format import Partition, read_partitions
 from . import lvm
 from .disk import CheckedDisk, Slice
-from .filesystem import DIRECTORY, FILE, LINK, OTHER, FileSystem, Info, broken
+from .filesystem import DIRECTORY, FILE, LINK, OTHER, FileSystem, Info, broken, linux_reads
 from .filesystems import guess, open_file_system, type_of
 from .frames import DATA, encode, encode_hole, encode_json
 from .names import bad_name
@@ -99,13 +99,21 @@ class Agent:
             for line in requests:
                 request = json.loads(line)
                 try:
-                    calls[request.pop("op")](**request)
-                    self._raise_damage()
+                    self._answer(calls[request.pop("op")], request)
                 except VadpError as error:
                     self._say(error=error.to_result())
         finally:
             for disk in self._disks.values():
                 disk.close()
+
+    def _answer(self, call: Callable[..., None], request: Dict[str, Any]) -> None:
+        try:
+            call(**request)
+        except broken() as error:
+            # Whatever a disk holds, it is told. What nobody thought of has no place of its own.
+            self._raise_damage()
+            raise DataPathError("The file systems can't be read", reason=problem_of(error)) from None
+        self._raise_damage()
 
     def _send(self, frame: bytes) -> None:
         view = memoryview(frame)
@@ -130,7 +138,13 @@ class Agent:
         for entry in disks:
             disk = CheckedDisk(entry["layers"], entry["capacity_bytes"], run_dir)
             self._disks[entry["key"]] = disk
-            for part in self._parts(disk, entry["key"]):
+            try:
+                found = self._parts(disk, entry["key"])
+            except broken() as error:
+                whole = Part(str(entry["key"]), entry["key"], cast(BinaryIO, disk), disk.size)
+                self._unreadable(whole, "unknown", f"it can't be read: {problem_of(error)}")
+                found = []
+            for part in found:
                 (physical if self._is_physical_volume(part) else parts).append(part)
             self._raise_damage()
         parts += self._logical(physical)
@@ -230,6 +244,8 @@ class Agent:
             "uuid": None,
             "readable": False,
             "problem": None,
+            "clean": None,
+            "replayable": False,
             "warnings": [],
             "only_by_name": False,
         }
@@ -249,7 +265,9 @@ class Agent:
             return
         for name, system in others.items():
             other = part._replace(name=f"{part.name}/{name}")
-            yield Volume(self._facts(other, system.name, readable=True, only_by_name=True), system)
+            yield Volume(
+                self._facts(other, system.name, readable=True, only_by_name=True, **self._state(system)), system
+            )
 
     def _volume(self, part: Part) -> Volume:
         kind = "unknown"
@@ -263,16 +281,19 @@ class Agent:
             system.info(system.root())
         except broken() as error:
             return Volume(self._facts(part, kind, problem=f"it can't be read: {problem_of(error)}"), None)
-        facts = self._facts(
-            part, kind, label=system.label, uuid=system.uuid, readable=True, warnings=list(system.warnings)
-        )
+        facts = self._facts(part, kind, label=system.label, uuid=system.uuid, readable=True, **self._state(system))
         return Volume(facts, system)
+
+    @staticmethod
+    def _state(system: FileSystem) -> Dict[str, Any]:
+        """What is told of a file system's state."""
+        clean = system.unclean is None
+        return {"clean": clean, "replayable": not clean and system.linux_replays, "warnings": system.mind()}
 
     # walk
 
     def walk(self, volumes: Sequence[int], patterns: Sequence[str], recurse: bool, limit: int) -> None:
         """Tell the files that patterns select: in a tree, a directory comes before what is in it."""
-        self._files = []
         ended = None
         matched: Set[int] = set()
         for number in volumes:
@@ -308,9 +329,12 @@ class Agent:
     def found_files(self) -> int:
         return len(self._files)
 
-    def skipped(self, volume: int, path: str, reason: str) -> None:
-        """Tell a file that can't be had."""
-        self._say(skipped={"volume": volume, "path": path, "reason": reason})
+    def skipped(self, volume: int, path: str, reason: str, askable: bool = False) -> None:
+        """Tell a file that can't be had.
+
+        :param askable: whether libguestfs may read it.
+        """
+        self._say(skipped={"volume": volume, "path": path, "reason": reason, "askable": askable})
 
     def alive(self) -> None:
         """Tell that the work goes on, now and then."""
@@ -333,7 +357,7 @@ class Agent:
                 raise ValueError(f"{info.size - sent} bytes are missing at its end")
         except broken() as error:
             self._raise_damage()
-            self._say(problem=f"it can't be read: {problem_of(error)}")
+            self._say(problem=f"it can't be read: {problem_of(error)}", askable=linux_reads(system, error))
             return
         self._say(end=True)
 
@@ -367,7 +391,7 @@ class _Walk:
                 root = self._system.root()
                 seen = {self._identity(root)}
             except broken() as error:
-                self._agent.skipped(self._volume, "/", f"it can't be read: {problem_of(error)}")
+                self._failed("/", f"it can't be read: {problem_of(error)}", error)
                 return
             if start.selected:
                 self._match(start.selected, origins)
@@ -425,7 +449,7 @@ class _Walk:
                     follow += self._followed(matcher, origins, step.literal, path, node)
                     continue
             except broken() as error:
-                self._agent.skipped(self._volume, child, f"it can't be read: {problem_of(error)}")
+                self._failed(child, f"it can't be read: {problem_of(error)}", error)
                 continue
             self._match(step.selected, origins)
             if selected and not self._tell(child, node, info):
@@ -441,11 +465,14 @@ class _Walk:
                 seen.add(info.inode)
                 stack.append((child, self._entries(node, child), step.below, below))
 
+    def _failed(self, path: str, reason: str, error: BaseException) -> None:
+        self._agent.skipped(self._volume, path, reason, linux_reads(self._system, error))
+
     def _entries(self, node: Any, path: str) -> Iterator[Tuple[str, Any]]:
         try:
             yield from self._system.entries(node)
         except broken() as error:
-            self._agent.skipped(self._volume, path or "/", f"the directory can't be read: {problem_of(error)}")
+            self._failed(path or "/", f"the directory can't be read: {problem_of(error)}", error)
 
     def _tell(self, path: str, node: Any, info: Optional[Info] = None) -> bool:
         if path in self._told:
@@ -462,7 +489,7 @@ class _Walk:
             self._agent.found(self._volume, self._system, path, node, info)
             self._found += 1
         except broken() as error:
-            self._agent.skipped(self._volume, path, f"it can't be read: {problem_of(error)}")
+            self._failed(path, f"it can't be read: {problem_of(error)}", error)
             return False
         return True
 

@@ -24,11 +24,25 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Se
 
 from ...datapath.image import chain_files
 from ...errors import DataPathError
-from . import lvm
+from . import fat, lvm
 from .agent import MEMORY_BYTES, Agent, Part, Volume, problem_of
 from .btrfs import Btrfs
 from .disk import ReadOnly
-from .filesystem import DIRECTORY, FILE, FileSystem, Info, Piece, Unreadable, broken, kind_of, stream_pieces
+from .ext import WAITS, Ext
+from .filesystem import (
+    DIRECTORY,
+    FILE,
+    NOT_KNOWN,
+    FileSystem,
+    Info,
+    Piece,
+    Unreadable,
+    broken,
+    bytes_at,
+    kind_of,
+    stream_pieces,
+)
+from .filesystems import open_file_system
 from .places import member_of
 
 _LIBRARY = "libguestfs.so.0"
@@ -41,6 +55,9 @@ _NAMES = 1000
 # As dissect's reader calls them.
 _TYPES = {"vfat": "fat", "msdos": "fat", "crypto_LUKS": "luks", "BitLocker": "bitlocker", "": "unknown"}
 _IGNORE_CASE = ("fat", "exfat", "ntfs", "hfsplus")
+# Linux brings these in order when it mounts them, or nobody can write there.
+_CLEAN_ONCE_MOUNTED = ("xfs", "btrfs", "squashfs", "iso9660", "cramfs", "romfs", "erofs")
+_EXFAT_FLAGS, _EXFAT_IN_USE = 106, 0x2
 _WITHOUT_OWNERS = ("fat", "exfat", "ntfs")
 # btrfs' number for the subvolume at the top, and for directories in the place of subvolumes.
 _BTRFS_TOP = 5
@@ -340,6 +357,8 @@ class Mounted(FileSystem):
         self._guestfs = guestfs
         self._device = device
         self._options = b"ro"
+        # Before it is mounted, which may change it.
+        self.unclean = _unclean_once_mounted(_Device(guestfs, device), kind)
 
     def others(self) -> Dict[str, FileSystem]:
         if self.name != "btrfs" or self._guestfs.default_subvolume(self._device) == _BTRFS_TOP:
@@ -436,7 +455,16 @@ class ApplianceAgent(Agent):
             if device.startswith(b"btrfsvol:"):
                 continue
             self.alive()
-            part = self._part(device, keys)
+            try:
+                part = self._part(device, keys)
+            except broken() as error:
+                # LVM lists volumes that it does not set up, such as those of copies.
+                self._guestfs.require_alive()
+                told = device.decode("utf-8", "replace").replace("/dev/", "", 1)
+                part = Part(told, keys[0], io.BytesIO(), 0)
+                if told not in skip:
+                    self._unreadable(part, _TYPES.get(kind, kind), f"it can't be read: {problem_of(error)}")
+                continue
             if part.name in skip:
                 continue
             problem = copies.problem_of(device)
@@ -467,7 +495,8 @@ class ApplianceAgent(Agent):
             system.info(system.root())
         except broken() as error:
             return Volume(self._facts(part, kind, problem=f"it can't be mounted: {problem_of(error)}"), None)
-        return Volume(self._facts(part, kind, label=system.label, uuid=system.uuid, readable=True), system)
+        more = {"label": system.label, "uuid": system.uuid, "readable": True, **self._state(system)}
+        return Volume(self._facts(part, kind, **more), system)
 
 
 class _Device(ReadOnly):
@@ -486,6 +515,25 @@ class _Device(ReadOnly):
                 break
             found += data
         return found
+
+
+def _unclean_once_mounted(device: Any, kind: str) -> Optional[str]:
+    """Why a file system is not known to be clean once Linux has mounted it; None if it is."""
+    if kind in _CLEAN_ONCE_MOUNTED:
+        return None
+    try:
+        if kind in ("ext2", "ext3", "ext4"):
+            return WAITS if Ext.waits(device) else None
+        if kind in ("ntfs", "fat"):
+            # What mounts them here replays nothing.
+            system = open_file_system(device, device.size)
+            return NOT_KNOWN if system is None else system.unclean
+        if kind == "exfat":
+            flags = int.from_bytes(bytes_at(device, _EXFAT_FLAGS, 2), "little")
+            return fat.IN_USE if flags & _EXFAT_IN_USE else None
+    except broken() as error:
+        return f"{NOT_KNOWN} ({problem_of(error)})"
+    return NOT_KNOWN
 
 
 class _Copies:

@@ -66,6 +66,8 @@ class Btrfs(FileSystem):
     """
 
     name = "btrfs"
+    linux_replays = True
+    of_linux = True
 
     def __init__(self, volume: BinaryIO, size: int) -> None:
         super().__init__(volume, size)
@@ -87,11 +89,8 @@ class Btrfs(FileSystem):
         missing = parsers.missing()
         if missing:
             raise Unreadable(f"btrfs is read by dissect's library, which needs {', '.join(missing)}")
-        if log_root:
-            self.warnings.append(
-                "the guest had asked for changes to be on the disk that lie in its log, which is not replayed here:"
-                " the newest changes may be missing"
-            )
+        # Its trees are always whole. What a program asked to be on the disk in between lies in the log.
+        self.unclean = "its log was not empty when the snapshot was made" if log_root else None
         # Nodes of trees have the UUID of when it was made.
         self._tree_uuid = sb[571:587] if incompatible & _METADATA_UUID else sb[32:48]
         self.fs = self._opened(volume)

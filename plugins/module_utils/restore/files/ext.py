@@ -11,6 +11,7 @@ from typing import Any, BinaryIO, Iterator, List, NamedTuple, Optional, Tuple
 
 from .filesystem import (
     MOST_RUNS,
+    Beyond,
     FileSystem,
     Info,
     Piece,
@@ -20,7 +21,6 @@ from .filesystem import (
     bytes_at,
     kind_of,
     merged,
-    replay_warning,
     require_known,
 )
 from .journal import replayed
@@ -38,6 +38,9 @@ _INCOMPATIBLE_NAMES = {0x1: "compression", 0x8: "journal_dev", 0x1000: "dirdata"
 _READ_ONLY = 0x7F | 0x100 | 0x200 | 0x400 | 0x1000 | 0x2000 | 0x4000 | 0x8000 | 0x10000
 _READ_ONLY_NAMES = {0x80: "snapshot", 0x800: "replica"}
 _HAS_JOURNAL, _SPARSE_SUPER2 = 0x4, 0x200
+_VALID, _ERRORS = 0x1, 0x2
+#: Without a journal that is how it is while it is mounted.
+WAITS = "it was mounted without a journal when the snapshot was made, or waits for a check"
 
 _ENCRYPTED, _JOURNALED, _EXTENTS, _INLINE = 0x800, 0x4000, 0x80000, 0x10000000
 # All but those of compression, of snapshots, and of inodes that hold extended attributes of others.
@@ -80,6 +83,9 @@ class _Node(NamedTuple):
 class Ext(FileSystem):
     """ext2, ext3 and ext4."""
 
+    linux_replays = True
+    of_linux = True
+
     def __init__(self, volume: BinaryIO, size: int) -> None:
         super().__init__(volume, size)
         sb = self._bytes(_SUPERBLOCK, 1024)
@@ -117,11 +123,20 @@ class Ext(FileSystem):
         self._backups = struct.unpack_from("<II", sb, 588) if compatible & _SPARSE_SUPER2 else None
         self._journal = struct.unpack_from("<I", sb, 224)[0] if compatible & _HAS_JOURNAL else 0
         self._unreplayed = False
+        (state,) = struct.unpack_from("<H", sb, 58)
+        self.unclean = None
+        if not state & _VALID:
+            self.unclean = WAITS
+            self.linux_replays = False
         if incompatible & _RECOVER:
             self._replay()
-        state, _errors = struct.unpack_from("<HH", sb, 58)
-        if state & 2:
+        if state & _ERRORS:
             self.warnings.append("the guest's own kernel found errors in it")
+
+    @staticmethod
+    def waits(volume: BinaryIO) -> bool:
+        """Whether something is open that no journal brings in order."""
+        return not struct.unpack_from("<H", bytes_at(volume, _SUPERBLOCK, 1024), 58)[0] & _VALID
 
     @staticmethod
     def begins(volume: BinaryIO) -> Optional[str]:
@@ -144,7 +159,7 @@ class Ext(FileSystem):
             self.volume = replayed(self.volume, self.size, self.block_size, blocks)
         except broken() as error:
             self._unreplayed = True
-            self.warnings.append(f"{replay_warning()} ({error})")
+            self.unclean = f"its journal was not empty when the snapshot was made, and can't be replayed here ({error})"
 
     # Inodes
 
@@ -331,7 +346,7 @@ class Ext(FileSystem):
             runs.append((start if written else None, count))
             at = logical + count
             if len(runs) > MOST_RUNS:
-                raise ValueError("it has too many extents")
+                raise Beyond("it has too many extents")
         return runs
 
     def _extents(self, node: bytes, above: int) -> Iterator[Tuple[int, int, int, bool]]:

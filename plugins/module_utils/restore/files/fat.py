@@ -20,6 +20,7 @@ _KNOWN_ATTRIBUTES = 0x3F
 _LOWER_BASE, _LOWER_EXTENSION = 0x08, 0x10
 _LAST_PIECE = 0x40
 _NO_MIRROR = 0x80
+IN_USE = "it was in use when the snapshot was made, or not unmounted before"
 _DELETED, _KANJI = 0xE5, 0x05
 
 
@@ -63,6 +64,9 @@ class Fat(FileSystem):
             raise Unreadable(f"it is FAT32 of version {version:#x}")
         self._root_begin = (reserved + fats * fat_sectors) * bytes_per_sector
         self._root_bytes = root_entries * _ENTRY
+        if self._root_bytes % bytes_per_sector:
+            # Programs do not agree on where its data begin: at the next sector, in this one, or at once.
+            raise Unreadable("its root directory ends within a sector, and Linux does not mount it either")
         root_sectors = -(-self._root_bytes // bytes_per_sector)
         first = reserved + fats * fat_sectors + root_sectors
         if sectors <= first:
@@ -84,8 +88,21 @@ class Fat(FileSystem):
         self._root = _Node(root if wide else 0, 0, True, 0)
         at = 67 if wide else 39
         serial = sector[at : at + 4]
+        self.unclean = self._state(sector[37 + (28 if wide else 0)])
         self.uuid = f"{serial[3]:02X}{serial[2]:02X}-{serial[1]:02X}{serial[0]:02X}"
         self.label = sector[at + 4 : at + 15].decode("cp437").strip(" \0") or None
+
+    def _state(self, flags: int) -> Optional[str]:
+        """Why it is not known to be clean. Windows marks its table, Linux its first sector; there is no log."""
+        if flags & 1:
+            return "it was mounted when the snapshot was made, or not unmounted before"
+        if self._bits > 12:
+            second = self._number(self._bits // 8, self._bits // 8)
+            if not second >> self._bits - (5 if self._bits == 32 else 1) & 1:
+                return IN_USE
+        if flags & 2:
+            return "it waits for a check of the disk"
+        return None
 
     @staticmethod
     def begins(volume: BinaryIO) -> Optional[str]:

@@ -7,6 +7,9 @@ for: any of :func:`broken` may be raised anywhere.
 
 Each has a list of what it is known to read right: features, flags, kinds of extents, of entries and of attributes. What
 is not on it is :class:`Unreadable`, with its name. A hole is one only where the file system says so.
+
+Each also proves that it is clean: that all of it lies in its place, and nothing waits in a log or for a check. What is
+not proved is said, see :attr:`FileSystem.unclean`.
 """
 
 from __future__ import annotations
@@ -48,10 +51,8 @@ _OTHERS = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
 }
-_REPLAY = (
-    "its journal was not empty when the snapshot was made, and it is not replayed here: the newest changes may be"
-    " missing"
-)
+#: Of what is not known to be clean.
+NOT_KNOWN = "it is not known whether all of it lies in its place"
 
 
 def broken() -> Tuple[Type[BaseException], ...]:
@@ -76,11 +77,19 @@ class Unreadable(ValueError):
     """What this reader can't read as it is, and why."""
 
 
+class Beyond(Unreadable):
+    """What this reader can't read as it is, and libguestfs is known to read right."""
+
+
 class FileSystem(ABC):
     """A file system; a *node* is whatever it takes for a file or directory."""
 
     name = ""
     ignores_case = False
+    #: Whether Linux brings it in order when it mounts it, as libguestfs does on an overlay.
+    linux_replays = False
+    #: Whether Linux is what defines it: whatever Linux shows there is what the guest saw.
+    of_linux = False
 
     def __init__(self, volume: BinaryIO, size: int) -> None:
         self.volume = volume
@@ -88,6 +97,14 @@ class FileSystem(ABC):
         self.label: Optional[str] = None
         self.uuid: Optional[str] = None
         self.warnings: List[str] = []
+        #: Why it is not known to be clean; None if it is.
+        self.unclean: Optional[str] = NOT_KNOWN
+
+    def mind(self) -> List[str]:
+        """What to mind about its files."""
+        if self.unclean is None:
+            return list(self.warnings)
+        return [unclean_warning(self.unclean, self.linux_replays), *self.warnings]
 
     @staticmethod
     def begins(volume: BinaryIO) -> Optional[str]:
@@ -174,9 +191,22 @@ def require_known(value: int, known: int, names: Dict[int, str], what: str) -> N
         raise Unreadable(f"it has {what} that this reader does not know: {told}")
 
 
-def replay_warning() -> str:
-    """Of a journal that was not empty."""
-    return _REPLAY
+def linux_reads(system: FileSystem, error: BaseException) -> bool:
+    """Whether libguestfs is known to read right what this reader failed on, or to refuse it.
+
+    Of what is refused by its name only that which is on the list: without a key, a device or a filter of Windows,
+    libguestfs may show other bytes. What this reader does not understand of Linux' own file systems, Linux does.
+    """
+    return isinstance(error, Beyond) or (system.of_linux and not isinstance(error, Unreadable))
+
+
+def unclean_warning(reason: str, linux_replays: bool) -> str:
+    """Of a file system that is not known to be clean."""
+    more = "; libguestfs brings it in order, where it is installed and one point is read" if linux_replays else ""
+    return (
+        f"{reason}. So the newest changes may be missing, and files that had just changed or gone may hold other"
+        f" bytes{more}"
+    )
 
 
 def stream_pieces(stream: BinaryIO, size: int) -> Iterator[Piece]:
@@ -214,7 +244,7 @@ def merged(blocks: Iterator[Optional[int]]) -> List[Run]:
         if count:
             runs.append((start, count))
             if len(runs) > MOST_RUNS:
-                raise ValueError("it has too many extents")
+                raise Beyond("it has too many extents")
         start, count = block, 1
     if count:
         runs.append((start, count))

@@ -15,6 +15,7 @@ from .filesystem import (
     LINK,
     MOST_RUNS,
     OTHER,
+    Beyond,
     FileSystem,
     Info,
     Piece,
@@ -26,7 +27,7 @@ from .filesystem import (
     require_known,
 )
 
-_MFT, _VOLUME, _ROOT, _FIRST_OF_USERS = 0, 3, 5, 24
+_MFT, _LOG_FILE, _VOLUME, _ROOT, _FIRST_OF_USERS = 0, 2, 3, 5, 24
 _STANDARD, _LIST, _VOLUME_NAME, _VOLUME_INFORMATION = 0x10, 0x20, 0x60, 0x70
 _DATA, _INDEX_ROOT, _INDEX_ALLOCATION, _REPARSE, _END = 0x80, 0x90, 0xA0, 0xC0, 0xFFFFFFFF
 _VERSIONS = ((1, 2), (3, 0), (3, 1))
@@ -38,6 +39,11 @@ _HAS_NODE, _IS_END = 0x1, 0x2
 _MOST_DEPTH = 32
 _MOST_ATTRIBUTES = 65536
 _USERS_EPOCH = 116444736000000000
+
+# The two pages of the log that say where it begins lie there. Tools that make file systems fill it with ones.
+_LOG_BEGIN = 2 * 65536
+_LOG_VERSIONS = (1, 2)
+_LOG_IS_CLEAN, _NO_CLIENT = 0x2, 0xFFFF
 
 # Flags of attributes.
 _LZNT1, _ENCRYPTED, _SPARSE = 0x0001, 0x4000, 0x8000
@@ -195,8 +201,21 @@ class Ntfs(FileSystem):
             raise Unreadable(f"it is of version {version[0]}.{version[1]}")
         with contextlib.suppress(*broken()):
             self.label = self._resident(record, _VOLUME_NAME).decode("utf-16-le") or None
-        if struct.unpack_from("<H", information, 10)[0] & 1:
-            self.warnings.append("it is marked as damaged: the guest would check it first")
+        self.unclean = self._state_of_log()
+        if self.unclean is None and struct.unpack_from("<H", information, 10)[0] & 1:
+            self.unclean = "it is marked as damaged: the guest would check it first"
+
+    def _state_of_log(self) -> Optional[str]:
+        """Why it is not known that nothing waits in its log; Windows alone replays that."""
+        try:
+            content = self._content(self._record_of(_LOG_FILE), _DATA)
+            if content is None or content.value is not None:
+                return "its log makes no sense"
+            length = min(content.valid, _LOG_BEGIN)
+            pieces = self._by_runs(content.runs, length, self.cluster_size)
+            return _state_of(b"".join(piece if isinstance(piece, bytes) else bytes(piece) for piece in pieces))
+        except broken() as error:
+            return f"its log can't be read ({error})"
 
     # Records
 
@@ -334,7 +353,7 @@ class Ntfs(FileSystem):
             runs += part.runs
             at += sum(count for dummy, count in part.runs)
             if len(runs) > MOST_RUNS:
-                raise ValueError("it has too many extents")
+                raise Beyond("it has too many extents")
         if at * self.cluster_size < first.size or first.valid > first.size:
             raise ValueError("a part of its extents is missing")
         if not first.flags & (_LZNT1 | _SPARSE) and any(start is None for start, dummy in runs):
@@ -545,6 +564,30 @@ class Ntfs(FileSystem):
         if length:
             raise ValueError("its index is damaged")
         return data
+
+
+def _state_of(log: bytes) -> Optional[str]:
+    """Why a log, of which this is the begin, may hold what is not in its place."""
+    if log and log.count(0xFF) == len(log):
+        return None
+    newest: Optional[Tuple[int, int, int]] = None
+    page = 0
+    for _number in range(2):
+        if log[page : page + 4] != b"RSTR":
+            break
+        own, _log_page, area, _minor, major = struct.unpack_from("<IIHhh", log, page + 16)
+        if own not in (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536) or major not in _LOG_VERSIONS:
+            return "its log is of a version that this reader does not know"
+        data = _mended(log[page : page + own], b"RSTR")
+        lsn, _clients, _free, client, flags = struct.unpack_from("<QHHHH", data, area)
+        newest = max(newest or (lsn, client, flags), (lsn, client, flags), key=lambda one: one[0])
+        page += own
+    if newest is None:
+        return "its log makes no sense"
+    _lsn, client, flags = newest
+    if client == _NO_CLIENT or flags & _LOG_IS_CLEAN:
+        return None
+    return "its log was in use when the snapshot was made, and only Windows replays that"
 
 
 def _told(tag: int) -> str:

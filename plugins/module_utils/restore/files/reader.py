@@ -79,6 +79,9 @@ class DiskSource:
 class Unread(VadpError):
     """One file can't be read; the others can."""
 
+    #: Whether libguestfs may read it.
+    askable = False
+
 
 class TooMany(DataPathError):
     """More files are selected than the limit allows."""
@@ -87,7 +90,7 @@ class TooMany(DataPathError):
 class FileReader(ABC):
     """What reads files. A context manager: entering finds the volumes.
 
-    ``volumes`` are dictionaries: {name, disk, size, type, label, uuid, readable, problem, warnings,
+    ``volumes`` are dictionaries: {name, disk, size, type, label, uuid, readable, problem, clean, warnings,
     only_by_name, reader, reader_reason}.
 
     :param reason: why this reader was chosen, for ``reader_reason``.
@@ -109,6 +112,10 @@ class FileReader(ABC):
         self.io_timeout = io_timeout
         self.deadline = deadline
         self.volumes: List[Dict[str, Any]] = []
+        #: Volume and path of what was skipped, and libguestfs may read.
+        self.askable: Set[Tuple[int, str]] = set()
+        #: The numbers of those that are not known to be clean, and that libguestfs brings in order.
+        self.replayable: List[int] = []
         #: Which patterns of the last walk selected something, by their numbers.
         self.matched: Set[int] = set()
 
@@ -163,7 +170,9 @@ class _AgentReader(FileReader):
     def _open(self, **request: Any) -> None:
         """Find the volumes."""
         self._ask(op="open", disks=[vars(disk) for disk in self.disks], run_dir=self.run_dir, **request)
-        self.volumes = [self._checked_volume(volume) for volume in self._answer("volumes")["volumes"]]
+        told = self._answer("volumes")["volumes"]
+        self.volumes = [self._checked_volume(volume) for volume in told]
+        self.replayable = [number for number, volume in enumerate(told) if volume.get("replayable") is True]
 
     def __enter__(self) -> FileReader:
         request_end, self._requests = os.pipe()
@@ -213,7 +222,10 @@ class _AgentReader(FileReader):
                 yield self._checked_entry(document["file"])
             elif "skipped" in document:
                 skipped = document["skipped"]
-                on_skipped(self._volume(skipped), str(skipped.get("path")), str(skipped.get("reason"))[:500])
+                place = (self._volume(skipped), str(skipped.get("path")))
+                if skipped.get("askable") is True:
+                    self.askable.add(place)
+                on_skipped(*place, str(skipped.get("reason"))[:500])
             elif "end" in document:
                 if document.get("limit"):
                     raise TooMany(
@@ -235,7 +247,7 @@ class _AgentReader(FileReader):
                 if kind == JSON:
                     over = True
                     if "problem" in content:
-                        raise Unread("A file can't be read", subject=entry.path, reason=str(content["problem"])[:500])
+                        raise unread(entry, str(content["problem"])[:500], content.get("askable") is True)
                     if "end" in content and not left:
                         return
                     raise self._nonsense()
@@ -326,6 +338,7 @@ class _AgentReader(FileReader):
             "uuid": _text(document.get("uuid")),
             "readable": readable,
             "problem": _text(document.get("problem")),
+            "clean": document.get("clean") is True if readable else None,
             "warnings": [str(_text(warning)) for warning in document.get("warnings", [])],
             "only_by_name": document.get("only_by_name") is True,
             "reader": self.name if readable else None,
@@ -424,6 +437,13 @@ class GuestfishReader(_AgentReader):
         self._silence = max(self.io_timeout, _START_SECONDS)
         super()._open(skip=self._skip, **request)
         self._silence = self.io_timeout
+
+
+def unread(entry: Entry, reason: str, askable: bool = False) -> Unread:
+    """That a file can't be read."""
+    error = Unread("A file can't be read", subject=entry.path, reason=reason)
+    error.askable = askable
+    return error
 
 
 def _count(value: Any, most: int) -> Optional[int]:

@@ -10,7 +10,19 @@ import uuid
 from functools import lru_cache
 from typing import Any, BinaryIO, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
-from .filesystem import MOST_RUNS, FileSystem, Info, Piece, Run, Unreadable, bytes_at, kind_of, require_known
+from .filesystem import (
+    MOST_RUNS,
+    Beyond,
+    FileSystem,
+    Info,
+    Piece,
+    Run,
+    Unreadable,
+    bytes_at,
+    kind_of,
+    require_known,
+)
+from .xfs_log import pending
 
 _MOREBITS = 0x8000
 # Of version 4: attr, nlink, quota, align, dalign, logv2, sector, extflg, dirv2, ascii-ci and those of the second word.
@@ -83,6 +95,8 @@ class Xfs(FileSystem):
     """XFS."""
 
     name = "xfs"
+    linux_replays = True
+    of_linux = True
 
     def __init__(self, volume: BinaryIO, size: int) -> None:
         super().__init__(volume, size)
@@ -114,8 +128,13 @@ class Xfs(FileSystem):
             raise Unreadable("it was not made to the end (mkfs in progress)")
         self._blocks = blocks
         self._require_room(blocks * self.block_size)
-        if not log_start:
-            self.warnings.append("its journal lies on another device: the newest changes may be missing")
+        if log_start:
+            (log_blocks,) = struct.unpack_from(">I", sb, 96)
+            place = self._place(log_start) * self.block_size
+            self.unclean = pending(volume, place, log_blocks * self.block_size // 512)
+        else:
+            self.unclean = "its log lies on another device"
+            self.linux_replays = False
         self._inode = lru_cache(4096)(self._inode)  # type: ignore[method-assign]
 
     def _checked_features(self, sb: bytes, version: int) -> bool:
@@ -322,7 +341,7 @@ class Xfs(FileSystem):
             runs.append((block if written else None, count))
             at = logical + count
             if len(runs) > MOST_RUNS:
-                raise ValueError("it has too many extents")
+                raise Beyond("it has too many extents")
         return runs
 
     def _extents_of(self, node: _Node) -> Iterator[Tuple[int, int, int, bool]]:

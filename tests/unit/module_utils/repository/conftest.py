@@ -127,7 +127,7 @@ class World:
         folder = self.store.make_disk_folder(KEY)
         path = str(self.store.layer_path(KEY, point))
         create_layer(path, capacity, backing=None if parent is None else f"{parent}.qcow2")
-        identity = content_id(point)
+        identity = content_id(point, KEY)
         with HashWriter(str(self.store.hashes_path(KEY, point)), capacity, content_id=identity) as hashes:
             commands = []
             sources = []

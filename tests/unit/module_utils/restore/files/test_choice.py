@@ -6,12 +6,17 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List
+from typing import Any, Callable, Dict, Iterator, List, Sequence
 
 import pytest
 from ansible_collections.openvadp.backup.plugins.module_utils.errors import DataPathError, InputError
 from ansible_collections.openvadp.backup.plugins.module_utils.restore.files import choice
-from ansible_collections.openvadp.backup.plugins.module_utils.restore.files.reader import Entry, FileReader
+from ansible_collections.openvadp.backup.plugins.module_utils.restore.files.reader import (
+    Entry,
+    FileReader,
+    Unread,
+    unread,
+)
 from ansible_collections.openvadp.backup.plugins.module_utils.restore.files.request import FilesRequest
 
 
@@ -25,6 +30,9 @@ def volume(name: str, kind: str, problem: Any = None, label: Any = None) -> Dict
         "uuid": None,
         "readable": readable,
         "problem": problem,
+        "clean": readable,
+        "warnings": [],
+        "only_by_name": False,
     }
 
 
@@ -41,7 +49,9 @@ class Reader(FileReader):
     def __init__(
         self, *args: Any, skip: Any = (), on_unchecked: Callable[[], None] = lambda: None, **more: Any
     ) -> None:
+        replayable = self.replayable if hasattr(self, "replayable") else []
         super().__init__(*args, **more)
+        self.replayable = replayable
         self._skip = skip
         self._on_unchecked = on_unchecked
 
@@ -65,7 +75,7 @@ class Reader(FileReader):
             yield Entry(number, f"/of-{self.volumes[number]['name']}", "file", 1, 0)
 
     def read(self, entry: Entry) -> Any:
-        return iter([f"{self.name} {self.volumes[entry.volume]['name']}".encode()])
+        yield f"{self.name} {self.volumes[entry.volume]['name']}".encode()
 
 
 @pytest.fixture
@@ -114,7 +124,7 @@ def test_what_dissect_leaves_is_read_by_guestfish_under_the_same_numbers(readers
     assert not checks
     with reader:
         # Swap space and what nobody knows are no reason to start it.
-        assert readers[1].started == [["2000p2", "vg/a"]] and checks == [1]
+        assert len(readers[1].started) == 1 and checks == [1]
         told = {one["name"]: (one["reader"], one["reader_reason"]) for one in reader.volumes if one["readable"]}
         assert told == {
             "2000p1": ("dissect", "dissect reads it"),
@@ -150,9 +160,9 @@ def test_what_dissect_leaves_is_read_by_guestfish_under_the_same_numbers(readers
         (["2000p1", "2000p4"], []),
         (["EFI"], []),
         (["2000p5"], [["2000p5"]]),
-        (["2000p1", "2000p2"], [["2000p2"]]),
+        (["2000p1", "2000p2"], [["2000p1", "2000p2"]]),
         # Perhaps the label of one that dissect does not read.
-        (["Odd"], [["2000p2", "2000p5", "vg/a"]]),
+        (["Odd"], [["2000p1", "2000p2", "2000p3", "2000p4", "2000p5", "vg/a"]]),
         (["2000p3"], []),
     ],
 )
@@ -160,6 +170,186 @@ def test_only_volumes_that_are_wanted_are_a_reason(readers: Any, wanted: List[st
     reader, checks = made(volumes=wanted)
     with reader:
         assert readers[1].started == started and len(checks) == len(started)
+
+
+def test_a_log_that_linux_replays_is_a_reason(readers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The volume is taken over if it comes out in order, and stays where it was with a word about it otherwise."""
+    first = [
+        dict(volume("2000p1", "xfs"), clean=False, warnings=["its log was not empty"]),
+        dict(volume("2000p2", "ext4"), clean=False, warnings=["its journal was not empty"]),
+        dict(volume("2000p3", "ntfs"), clean=False, warnings=["only Windows replays that"]),
+        dict(volume("2000p4", "btrfs"), clean=False, warnings=["its log was not empty"]),
+    ]
+    monkeypatch.setattr(readers[0], "has", first)
+    monkeypatch.setattr(readers[0], "replayable", [0, 1, 3], raising=False)
+    second = [volume("2000p1", "xfs"), dict(volume("2000p2", "ext4"), clean=False, warnings=["it waits for a check"])]
+    monkeypatch.setattr(readers[1], "has", [*second, volume("2000p4", "btrfs", "it can't be mounted: no")])
+    with made()[0] as reader:
+        assert [one["reader"] for one in reader.volumes] == ["guestfish", "dissect", "dissect", "dissect"]
+        assert [one["clean"] for one in reader.volumes] == [True, False, False, False]
+        assert reader.volumes[0]["reader_reason"] == "dissect: its log was not empty"
+        assert reader.volumes[1]["warnings"] == ["its journal was not empty", "guestfish: it waits for a check"]
+        assert reader.volumes[3]["warnings"] == ["its log was not empty", "guestfish: it can't be mounted: no"]
+    readers[1].started.clear()
+    with made(volumes=["2000p3"])[0] as reader:
+        assert readers[1].started == []
+    readers[1].absent = ["libguestfs"]
+    with made()[0] as reader:
+        assert [one["reader"] for one in reader.volumes] == ["dissect"] * 4
+        assert reader.volumes[0]["warnings"] == ["its log was not empty"]
+
+
+class Tree(Reader):
+    """Has these files: path -> content, an error that is told in its place, or one after some of it."""
+
+    files: Dict[str, Any] = {}
+    askable_paths: Sequence[str] = ()
+    started = 0
+
+    def __enter__(self) -> FileReader:
+        type(self).started += 1
+        return super().__enter__()
+
+    def walk(self, volumes: Any, patterns: Any, recurse: Any, limit: Any, on_skipped: Any) -> Iterator[Entry]:
+        self.matched = {0}
+        for number in volumes:
+            for path, content in self.files.items():
+                if patterns[0] not in ("/**", path.replace("[", "[[]")):
+                    continue
+                if path in self.askable_paths:
+                    self.askable.add((number, path))
+                if content is None:
+                    yield Entry(number, path, "directory", 0, 0)
+                elif isinstance(content, str):
+                    on_skipped(number, path, content)
+                else:
+                    size = sum(len(one) for one in content if isinstance(one, bytes))
+                    yield Entry(number, path, "file", max(size, 6), 0, handle=path)
+
+    def read(self, entry: Entry) -> Any:
+        for piece in self.files[entry.handle]:
+            if isinstance(piece, str):
+                raise unread(entry, piece, entry.path in self.askable_paths)
+            yield piece
+
+
+@pytest.fixture
+def trees(monkeypatch: pytest.MonkeyPatch) -> Any:
+    class First(Tree):
+        name = "dissect"
+        has = [volume("2000p1", "xfs"), volume("2000p2", "xfs")]
+        files = {
+            "/": None,
+            "/plain": [b"plain!"],
+            "/key": "it is encrypted",
+            "/told": "it has too many extents",
+            "/gone": "it has too many extents",
+            "/dir": None,
+            "/part": [b"abc", "an extent is damaged"],
+            "/other": [b"abc", "an extent is damaged"],
+            "/odd[1]": ["an extent is damaged"],
+            "/never": [b"ab", "it is encrypted"],
+        }
+        askable_paths = ("/told", "/gone", "/dir", "/part", "/other", "/odd[1]")
+
+        def walk(self, *args: Any) -> Iterator[Entry]:
+            for entry in super().walk(*args):
+                yield entry
+                if entry.path == "/dir":
+                    args[-1](entry.volume, "/dir", "the directory can't be read: damaged")
+
+    class Second(Tree):
+        name = "guestfish"
+        has = [volume("2000p1", "xfs"), volume("2000p2", "xfs")]
+        files = {
+            "/": None,
+            "/plain": [b"other!"],
+            "/key": [b"cipher"],
+            "/told": [b"told!!"],
+            "/dir": None,
+            "/dir/inside": [b"inside"],
+            "/part": [b"abcdef"],
+            "/other": [b"abXdef"],
+            "/odd[1]": [b"oddodd"],
+            "/never": [b"abcdef"],
+        }
+
+    monkeypatch.setattr(choice, "DissectReader", First)
+    monkeypatch.setattr(choice, "GuestfishReader", Second)
+    return First, Second
+
+
+def contents(reader: Any) -> Dict[str, Any]:
+    """What the files of the first volume hold, or why they can't be had."""
+    found: Dict[str, Any] = {}
+
+    def skipped(number: int, path: str, why: str) -> None:
+        assert number == 0 and path not in found
+        found[path] = why
+
+    for entry in list(reader.walk([0], ["/**"], True, 99, skipped)):
+        if entry.kind == "file":
+            assert entry.path not in found
+            try:
+                found[entry.path] = b"".join(reader.read(entry))
+            except Unread as error:
+                found[entry.path] = str(error.reason)
+    return found
+
+
+def test_single_files_that_are_refused_are_read_by_guestfish(trees: Any) -> None:
+    """Only those whose reason is on the list, one virtual machine for all, and the bytes of one reader or the other."""
+    reader, checks = made()
+    with reader:
+        assert trees[1].started == 0 and checks == []
+        assert contents(reader) == {
+            "/plain": b"plain!",
+            # guestfish would show something, but is not known to read it right.
+            "/key": "it is encrypted",
+            "/never": "it is encrypted",
+            "/told": b"told!!",
+            "/dir/inside": b"inside",
+            "/part": b"abcdef",
+            "/odd[1]": b"oddodd",
+            "/gone": "it has too many extents; guestfish finds no such file",
+            "/other": "dissect and guestfish do not read the same",
+        }
+    assert trees[1].started == 1 and checks == [1]
+
+
+def test_without_guestfish_they_stay_refused(trees: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = {
+        "/plain": b"plain!",
+        "/key": "it is encrypted",
+        "/never": "it is encrypted",
+        "/dir": "the directory can't be read: damaged; {why}",
+        "/told": "it has too many extents; {why}",
+        "/gone": "it has too many extents; {why}",
+        "/part": "an extent is damaged; {why}",
+        "/other": "an extent is damaged; {why}",
+        "/odd[1]": "an extent is damaged; {why}",
+    }
+
+    def told(why: str) -> Dict[str, Any]:
+        return {path: one.format(why=why) if isinstance(one, str) else one for path, one in expected.items()}
+
+    trees[1].absent = ["libguestfs"]
+    with made()[0] as reader:
+        assert contents(reader) == told("guestfish may read it, but needs libguestfs")
+    trees[1].absent = []
+    with made(versions=True)[0] as reader:
+        assert contents(reader) == told("guestfish may read it, when one point is listed")
+    monkeypatch.setattr(trees[1], "has", [volume("2000p1", "xfs", "it can't be mounted")])
+    with made()[0] as reader:
+        assert contents(reader) == told("guestfish: it can't be mounted")
+    monkeypatch.setattr(trees[1], "has", [volume("2000p1", "xfs")])
+
+    def fail(self: Any, *args: Any) -> Any:
+        raise DataPathError("The virtual machine has ended")
+
+    monkeypatch.setattr(trees[1], "walk", fail)
+    with made()[0] as reader:
+        assert contents(reader) == told("guestfish can't read it: The virtual machine has ended.")
 
 
 def test_one_of_them_alone(readers: Any) -> None:

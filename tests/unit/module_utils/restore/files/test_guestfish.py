@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any, List
 import pytest
 from ansible_collections.openvadp.backup.plugins.module_utils.datapath.processes import RuntimeDir
 from ansible_collections.openvadp.backup.plugins.module_utils.errors import DamagedError, DataPathError
+from ansible_collections.openvadp.backup.plugins.module_utils.restore.files import reader as files_reader
 
 pytestmark = pytest.mark.soak
 
@@ -193,3 +195,93 @@ def test_time_limits_and_a_kill_leave_nothing(c: Any, disks: Any, tree: Path, tm
     with pytest.raises(DataPathError):
         disks.restore("/etc", reader="guestfish", timeout=1)
     assert left_behind() == before
+
+
+def fsynced(path: Path, content: bytes) -> None:
+    with path.open("ab") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def test_logs_that_linux_replays(c: Any, disks: Any, tmp_path: Path) -> None:
+    """Copies made while they were mounted: what comes out is what Linux shows, and nothing is left to warn of."""
+    images: List[bytes] = []
+    expected = []
+    kinds = [("xfs", "mkfs.xfs -q"), ("btrfs", "mkfs.btrfs -q"), ("ext4", "mkfs.ext4 -q -F -O fast_commit")]
+    for driver, make in kinds:
+        image, copy, place = tmp_path / "one", tmp_path / "copy", tmp_path / "mounted"
+        image.unlink(missing_ok=True)
+        image.touch()
+        os.truncate(image, 128 * c.MIB)
+        place.mkdir(exist_ok=True)
+        c.tool(*make.split(), image)
+        c.tool("mount", "-o", "loop", "-t", driver, image, place)
+        try:
+            for number in range(30):
+                (place / f"gone{number}").write_bytes(b"gone" * 3000)
+            c.tool("sync", "-f", place)
+            for number in range(30):
+                (place / f"gone{number}").unlink()
+            for number in range(30):
+                fsynced(place / f"{driver}{number}", b"new" * 3000)
+            shutil.copy(image, copy)
+        finally:
+            c.tool("umount", place)
+        images.append(copy.read_bytes())
+        c.tool("mount", "-o", "loop", "-t", driver, copy, place)
+        try:
+            expected.append(c.sums(place))
+        finally:
+            c.tool("umount", place)
+        assert any(name.startswith(f"/{driver}".encode()) for name in expected[-1])
+    disks.several(images)
+    ours = disks.restore("/**", list_only=True, checksums=True, reader="dissect")
+    assert [one["clean"] for one in ours["volumes"]] == [False] * 3 and len(ours["warnings"]) >= 3
+    result = disks.restore("/**", list_only=True, checksums=True, io_timeout=600)
+    states = [(one["reader"], one["clean"], len(one["warnings"])) for one in result["volumes"]]
+    assert states[:2] == [("guestfish", True, 0)] * 2 and result["skipped_files"] == []
+    # Not every kernel replays each other's fast commits. Then it stays where it was, and says so.
+    assert states[2] in (("guestfish", True, 0), ("dissect", False, 2)) and len(result["warnings"]) == states[2][2]
+    for number, there in enumerate(expected):
+        if result["volumes"][number]["reader"] == "dissect":
+            continue
+        found = {
+            os.fsencode(one["path"]): one["sha256"]
+            for one in result["files"]
+            if one["volume"] == str(2000 + number) and one["type"] == "file"
+        }
+        assert found == there
+
+
+def test_single_files_that_dissect_refuses(
+    c: Any, disks: Any, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit of extents is a low one here. What is encrypted stays refused, whatever Linux would show."""
+    for name in ("one", "two"):
+        with (tree / name).open("wb") as file:
+            for number in range(40):
+                file.seek(number * 20000)
+                file.write(b"%d %s" % (number, name.encode()) * 500)
+    (tree / "key").write_bytes(b"key" * 3000)
+    image = disks.image(24 * c.MIB)
+    c.tool("mkfs.ext4", "-q", "-F", "-O", "encrypt", "-d", tree, image)
+    c.tool("debugfs", "-w", "-R", "sif /key flags 0x80800", image)
+    disks.chain(image, 2)
+    limit = "import {0}; from {1} import ext; ext.MOST_RUNS = 9; from {{}} import main; ".format(
+        files_reader.__name__, files_reader.__package__
+    )
+    program = files_reader._PROGRAM.replace("from {} import main; ", limit)
+    monkeypatch.setattr(files_reader, "_PROGRAM", program)
+    for how in ("list", "restore"):
+        options = {"list_only": True, "checksums": True} if how == "list" else {}
+        result = disks.restore("/**", io_timeout=600, **options)
+        wanted = {path: one for path, one in c.sums(tree).items() if path != b"/key"}
+        found = {os.fsencode(one["path"]): one["sha256"] for one in result["files"] if one["type"] == "file"}
+        assert found == wanted
+        assert {one["path"]: one["reason"] for one in result["skipped_files"]} == {
+            "/key": "it can't be read: it is encrypted (fscrypt)"
+        }
+    assert c.sums(disks.dest) == wanted
+    alone = disks.restore("/**", reader="dissect", list_only=True, checksums=True)
+    assert {"/one", "/two"} <= {one["path"] for one in alone["skipped_files"]}

@@ -222,7 +222,7 @@ def test_damage_anywhere(c: Any, disks: Any, tree: Path, outside: Path, kind: st
         dest = disks.dest / name
         dest.mkdir()
         try:
-            result = disks.restore("/**", point=name, dest=str(dest), io_timeout=60, limit=2000)
+            result = disks.restore("/**", point=name, dest=str(dest), io_timeout=60, limit=2000, reader="dissect")
         except DamagedError as error:
             raise AssertionError("the restore point itself is sound") from error
         except VadpError as error:

@@ -660,7 +660,7 @@ def test_a_journal_that_was_not_empty(c: Any, tmp_path: Path, options: List[str]
     found, refused = read_back(copy, True)
     with copy.open("rb") as volume:
         system = open_file_system(volume, copy.stat().st_size)
-        assert system is not None and system.warnings == []
+        assert system is not None and system.unclean is None and system.mind() == []
     before = copy.read_bytes()
     with mounted(c, copy, place, ["-t", "ext4"]):
         expected = truth(place, True)
