@@ -35,15 +35,16 @@ from typing import (
 )
 
 from ...errors import DataPathError, VadpError
-from ...transport.disk_format import Partition, read_partitions
+from ...transport.disk_format import Partition
 from . import lvm
 from .disk import CheckedDisk, Slice
 from .filesystem import DIRECTORY, FILE, LINK, OTHER, FileSystem, Info, broken, linux_reads
-from .filesystems import guess, open_file_system, type_of
+from .filesystems import Contained, guess, open_file_system, type_of
 from .frames import DATA, encode, encode_hole, encode_json
 from .names import bad_name
 from .places import member_of, not_a_volume
 from .patterns import Patterns, State, is_literal, parts_of
+from .tables import Table, read_table
 
 MEMORY_BYTES = 3 << 29
 _RECURSION = 3000
@@ -53,7 +54,6 @@ _VISITED_TIMES = 50
 _TELL_SECONDS = 1.0
 # What a sparse file may claim to be, of the disk's size.
 _SPARSE_TIMES = 64
-_EXTENDED = ("05", "0f", "85")
 
 
 class Volume(NamedTuple):
@@ -158,7 +158,8 @@ class Agent:
         """The partitions of a disk, or the whole of it, that may be volumes. The others are told."""
         stream = cast(BinaryIO, disk)
         whole = Part(str(key), key, stream, disk.size)
-        entries = [entry for entry in read_partitions(stream) or () if entry.kind not in _EXTENDED]
+        table = read_table(stream, disk.size) or Table([], None, [])
+        entries = table.entries
         member = member_of(stream, disk.size)
         # What lies at the end of the last partition lies at the end of the disk, too.
         inside = member is not None and any(
@@ -168,8 +169,13 @@ class Agent:
             for part in [self._partition(whole, entry) for entry in entries] or [whole]:
                 self._unreadable(part, member.kind, member.why if part is whole else f"the disk: {member.why}")
             return []
+        if table.problem is not None:
+            self._unreadable(whole, "unknown", table.problem)
+            return []
+        for number, why in table.lost:
+            self._unreadable(whole._replace(name=f"{whole.name}p{number}", size=0), "unknown", why)
         if not entries:
-            return [whole]
+            return [] if table.lost else [whole]
         return [part for part in (self._checked(whole, entry) for entry in entries) if part is not None]
 
     @staticmethod
@@ -279,6 +285,8 @@ class Agent:
                 known = guess(part.stream)
                 return Volume(self._facts(part, known["type"], problem=known["why"]), None)
             system.info(system.root())
+        except Contained as error:
+            return Volume(self._facts(part, error.kind, problem=str(error)), None)
         except broken() as error:
             return Volume(self._facts(part, kind, problem=f"it can't be read: {problem_of(error)}"), None)
         facts = self._facts(part, kind, label=system.label, uuid=system.uuid, readable=True, **self._state(system))

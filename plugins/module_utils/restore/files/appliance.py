@@ -42,7 +42,7 @@ from .filesystem import (
     kind_of,
     stream_pieces,
 )
-from .filesystems import open_file_system
+from .filesystems import Contained, open_file_system, type_of
 from .places import member_of
 
 _LIBRARY = "libguestfs.so.0"
@@ -490,6 +490,18 @@ class ApplianceAgent(Agent):
     def _mounted(self, device: bytes, part: Part, kind: str) -> Volume:
         if kind in _NOT_MOUNTED:
             return Volume(self._facts(part, kind, problem=_NOT_MOUNTED[kind]), None)
+        try:
+            stream: Any = _Device(self._guestfs, device)
+            # Linux takes some of these for the file system that lay there before.
+            type_of(stream)
+            member = member_of(stream, stream.size)
+            if member is not None:
+                return Volume(self._facts(part, member.kind, problem=member.why), None)
+        except Unreadable as error:
+            kind = error.kind if isinstance(error, Contained) else kind
+            return Volume(self._facts(part, kind, problem=str(error)), None)
+        except broken() as error:
+            return Volume(self._facts(part, kind, problem=f"it can't be read: {problem_of(error)}"), None)
         try:
             system = Mounted(self._guestfs, device, kind, part.size)
             system.info(system.root())

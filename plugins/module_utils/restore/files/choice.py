@@ -17,6 +17,7 @@ from typing import Any, Callable, Dict, Generator, Iterator, List, Optional, Seq
 
 from ...errors import DamagedError, InputError, VadpError
 from .filesystem import Piece
+from .filesystems import CONTAINERS
 from .reader import (
     DiskSource,
     DissectReader,
@@ -31,7 +32,7 @@ from .reader import (
 from .request import AUTO, DISSECT, GUESTFISH, FilesRequest
 
 # What libguestfs can't read either.
-_HOPELESS = ("swap", "empty", "luks", "bitlocker", "refs", "apfs")
+_HOPELESS = ("swap", "empty", "refs", "apfs", *CONTAINERS)
 _ZEROS = bytes(1 << 16)
 
 

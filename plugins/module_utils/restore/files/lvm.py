@@ -183,7 +183,10 @@ def _group(
         stores, merging = _snapshots(volumes)
         for name, volume in volumes.items():
             segments = [one for one in volume.values() if isinstance(one, dict)]
-            if "VISIBLE" not in _words(volume, "status") or any(one.get("type") == "snapshot" for one in segments):
+            if any(one.get("type") == "snapshot" for one in segments):
+                continue
+            # A snapshot has the name of its store, which LVM hides.
+            if "VISIBLE" not in _words(volume, "status") and name not in stores:
                 continue
             made.volumes.append(_volume(name, volume, segments, places, made, (stores, merging)))
     except broken() as error:

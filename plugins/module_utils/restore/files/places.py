@@ -93,6 +93,8 @@ _GPT_NAMES = {
 }
 
 _MD_MAGIC = 0xA92B4EFC
+# Where Promise's controllers put what they say, in sectors before the end.
+_PROMISE = (63, 255, 256, 16, 399, 591, 675, 735, 911, 974, 991, 951, 3087)
 _SECTOR = 512
 
 
@@ -160,10 +162,20 @@ def _others(stream: BinaryIO, size: int) -> Optional[Member]:
     end = (size & ~0xFFF) - 4096
     if end >= 0 and bytes_at(stream, end + 60, 3) == b"\x83\x74\x02":
         return Member(DRBD, "it is a part of a replicated device (DRBD)", None, end)
+    last = (size & ~(_SECTOR - 1)) - _SECTOR
     for place, magic, name in (
-        (size - 2 * _SECTOR, b"Intel Raid ISM Cfg Sig.", "Intel RST"),
-        (size - _SECTOR, b"\xde\x11\xde\x11", "DDF"),
-        (size - _SECTOR, b"\x11\xde\x11\xde", "DDF"),
+        (last - _SECTOR, b"Intel Raid ISM Cfg Sig.", "Intel RST"),
+        (last, b"\xde\x11\xde\x11", "DDF"),
+        (last, b"\x11\xde\x11\xde", "DDF"),
+        (last, b"$XIDE$", "LSI MegaRAID"),
+        (last, b"\x37\xfc\x4d\x1e", "Adaptec HostRAID"),
+        (last - _SECTOR, b"NVIDIA  ", "NVIDIA MediaShield"),
+        (last - 10 * _SECTOR, b"\xf3\x16\x78\x5a", "HighPoint"),
+        (last - 10 * _SECTOR, b"\xfd\x16\x78\x5a", "HighPoint"),
+        *(
+            (last + _SECTOR - sectors * _SECTOR, b"Promise Technology, Inc.", "Promise FastTrak")
+            for sectors in _PROMISE
+        ),
     ):
         if place >= 0 and bytes_at(stream, place, len(magic)) == magic:
             return Member(RAID, f"it is a part of an array of a RAID controller ({name})", None, place)

@@ -154,10 +154,8 @@ def test_a_partition_table_that_lies(c: Any, disks: Any, tree: Path, outside: Pa
     disks.chain(image, 1)
     result = disks.restore("/etc/hosts", volumes=["2000p1"])
     assert result["changed"]
-    assert [(volume["name"], volume["readable"]) for volume in result["volumes"]][:2] == [
-        ("2000p2", False),
-        ("2000p1", True),
-    ]
+    volumes = {volume["name"]: volume["readable"] for volume in result["volumes"]}
+    assert volumes == {"2000p1": True, "2000p2": False, "2000p3": False, "2000p5": False}
 
 
 def test_a_fat_whose_chains_go_in_circles(c: Any, disks: Any, tree: Path, outside: Path) -> None:

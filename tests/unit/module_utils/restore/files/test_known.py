@@ -123,6 +123,65 @@ def test_a_member_of_an_array_is_no_volume(c: Any, look: Any, tmp_path: Path, wh
     assert (kind, readable) == ("linux_raid_member", False) and "a part of the array" in problem
 
 
+REMNANTS = [
+    (0, b"LUKS\xba\xbe", "luks"),
+    (3, b"-FVE-FS-", "bitlocker"),
+    (424, bytes.fromhex("3bd66749292ed84a8399f6a339e3d001"), "bitlocker"),
+    (4120, bytes.fromhex("c68573f64e1a45ca8265f57f48ba6d81"), "bcache"),
+    (0, b"SnAp", "snapshot"),
+    (516, b"!Stra0tis\x86\xff\x02^\x41rh", "stratis"),
+    (0, b"dmvdo001", "vdo"),
+    (0, b"bluestore block device", "bluestore"),
+    (32, b"ORCLDISK", "oracleasm"),
+    (1 << 20, b"\x0d\xd0\x01\xc0", "VMFS_volume_member"),
+]
+
+
+@pytest.mark.parametrize(("place", "magic", "kind"), REMNANTS)
+def test_a_container_over_what_was_a_file_system(
+    c: Any, look: Any, tmp_path: Path, place: int, magic: bytes, kind: str
+) -> None:
+    """luksFormat leaves the superblock of an ext4 as it was: ciphertext came out as files."""
+    data = bytearray(ext4_of(c, tmp_path, 8 * c.MIB, inside="stale"))
+    data[place : place + len(magic)] = magic
+    looked = look(bytes(data))
+    assert looked.volumes["2000"][:2] == (kind, False) and looked.files == {}
+
+
+def test_a_pool_of_zfs_over_what_was_a_file_system(c: Any, look: Any, tmp_path: Path) -> None:
+    data = bytearray(ext4_of(c, tmp_path, 8 * c.MIB, inside="stale"))
+    for number in range(8):
+        struct.pack_into("<Q", data, (128 << 10) + 1024 * number, 0x00BAB10C)
+    assert look(bytes(data)).volumes["2000"] == ("zfs_member", False, "it is a part of a ZFS pool")
+
+
+def test_what_begins_as_two_file_systems_do(c: Any, look: Any, tmp_path: Path) -> None:
+    data = bytearray(ext4_of(c, tmp_path, 8 * c.MIB, inside="stale"))
+    data[:4] = b"XFSB"
+    kind, readable, problem = look(bytes(data)).volumes["2000"]
+    assert not readable and "begins as ext4 and xfs do" in problem
+
+
+@pytest.mark.parametrize(
+    ("before_end", "magic"),
+    [
+        (1024, b"Intel Raid ISM Cfg Sig."),
+        (512, b"\xde\x11\xde\x11"),
+        (512, b"$XIDE$"),
+        (512, b"\x37\xfc\x4d\x1e"),
+        (1024, b"NVIDIA  "),
+        (11 * 512, b"\xf3\x16\x78\x5a"),
+        (63 * 512, b"Promise Technology, Inc."),
+    ],
+)
+def test_what_a_raid_controller_left_at_the_end(
+    c: Any, look: Any, tmp_path: Path, before_end: int, magic: bytes
+) -> None:
+    data = bytearray(ext4_of(c, tmp_path, 4 * c.MIB, inside="stale").ljust(8 * c.MIB, b"\0"))
+    data[len(data) - before_end : len(data) - before_end + len(magic)] = magic
+    assert look(bytes(data)).volumes["2000"][:2] == ("raid_member", False)
+
+
 def test_the_partitions_of_a_disk_in_an_array_are_no_volumes(c: Any, look: Any, tmp_path: Path) -> None:
     size = 8 * c.MIB
     system = ext4_of(c, tmp_path, 4 * c.MIB, inside="stale")
@@ -501,7 +560,8 @@ def test_states_of_volumes_that_are_not_known(c: Any, look: Any, tmp_path: Path)
         + volume("beyond", linear(38, 4))
         + volume("gap", linear(0, 1), linear(2, 2, start=2))
         + volume("moved", linear(0, 4, part="pvmove0"))
-        + volume("shot", linear(30, 2))
+        # As LVM writes it: the store has the snapshot's name, and is hidden.
+        + volume("shot", linear(30, 2), status='"READ", "WRITE"')
         + volume(
             "snapshot0",
             'start_extent = 0\nextent_count = 4\ntype = "snapshot"\nchunk_size = 8\n'
