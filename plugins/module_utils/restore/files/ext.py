@@ -369,18 +369,17 @@ class Ext(FileSystem):
                     raise ValueError("its extents are damaged")
                 yield logical, high << 32 | low, length, written
 
-    def _mapped(self, pointers: Tuple[int, ...], count: int) -> Iterator[Optional[int]]:
-        """The blocks of a file with a block map; a pointer of 0 is a hole, at each level."""
+    def _mapped(self, pointers: Tuple[int, ...], count: int) -> Iterator[Run]:
+        """The blocks of a file with a block map; a pointer of 0 is a hole, at each level, however large."""
         per_block = self.block_size // 4
 
-        def below(pointer: int, level: int, wanted: int) -> Iterator[Optional[int]]:
+        def below(pointer: int, level: int, wanted: int) -> Iterator[Run]:
             if level == 0:
-                yield pointer or None
+                yield pointer or None, 1
                 return
             each = per_block ** (level - 1)
             if pointer == 0:
-                for _number in range(min(wanted, each * per_block)):
-                    yield None
+                yield None, min(wanted, each * per_block)
                 return
             table = self._bytes(pointer * self.block_size, self.block_size)
             for (next_pointer,) in struct.iter_unpack("<I", table):
@@ -390,7 +389,7 @@ class Ext(FileSystem):
                 wanted -= each
 
         for number in range(min(12, count)):
-            yield pointers[number] or None
+            yield pointers[number] or None, 1
         left = count - 12
         for level in (1, 2, 3):
             if left <= 0:

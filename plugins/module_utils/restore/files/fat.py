@@ -166,7 +166,7 @@ class Fat(FileSystem):
         clusters = self._chain(node.cluster, needed)
         if len(clusters) < needed:
             raise ValueError("its chain of clusters is too short")
-        yield from self._by_runs(merged(iter(clusters)), node.size, self._cluster, self._data)
+        yield from self._by_runs(merged((cluster, 1) for cluster in clusters), node.size, self._cluster, self._data)
 
     # The table
 

@@ -232,20 +232,20 @@ def holes_of(data: bytes) -> Iterator[Piece]:
             yield len(part) if part.count(0) == len(part) else part
 
 
-def merged(blocks: Iterator[Optional[int]]) -> List[Run]:
-    """Runs of single blocks; None is a hole."""
+def merged(parts: Iterator[Run]) -> List[Run]:
+    """Runs of blocks, of which those that belong together are one."""
     runs: List[Run] = []
     start: Optional[int] = None
     count = 0
-    for block in blocks:
+    for block, more in parts:
         if count and (block == start if start is None or block is None else block == start + count):
-            count += 1
+            count += more
             continue
         if count:
             runs.append((start, count))
             if len(runs) > MOST_RUNS:
                 raise Beyond("it has too many extents")
-        start, count = block, 1
+        start, count = block, more
     if count:
         runs.append((start, count))
     return runs

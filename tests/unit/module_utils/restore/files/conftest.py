@@ -354,4 +354,5 @@ def c() -> Any:
         put_subvolumes=put_subvolumes,
         make_tree=make_tree,
         Disks=Disks,
+        PlainDisk=_PlainDisk,
     )

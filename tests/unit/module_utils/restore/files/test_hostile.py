@@ -7,12 +7,14 @@ from __future__ import annotations
 import os
 import random
 import struct
+import time
 from pathlib import Path
 from typing import Any, Dict
 
 import pytest
 from ansible_collections.openvadp.backup.plugins.module_utils.errors import DamagedError, DataPathError, VadpError
 from ansible_collections.openvadp.backup.plugins.module_utils.restore.files import reader
+from ansible_collections.openvadp.backup.plugins.module_utils.restore.files.filesystems import open_file_system
 
 
 def ext4(c: Any, disks: Any, tree: Path) -> Path:
@@ -135,6 +137,29 @@ def test_sizes_that_no_disk_has(c: Any, disks: Any, tree: Path, outside: Path) -
     disks.chain(image, 1)
     result = disks.restore("/etc", "/sparse")
     assert [skipped["reason"] for skipped in result["skipped_files"]] == [f"it claims to have {(1 << 62) + 5} bytes"]
+
+
+def test_a_file_that_is_nearly_all_holes(c: Any, disks: Any, tree: Path, outside: Path) -> None:
+    """A block map may claim terabytes: a hole is one piece, whatever its size."""
+    image = disks.image(16 * c.MIB)
+    c.tool("mkfs.ext2", "-q", "-F", "-b", "4096", "-d", tree, image)
+    size = 1 << 40
+    with image.open("rb") as volume:
+        system = open_file_system(volume, image.stat().st_size)
+        assert system is not None
+        node = next(node for name, node in system.entries(system.root()) if name == "sparse")
+        before = sum(len(piece) for piece in system.read(node) if isinstance(piece, bytes))
+    debugfs(c, image, f"sif /sparse size {size}")
+    begin = time.monotonic()
+    with image.open("rb") as volume:
+        system = open_file_system(volume, image.stat().st_size)
+        assert system is not None
+        node = next(node for name, node in system.entries(system.root()) if name == "sparse")
+        lengths = [
+            (isinstance(piece, int), piece if isinstance(piece, int) else len(piece)) for piece in system.read(node)
+        ]
+    assert sum(length for dummy, length in lengths) == size and time.monotonic() - begin < 5
+    assert before <= sum(length for hole, length in lengths if not hole) <= before + 8192
 
 
 def test_a_partition_table_that_lies(c: Any, disks: Any, tree: Path, outside: Path) -> None:

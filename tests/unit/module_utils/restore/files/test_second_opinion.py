@@ -153,9 +153,12 @@ def fat(dice: random.Random) -> Kind:
         [("12", 3, [1, 2]), ("12", 16, [8, 16, 64]), ("16", 24, [2, 4, 8]), ("16", 64, [4, 16]), ("32", 48, [1])]
     )
     words = ["mkfs.fat", "-F", bits, "-s", str(dice.choice(clusters))]
-    # Fewer clusters than others take for FAT32 are what mtools does not fill.
-    words += ["-S", "512" if bits == "32" else dice.choice(["512", "512", "1024", "4096"])]
-    words += ["-f", dice.choice(["1", "2"]), "-r", dice.choice(["112", "512"]), "-R", dice.choice(["1", "8", "32"])]
+    # Fewer clusters than others take for FAT32 are what mtools does not fill, and FAT16 needs enough of them.
+    sector = "512" if bits == "32" or size == 24 else dice.choice(["512", "512", "1024", "4096"])
+    # A root directory that ends within a sector is refused.
+    entries = "512" if sector != "512" else dice.choice(["112", "512"])
+    words += ["-S", sector, "-f", dice.choice(["1", "2"]), "-r", entries]
+    words += ["-R", dice.choice(["2", "8", "32"] if bits == "32" else ["1", "8", "32"])]
     words += ["-n", "DATA"] if dice.random() < 0.5 else []
     return Kind("fat", size * MIB, [*words, "IMAGE"], None, {}, False, True)
 
