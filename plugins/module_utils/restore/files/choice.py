@@ -276,9 +276,21 @@ class CombinedReader(FileReader):
             if not error.askable or reader is self._second:
                 raise
             refusal = error
+        except VadpError as error:
+            if reader is not self._second or self._places[entry.volume][0] is reader:
+                raise
+            # The others of its volume are still there, by dissect.
+            self._give_up(error)
+            raise unread(entry, self._why_not) from None
         other = self._again(entry, str(refusal.reason))
-        with contextlib.closing(cast(FileReader, self._second).read(other)) as pieces:
-            yield from heard.rest_of(pieces, entry)
+        try:
+            with contextlib.closing(cast(FileReader, self._second).read(other)) as pieces:
+                yield from heard.rest_of(pieces, entry)
+        except Unread as error:
+            raise unread(entry, f"{refusal.reason}; guestfish: {error.reason}") from None
+        except VadpError as error:
+            self._give_up(error)
+            raise unread(entry, f"{refusal.reason}; {self._why_not}") from None
 
     def _again(self, entry: Entry, refusal: str) -> Entry:
         """The same file at the second reader. :raises Unread: it can't be had there either."""
@@ -370,7 +382,7 @@ class _Heard:
                 self._add(digest, step if isinstance(piece, int) else piece[:step])
                 left -= step
                 if not left and digest.digest() != self._digest.digest():
-                    raise unread(entry, "dissect and guestfish do not read the same")
+                    raise unread(entry, "it does not begin with what dissect read")
             if length > step:
                 yield length - step if isinstance(piece, int) else piece[step:]
 

@@ -312,7 +312,7 @@ def test_single_files_that_are_refused_are_read_by_guestfish(trees: Any) -> None
             "/part": b"abcdef",
             "/odd[1]": b"oddodd",
             "/gone": "it has too many extents; guestfish finds no such file",
-            "/other": "dissect and guestfish do not read the same",
+            "/other": "an extent is damaged; guestfish: it does not begin with what dissect read",
         }
     assert trees[1].started == 1 and checks == [1]
 
@@ -350,6 +350,20 @@ def test_without_guestfish_they_stay_refused(trees: Any, monkeypatch: pytest.Mon
     monkeypatch.setattr(trees[1], "walk", fail)
     with made()[0] as reader:
         assert contents(reader) == told("guestfish can't read it: The virtual machine has ended.")
+
+
+def test_a_virtual_machine_that_ends_takes_nothing_with_it(trees: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Any, entry: Entry) -> Any:
+        yield b"a"
+        raise DataPathError("The virtual machine has ended")
+
+    monkeypatch.setattr(trees[1], "read", fail)
+    with made()[0] as reader:
+        found = contents(reader)
+    assert found["/plain"] == b"plain!" and found["/never"] == "it is encrypted"
+    assert found["/told"] == found["/dir/inside"] == "guestfish can't read it: The virtual machine has ended."
+    for path in ("/part", "/other", "/odd[1]"):
+        assert found[path] == "an extent is damaged; guestfish can't read it: The virtual machine has ended."
 
 
 def test_one_of_them_alone(readers: Any) -> None:
