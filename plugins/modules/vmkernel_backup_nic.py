@@ -12,6 +12,8 @@ description:
     vCenter then hands to backup proxies. One host, or many at once.
   - A NIC that is there is taken, by O(device) or by its address. Otherwise a new one is made, with its port group and
     on request its standard switch where they are missing. No other NIC and no other service is touched.
+  - A NIC that carries more than backup traffic (management, vMotion, vSAN, storage, any other service) is tagged on
+    request, and changed or removed only with O(force=true). The message says what it carries.
   - Two VMkernel NICs of one TCP/IP stack in one subnet are not supported by ESXi, and break backups in ways that
     are hard to find. Such an address is refused before anything is changed.
   - All hosts are looked at before the first is changed. If one of them can't be as described, none is changed.
@@ -41,7 +43,11 @@ options:
     type: list
     elements: str
   hosts:
-    description: Several hosts, each with options of its own. What an entry does not set is as the module has it.
+    description:
+      - Several hosts, each with options of its own. What an entry does not set is as the module has it.
+      - An option of an entry takes the place of what contradicts it. O(hosts[].vswitch) replaces O(dvswitch),
+        O(hosts[].dvswitch) replaces O(vswitch) and O(uplinks), O(hosts[].ip_address) and O(hosts[].dhcp) replace each
+        other's, and an address with its prefix replaces O(netmask).
     type: list
     elements: dict
     suboptions:
@@ -90,8 +96,11 @@ options:
   state:
     description:
       - V(present) makes or tags the NIC.
-      - V(absent) removes the NIC that O(device), O(ip_address) or O(portgroup) names. Port groups and switches stay.
-        The last management NIC is never removed; one that is not for backup traffic alone only with O(force=true).
+      - V(absent) removes the NIC that O(device), O(ip_address), O(ipv6_addresses) or O(portgroup) names. All of these
+        that are given must hold, and O(vswitch), O(dvswitch) and O(dhcp) with them. A NIC that has the device or an
+        address and not the rest is an error. Port groups and switches stay.
+      - The last management NIC is never removed; one that is not tagged, or not for backup traffic alone, only with
+        O(force=true).
     type: str
     choices: [present, absent]
     default: present
@@ -134,7 +143,9 @@ options:
     type: list
     elements: str
   gateway:
-    description: IPv4 gateway of this NIC alone. Not needed where proxies are in the NIC's subnet, which is best.
+    description:
+      - IPv4 gateway of this NIC alone. Not needed where proxies are in the NIC's subnet, which is best.
+      - An empty string removes it, so that the NIC uses the TCP/IP stack's. If not given, it is left as it is.
     type: str
   mtu:
     description:
@@ -155,7 +166,10 @@ options:
     type: bool
     default: false
   force:
-    description: Whether O(state=absent) also removes a NIC that carries other services.
+    description:
+      - Whether a NIC is changed or removed that is not for backup traffic alone. It is not tagged, or it carries other
+        services, is bound to an iSCSI adapter, or reaches an iSCSI target or the server of an NFS datastore.
+      - What uses it is a warning then. A NIC that the options do not name is never taken.
     type: bool
     default: false
   timeout:
@@ -169,6 +183,8 @@ options:
 notes:
   - Required privileges are C(Host.Config.Network) on the hosts, and for port groups of a distributed switch
     C(DVPortgroup.Create) and C(DVPortgroup.Delete) (it is removed again where no host came to use it).
+  - To know whether a NIC is bound to an iSCSI adapter takes C(Host.Config.Storage), on hosts that have one. Without it
+    a NIC that is not tagged counts as bound. So does one where the server of an NFS datastore can't be resolved.
   - ESXi knows the service since version 7.0. An older host is told as failed.
   - The address is looked for in the network first where the machine that runs the module is in that subnet.
     RV(vmkernel_nic.address_check) says whether it was.

@@ -224,6 +224,7 @@ def test_a_backup_nic_gets_other_settings(lan: Simulator, run: Any, host: str) -
     changes = [
         {"mtu": 1500, "ipv6_addresses": ["fd00:20::12/64", "fd00:21::12/64"], "gateway": gateway},
         {"ip_address": options["ip_address"].replace(".11/", ".12/")},
+        {"gateway": ""},
         {"ip_address": None, "dhcp": True},
         {"ip_address": address(), "dhcp": False, "ipv6_addresses": []},
     ]
@@ -371,6 +372,52 @@ def test_what_is_never_removed(lan: Simulator, run: Any, host: str) -> None:
     assert lan.changing_calls(since) == [] and state(lan, host) == before
     assert run(esxi_hostname=host, device=shared, state="absent", force=True)["changed"]
     assert list(nics(lan, host)) == ["vmk0", plain]
+
+
+def test_a_nic_that_is_not_ours_is_neither_absent_nor_taken(lan: Simulator, run: Any, host: str) -> None:
+    """By port group as by device; and never one of which only a part of the description holds."""
+    where = address()
+    plain = add_nic(lan, host, "Backup", where.split("/")[0])
+    ours = add_nic(lan, host, "Ours", address().split("/")[0], BACKUP)
+    since = lan.last_call()
+    refused = run(esxi_hostname=host, portgroup="Backup", state="absent")
+    assert refused["failed"] and "not tagged for backup" in refused["msg"]
+    for wrong in ({"device": ours, "portgroup": "Backup"}, {"device": plain, "ip_address": "10.9.9.9"}):
+        refused = run(esxi_hostname=host, state="absent", force=True, **wrong)
+        assert refused["failed"] and "another one than described" in refused["msg"]
+    assert not run(esxi_hostname=host, portgroup="Ours", dvswitch="DSwitch0", state="absent", force=True)["changed"]
+    assert lan.changing_calls(since) == []
+    assert run(esxi_hostname=host, portgroup="Backup", ip_address=where, state="absent", force=True)["changed"]
+    assert list(nics(lan, host)) == ["vmk0", ours]
+
+
+def test_a_nic_that_carries_storage_is_not_changed(lan: Simulator, run: Any, host: str) -> None:
+    user = lan.connection["username"]
+    where = address()
+    add_nic(lan, host, "Storage", where.split("/")[0])
+    options = {"esxi_hostname": host, "ip_address": where}
+    network = where.rsplit(".", 1)[0]
+    cases: List[Tuple[Options, str]] = [
+        ({"iscsi_nics": ["vmk1"]}, "the privilege Host.Config.Storage"),
+        ({"iscsi_nics": ["vmk1"]}, "bound to the iSCSI adapter vmhba64"),
+        ({"iscsi_nics": [], "iscsi_targets": [f"{network}.200"]}, f"vmhba64 reaches its server {network}.200"),
+        ({"iscsi_targets": [], "datastores": ["nfs01"]}, f"'nfs01' reaches its server {network}.201 in its subnet"),
+    ]
+    lan.control.call("set_nfs_server", datastore="nfs01", server=f"{network}.201")
+    since = lan.last_call()
+    try:
+        for number, (storage, word) in enumerate(cases):
+            lan.control.call("set_host", name=host, **storage)
+            for change in ({"mtu": 9000}, {"gateway": f"{network}.1"}, {"state": "absent"}):
+                refused = run(**options, **change, check=number == 1)
+                assert refused["failed"] and word in refused["msg"], (word, refused["msg"])
+            lan.control.call("set_privileges", username=user, add=["Host.Config.Storage"])
+    finally:
+        lan.control.call("set_privileges", username=user, remove=["Host.Config.Storage"])
+    assert lan.changing_calls(since) == []
+    changed = run(**options, mtu=9000, force=True)
+    assert changed["changed"] and nics(lan, host)["vmk1"]["spec"]["mtu"] == 9000
+    assert "as force says" in str(changed["warnings"])
 
 
 # --- faults ---------------------------------------------------------------------------------------------------------

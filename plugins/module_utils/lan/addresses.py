@@ -16,6 +16,8 @@ from ..errors import InputError
 
 Range = Tuple[int, int]
 
+_OF_THE_PLAN = ("esxi_hostname", "ip_address", "netmask", "dhcp")
+
 
 def parse_subnet(text: str) -> Any:
     """``10.20.30.0/24``. :raises InputError: it is no subnet, or has no room for a proxy and a host."""
@@ -317,6 +319,15 @@ def backup_lan_hosts(facts: Sequence[Mapping[str, Any]], lan: Mapping[str, Any])
             subject=", ".join(f"'{one}'" for one in strangers),
             remedy="Check the spelling, or leave the options out",
         )
+    for host, own in options.items():
+        wrong = [name for name in _OF_THE_PLAN if name in own]
+        if wrong:
+            raise InputError(
+                "The plan's own options are given to a host",
+                subject=f"{', '.join(wrong)} of '{host}'",
+                reason="the address comes from the plan",
+                remedy="Give the host's address in addresses, or leave these out",
+            )
     existing, reserved = occupied(facts, hosts, subnet, lan.get("portgroup"), fixed)
     if lan.get("gateway"):
         reserved[parse_address("gateway", str(lan["gateway"]), subnet)] = "the gateway's"

@@ -13,7 +13,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from ..errors import ConnectionLostError, InputError, VadpError, VsphereError
 from ..libraries import vim, vmodl
-from ..vsphere import dvswitch, host_network
+from ..vsphere import dvswitch, host_network, host_storage
 from ..vsphere.dvswitch import DvPortGroup
 from ..vsphere.host_network import BACKUP_SERVICE, HostNetwork, Nic
 from ..vsphere.session import Session
@@ -67,7 +67,7 @@ def _text(lines: Dict[str, List[str]]) -> str:
 
 def _read(session: Session, request: NicRequest) -> Tuple[World, Dict[str, HostNetwork]]:
     """What the inventory has, in a few calls however many hosts there are."""
-    world = World()
+    world = World(storage=lambda host: host_storage.read(session, host))
     everyone = host_network.all_hosts(session)
     for host in everyone:
         world.add_host(host)
@@ -382,7 +382,7 @@ class _HostRun:
         target, group = step.target, self.plan.dv_port_group
         spec = vim.host.VirtualNic.Specification(ip=_ip(target, ()), mtu=target.mtu or 1500)
         spec.netStackInstanceKey = host_network.DEFAULT_STACK
-        if target.gateway is not None:
+        if target.gateway:
             spec.ipRouteSpec = _route(target.gateway)
         portgroup = self.plan.request.portgroup
         if self.plan.dv_switch is not None:

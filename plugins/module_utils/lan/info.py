@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from ..errors import AmbiguousError, NotFoundError, PrivilegeError
 from ..libraries import vim
-from ..vsphere import dvswitch, host_network
+from ..vsphere import dvswitch, host_network, host_storage
 from ..vsphere.host_network import HostNetwork
 from ..vsphere.inventory import readable
 from ..vsphere.session import Session
@@ -121,7 +121,7 @@ def _shared(session: Session, host: HostNetwork, warnings: List[str]) -> List[Tu
     # Who is bound for iSCSI takes calls of its own, and matters only to pairs that are left without backup traffic.
     if host.connected and any(not (first.tagged or second.tagged) for first, second in pairs):
         try:
-            bound = host_network.iscsi_bound(session, host)
+            bound = host_storage.iscsi_bound(session, host)
         except PrivilegeError:
             warnings.append(
                 f"{host}: whether NICs in one subnet are bound for iSCSI, which would be well, can't be told without "

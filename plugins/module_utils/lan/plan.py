@@ -4,14 +4,16 @@
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass, field
-from typing import Dict, Iterable, List, Optional, Sequence, Tuple, TypeVar
+from typing import Callable, Dict, List, Optional, Sequence, Tuple, TypeVar
 
 from ..errors import InputError, VsphereError
 from ..vsphere.dvswitch import DvPortGroup, DvSwitch
 from ..vsphere.host_network import BACKUP_SERVICE, DEFAULT_STACK, HostNetwork, Nic, PortGroup, Switch, service_words
+from ..vsphere.host_storage import HostStorage
+from . import uses
 from .request import HostRequest
+from .select import Difference, find_nic, normal, place_differences, words
 from .subnets import Network, conflicts, shared
 
 T = TypeVar("T")
@@ -82,11 +84,13 @@ class World:
     """What the hosts of the whole inventory have, beside the host in question.
 
     :param addresses: address -> (moid of the host, its name, device).
+    :param storage: what of a host's storage goes over its NICs; only asked for where a NIC is changed or removed.
     """
 
     addresses: Dict[str, List[Tuple[str, str, str]]] = field(default_factory=dict)
     dv_switches: Dict[str, DvSwitch] = field(default_factory=dict)
     dv_port_groups: Dict[str, DvPortGroup] = field(default_factory=dict)
+    storage: Callable[[HostNetwork], HostStorage] = field(default=lambda _host: HostStorage())
 
     def add_host(self, host: HostNetwork) -> None:
         for nic in host.nics:
@@ -116,7 +120,7 @@ def make_plan(host: HostNetwork, request: HostRequest, world: World) -> Plan:
         )
     plan = Plan(host, request)
     if not request.present:
-        return _absent(plan)
+        return _absent(plan, world)
     if BACKUP_SERVICE not in host.service_types:
         raise VsphereError(
             "The host has no service for backup traffic",
@@ -128,7 +132,7 @@ def make_plan(host: HostNetwork, request: HostRequest, world: World) -> Plan:
     plan.nic = find_nic(host, request)
     _check_dv(plan, world)
     if plan.nic is not None:
-        _adopt(plan, plan.nic)
+        _adopt(plan, plan.nic, world)
     else:
         _create(plan)
     _warn(plan)
@@ -136,104 +140,32 @@ def make_plan(host: HostNetwork, request: HostRequest, world: World) -> Plan:
     return plan
 
 
-# --- which NIC is meant ---------------------------------------------------------------------------------------------
-
-
-def find_nic(host: HostNetwork, request: HostRequest) -> Optional[Nic]:
-    """The NIC that is there already: by device, by address, or the backup NIC of the port group.
-
-    :raises InputError: it is none that can be the backup NIC.
-    """
-    if request.device is not None:
-        nic = host.nic(request.device)
-        if nic is None and request.present:
-            raise InputError(
-                "There is no such VMkernel NIC",
-                subject=f"{request.device} of {host}",
-                reason=f"it has {', '.join(one.device for one in host.nics)}",
-                remedy="Give one of them, or leave device out and give ip_address to make a new one",
-            )
-        return nic
-    addresses = [str(request.address.ip)] if request.address else []
-    addresses += [str(one.ip) for one in request.ipv6 or ()]
-    found = [nic for nic in host.nics if {nic.ip, *(text.split("/")[0] for text in nic.ipv6)} & set(addresses) - {None}]
-    if len(found) > 1:
-        raise InputError(
-            "The addresses belong to several VMkernel NICs",
-            subject=str(host),
-            reason=" and ".join(str(nic) for nic in found),
-            remedy="Give addresses of one NIC",
-        )
-    if found:
-        return found[0]
-    return _on_port_group(host, request)
-
-
-def _on_port_group(host: HostNetwork, request: HostRequest) -> Optional[Nic]:
-    """The NIC of the port group that carries backup traffic alone; with DHCP also one without any service."""
-    switch = request.dvswitch or request.vswitch
-    there = [
-        nic
-        for nic in host.nics
-        if request.portgroup is not None
-        and nic.portgroup == request.portgroup
-        and (switch is None or nic.switch == switch)
-    ]
-    ours = [nic for nic in there if nic.tagged and not nic.other_services and nic.stack == DEFAULT_STACK]
-    if not ours and request.dhcp and request.present:
-        ours = [nic for nic in there if nic.dhcp and not nic.services and nic.stack == DEFAULT_STACK]
-    if len(ours) > 1:
-        raise InputError(
-            "More than one VMkernel NIC fits",
-            subject=f"port group '{request.portgroup}' of {host}",
-            reason=" and ".join(str(nic) for nic in ours),
-            remedy="Name the one that is meant by device",
-        )
-    if ours:
-        return ours[0]
-    if there and there[0].port_key is None and request.present:
-        raise InputError(
-            "The port group has a VMkernel NIC already",
-            subject=f"'{request.portgroup}' of {host}",
-            reason=f"{there[0]}, and a port group of a standard switch takes one",
-            remedy=f"Give another portgroup, or tag that NIC with device: {there[0].device}",
-        )
-    return None
-
-
 # --- an existing NIC ------------------------------------------------------------------------------------------------
 
 
-def _different(nic: Nic, request: HostRequest) -> List[Tuple[str, str, str]]:
-    """(option, what is there, what is asked) where the two differ."""
-    differences = []
-    place = request.dvswitch or request.vswitch
-    if place is not None and nic.switch != place:
-        differences.append(("dvswitch" if request.dvswitch else "vswitch", nic.switch, place))
-    if request.portgroup is not None and nic.portgroup != request.portgroup:
-        differences.append(("portgroup", nic.portgroup, request.portgroup))
+def _different(nic: Nic, request: HostRequest) -> List[Difference]:
+    """Where what is there and what is asked differ."""
+    differences = place_differences(nic, request)
     if request.dhcp and not nic.dhcp:
         differences.append(("dhcp", "no", "yes"))
     if request.address is not None and (
         nic.dhcp or (nic.ip, nic.netmask) != (str(request.address.ip), str(request.address.netmask))
     ):
         differences.append(("ip_address", f"{nic.address}{' by DHCP' if nic.dhcp else ''}", str(request.address)))
-    if request.ipv6 is not None and _normal(nic.ipv6) != _normal(str(one) for one in request.ipv6):
+    if request.ipv6 is not None and normal(nic.ipv6) != normal(str(one) for one in request.ipv6):
         differences.append(
             ("ipv6_addresses", ", ".join(nic.ipv6) or "none", ", ".join(str(one) for one in request.ipv6) or "none")
         )
     if request.gateway is not None and nic.gateway != str(request.gateway):
         differences.append(("gateway", nic.gateway or "the stack's", str(request.gateway)))
+    if request.no_gateway and nic.gateway is not None:
+        differences.append(("gateway", nic.gateway, "the stack's"))
     if request.mtu is not None and nic.mtu != request.mtu:
         differences.append(("mtu", str(nic.mtu), str(request.mtu)))
     return differences
 
 
-def _normal(texts: Iterable[str]) -> List[str]:
-    return sorted(str(ipaddress.IPv6Interface(text)) for text in texts)
-
-
-def _adopt(plan: Plan, nic: Nic) -> None:
+def _adopt(plan: Plan, nic: Nic, world: World) -> None:
     """Steps for a NIC that is there: what differs is changed, and the tag selected if it is not."""
     request, host = plan.request, plan.host
     if nic.stack != DEFAULT_STACK:
@@ -244,7 +176,7 @@ def _adopt(plan: Plan, nic: Nic) -> None:
             remedy="Give another NIC, or let a new one be made",
         )
     differences = _different(nic, request)
-    told = "; ".join(f"{name} is {old}, not {new}" for name, old, new in differences)
+    told = words(differences)
     if differences and request.device is not None:
         raise InputError(
             "The VMkernel NIC is another one than described",
@@ -260,15 +192,10 @@ def _adopt(plan: Plan, nic: Nic) -> None:
             reason=told,
             remedy=f"Give its own port group, or only device: {nic.device}; or remove it first (state: absent)",
         )
-    if differences and nic.other_services:
-        raise InputError(
-            "The VMkernel NIC carries other services and is not changed",
-            subject=f"{nic} of {host}",
-            reason=told,
-            remedy=f"Leave those options out to tag it only (device: {nic.device}), or change it in the vSphere client",
-        )
     expected = _after(nic, request)
     if differences:
+        _check_host_stays(plan, nic, expected)
+        plan.warnings += uses.check(host, nic, world.storage(host), "changed", told, request.force)
         plan.steps.append(Step("update_nic", nic=nic, target=_target(request)))
         if request.dhcp and not nic.dhcp:
             plan.steps.append(Step("await_lease", nic=nic))
@@ -285,8 +212,23 @@ def _target(request: HostRequest) -> Target:
         netmask=str(request.address.netmask) if request.address else None,
         ipv6=None if request.ipv6 is None else tuple(str(one) for one in request.ipv6),
         mtu=request.mtu,
-        gateway=str(request.gateway) if request.gateway else None,
+        gateway="" if request.no_gateway else str(request.gateway) if request.gateway else None,
     )
+
+
+def _check_host_stays(plan: Plan, nic: Nic, expected: Nic) -> None:
+    """:raises InputError: the host would not be reached at its address any more."""
+    if _last_management(plan.host, nic) and (nic.dhcp, nic.ip) != (expected.dhcp, expected.ip):
+        raise InputError(
+            "The last management NIC keeps its address",
+            subject=f"{nic} of {plan.host}",
+            reason="the host could not be reached any more",
+            remedy="Change it at the host's console",
+        )
+
+
+def _last_management(host: HostNetwork, nic: Nic) -> bool:
+    return [one.device for one in host.nics if "management" in one.services] == [nic.device]
 
 
 def _after(nic: Nic, request: HostRequest) -> Nic:
@@ -308,7 +250,7 @@ def _after(nic: Nic, request: HostRequest) -> Nic:
         ipv6=nic.ipv6 if request.ipv6 is None else tuple(str(one) for one in request.ipv6),
         mtu=request.mtu or nic.mtu,
         stack=nic.stack,
-        gateway=str(request.gateway) if request.gateway else nic.gateway,
+        gateway=None if request.no_gateway else str(request.gateway) if request.gateway else nic.gateway,
         services=nic.services if nic.tagged else (*nic.services, BACKUP_SERVICE),
     )
 
@@ -368,7 +310,7 @@ def _create(plan: Plan) -> None:
         netmask=target.netmask,
         ipv6=target.ipv6 or (),
         mtu=target.mtu or 1500,
-        gateway=target.gateway,
+        gateway=target.gateway or None,
         services=(BACKUP_SERVICE,),
     )
     _guard(plan, plan.expected)
@@ -533,31 +475,21 @@ def _warn(plan: Plan) -> None:
 # --- absent ---------------------------------------------------------------------------------------------------------
 
 
-def _absent(plan: Plan) -> Plan:
+def _absent(plan: Plan, world: World) -> Plan:
     """:raises InputError: the NIC must not go."""
     host, request = plan.host, plan.request
     nic = plan.nic = find_nic(host, request)
     if nic is None:
         plan.before, plan.after = ["VMkernel NIC: none"], ["VMkernel NIC: none"]
         return plan
-    management = [one.device for one in host.nics if "management" in one.services]
-    if management == [nic.device]:
+    if _last_management(host, nic):
         raise InputError(
             "The last management NIC is not removed",
             subject=f"{nic} of {host}",
             reason="the host could not be reached any more",
             remedy="Take the backup tag off it in the vSphere client, if that is what is meant",
         )
-    others = list(nic.other_services) + ([f"TCP/IP stack {nic.stack}"] if nic.stack != DEFAULT_STACK else [])
-    if (others or not nic.tagged) and not request.force:
-        raise InputError(
-            "The VMkernel NIC is not for backup traffic alone",
-            subject=f"{nic} of {host}",
-            reason=f"it carries {service_words(others)}"
-            if others
-            else "it is not tagged for backup; storage may use it",
-            remedy="Check what uses it; force: true removes it with all its services",
-        )
+    plan.warnings += uses.check(host, nic, world.storage(host), "removed", "", request.force)
     plan.steps.append(Step("remove_nic", nic=nic))
     plan.before, plan.after = nic_words(nic), ["VMkernel NIC: none"]
     return plan

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 from ..errors import InputError, VadpError, check_range
 from ..vsphere.host_network import DEFAULT_STACK
@@ -30,9 +30,22 @@ HOST_OPTIONS = (
 )
 
 
+# Option of an entry of ``hosts`` -> the common options that contradict it, and that it takes the place of.
+_EXCLUDES = {
+    "vswitch": ("dvswitch",),
+    "dvswitch": ("vswitch", "uplinks"),
+    "ip_address": ("dhcp",),
+    "dhcp": ("ip_address", "netmask"),
+}
+
+
 @dataclass(frozen=True)
 class HostRequest:
-    """What is asked of one host. ``address`` and ``ipv6`` hold the subnets, too."""
+    """What is asked of one host. ``address`` and ``ipv6`` hold the subnets, too.
+
+    :param any_netmask: the address was given without its subnet, to find a NIC that goes.
+    :param no_gateway: the NIC is to have no gateway of its own.
+    """
 
     host: str
     present: bool = True
@@ -42,9 +55,11 @@ class HostRequest:
     portgroup: Optional[str] = None
     vlan_id: Optional[int] = None
     address: Optional[ipaddress.IPv4Interface] = None
+    any_netmask: bool = False
     dhcp: bool = False
     ipv6: Optional[Tuple[ipaddress.IPv6Interface, ...]] = None
     gateway: Optional[ipaddress.IPv4Address] = None
+    no_gateway: bool = False
     mtu: Optional[int] = None
     device: Optional[str] = None
     allow_shared_subnet: bool = False
@@ -64,10 +79,11 @@ class HostRequest:
             raise InputError(
                 "The option netmask stands alone", subject=options["netmask"], remedy="Give ip_address, too"
             )
-        address = None
+        address, any_netmask = None, False
         if options["ip_address"]:
             text, netmask = options["ip_address"], options["netmask"]
-            if not present and "/" not in text and netmask is None:
+            any_netmask = not present and "/" not in text and netmask is None
+            if any_netmask:
                 netmask = "255.255.255.254"  # the subnet of a NIC that goes does not matter
             address = parse_ipv4(text, netmask)
         ipv6 = options["ipv6_addresses"]
@@ -80,9 +96,11 @@ class HostRequest:
             portgroup=options["portgroup"],
             vlan_id=options["vlan_id"],
             address=address,
+            any_netmask=any_netmask,
             dhcp=bool(options["dhcp"]),
             ipv6=None if ipv6 is None else tuple(parse_ipv6(text) for text in ipv6),
             gateway=parse_gateway(options["gateway"]) if options["gateway"] else None,
+            no_gateway=options["gateway"] == "",
             mtu=options["mtu"],
             device=options["device"],
             allow_shared_subnet=common["allow_shared_subnet"],
@@ -128,13 +146,13 @@ class HostRequest:
                 subject=", ".join(addresses),
                 remedy="Give each address once",
             )
-        if not (self.device or self.address or self.dhcp or self.ipv6 or (not self.present and self.portgroup)):
+        if not (self.device or self.address or self.ipv6 or (self.dhcp if self.present else self.portgroup)):
             raise InputError(
                 "The NIC is not named",
                 subject=where,
                 remedy="Give ip_address, dhcp: true or ipv6_addresses; or device for a NIC that is there"
                 if self.present
-                else "Give device, ip_address or portgroup",
+                else "Give device, ip_address, ipv6_addresses or portgroup",
             )
 
 
@@ -165,16 +183,7 @@ class NicRequest:
         check_range("parallel_hosts", params["parallel_hosts"], 1, 64)
         common = {name: params[name] for name in HOST_OPTIONS}
         if params["hosts"] is not None:
-            # An address of its own takes the place of what all hosts have, and the other way round.
-            entries = []
-            for entry in params["hosts"]:
-                own = {name: value for name, value in entry.items() if value is not None}
-                base = dict(common)
-                if "ip_address" in own:
-                    base["dhcp"] = None
-                elif own.get("dhcp"):
-                    base["ip_address"] = base["netmask"] = None
-                entries.append({**base, **own})
+            entries = [merged(common, entry) for entry in params["hosts"]]
         else:
             names = params["esxi_hostnames"]
             names = [params["esxi_hostname"]] if names is None else names
@@ -197,6 +206,18 @@ class NicRequest:
             timeout=check_timeout(params["timeout"]),
             parallel_hosts=params["parallel_hosts"],
         )
+
+
+def merged(common: Mapping[str, Any], entry: Mapping[str, Any]) -> Dict[str, Any]:
+    """The options of one host: its own, and those of all hosts that its own ones don't contradict."""
+    own = {name: value for name, value in entry.items() if value is not None}
+    base = dict(common)
+    for name, others in _EXCLUDES.items():
+        if own.get(name):
+            base.update(dict.fromkeys(others))
+    if "/" in (own.get("ip_address") or ""):
+        base["netmask"] = None
+    return {**base, **own}
 
 
 def _check_together(requests: List[HostRequest]) -> None:

@@ -304,23 +304,3 @@ def _nic(
         gateway=(routes.defaultGateway or None) if routes is not None else None,
         services=tuple(services.get(one.device, ())),
     )
-
-
-def iscsi_bound(session: Session, host: HostNetwork) -> List[str]:
-    """The VMkernel NICs that are bound to an iSCSI adapter of the host.
-
-    :raises PrivilegeError: the user lacks ``Host.Config.Storage``.
-    """
-    values = session.read(host.obj, "config.storageDevice.hostBusAdapter", "configManager.iscsiManager")
-    bound: List[str] = []
-    for adapter in values["config.storageDevice.hostBusAdapter"] or ():
-        if isinstance(adapter, vim.host.InternetScsiHba):
-            ports = session.call(
-                values["configManager.iscsiManager"].QueryBoundVnics,
-                adapter.device,
-                what="The NICs bound to an iSCSI adapter were not read",
-                subject=f"{adapter.device} of {host}",
-                idempotent=True,
-            )
-            bound.extend(port.vnicDevice for port in ports or () if port.vnicDevice)
-    return bound

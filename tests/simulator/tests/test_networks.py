@@ -360,11 +360,32 @@ def test_members_and_their_uplinks(sim):
     assert not host.config.network.proxySwitch
 
 
+def test_storage_goes_over_vmkernel_nics(sim):
+    """Bound NICs and targets of iSCSI, and the servers of NFS datastores, where the API has them."""
+    (name,) = sim.control.call("add_hosts", count=1)
+    host = sim.host(name)
+    assert not host.config.storageDevice.hostBusAdapter and not host.config.fileSystemVolume.mountInfo
+    sim.control.call("set_host", name=name, iscsi_targets=["10.0.0.9"], datastores=["vmfs01", "nfs01"])
+    sim.control.call("set_nfs_server", datastore="nfs01", server="10.0.1.9")
+    (adapter,) = host.config.storageDevice.hostBusAdapter
+    assert [one.address for one in adapter.configuredStaticTarget] == ["10.0.0.9"]
+    manager = host.configManager.iscsiManager
+    assert not manager.QueryBoundVnics(adapter.device)
+    (mount,) = host.config.fileSystemVolume.mountInfo
+    assert (mount.volume.name, mount.volume.remoteHost) == ("nfs01", "10.0.1.9")
+    assert {one.info.nas.remoteHost for one in host.datastore if one.name == "nfs01"} == {"10.0.1.9"}
+    sim.control.call("set_host", name=name, iscsi_nics=["vmk0"])
+    assert [one.vnicDevice for one in manager.QueryBoundVnics(adapter.device)] == ["vmk0"]
+    with pytest.raises(vim.fault.NotFound):
+        manager.QueryBoundVnics("vmhba65")
+
+
 def test_control_refuses_what_is_not_there(sim):
     for op, fields in (
         ("set_dvswitch", {"name": "DSwitch9", "nioc": False}),
         ("set_dvswitch", {"name": "DSwitch0", "colour": "red"}),
         ("set_host", {"name": "esx99", "version": "7.0.0"}),
+        ("set_nfs_server", {"datastore": "vmfs01", "server": "10.0.0.1"}),
     ):
         with pytest.raises(ControlError):
             sim.control.call(op, **fields)

@@ -57,6 +57,7 @@ class ControlServer:
             "power": self._power,
             "set_tools": self._set_tools,
             "set_host": simulator.set_host,
+            "set_nfs_server": simulator.set_nfs_server,
             "add_hosts": simulator.add_hosts,
             "set_dvswitch": simulator.set_dvswitch,
             "networks": simulator.networks,

@@ -159,6 +159,7 @@ class Host(Entity):
         "services",
         "leases",
         "iscsi_nics",
+        "iscsi_targets",
     )
     datastores: list[str]
     connected: bool = True
@@ -169,10 +170,11 @@ class Host(Entity):
     services: dict[str, list[str]]  # service type -> the VMkernel NICs that carry it
     leases: dict[str, Any]  # of VMkernel NICs that use DHCP
     iscsi_nics: list[str]  # bound to the software iSCSI adapter
+    iscsi_targets: list[str]  # addresses of its static targets
 
     def __init__(self, simulator: "Simulator", moid: str, name: str, parent: str | None) -> None:
         super().__init__(simulator, moid, name, parent)
-        self.services, self.leases, self.iscsi_nics = {}, {}, []
+        self.services, self.leases, self.iscsi_nics, self.iscsi_targets = {}, {}, [], []
 
     def p_runtime(self) -> Any:
         return vim.host.RuntimeInfo(
@@ -195,19 +197,33 @@ class Host(Entity):
 
     def p_config(self) -> Any:
         storage_device = vim.host.StorageDeviceInfo(
-            hostBusAdapter=[
-                vim.host.InternetScsiHba(device="vmhba64", bus=64, status="online", model="iSCSI Software Adapter")
-            ]
-            if self.iscsi_nics
-            else []
+            hostBusAdapter=[self._iscsi_adapter()] if self.iscsi_nics or self.iscsi_targets else []
         )
+        mounts = [
+            vim.host.FileSystemMountInfo(
+                volume=one.nas(), mountInfo=vim.host.MountInfo(path=f"/vmfs/volumes/{one.uuid}", accessMode="readWrite")
+            )
+            for one in self.simulator.inventory.all(Datastore)
+            if one.kind == "NFS" and one.name in self.datastores
+        ]
         return vim.host.ConfigInfo(
             host=self.ref,
             product=self.p_summary().config.product,
             network=networking.seen(self),
             storageDevice=storage_device,
+            fileSystemVolume=vim.host.FileSystemVolumeInfo(volumeTypeList=["VMFS", "NFS"], mountInfo=mounts),
             virtualNicManagerInfo=vim.host.VirtualNicManagerInfo(netConfig=networking.net_configs(self)),
         )
+
+    def _iscsi_adapter(self) -> Any:
+        adapter = vim.host.InternetScsiHba(device="vmhba64", bus=64, status="online", model="iSCSI Software Adapter")
+        adapter.isSoftwareBased, adapter.networkBindingSupport = True, "optional"
+        Target = vim.host.InternetScsiHba.StaticTarget
+        adapter.configuredStaticTarget = [
+            Target(address=address, port=3260, iScsiName=f"iqn.2001-04.com.example:{address}")
+            for address in self.iscsi_targets
+        ]
+        return adapter
 
     def p_summary(self) -> Any:
         about = vim.AboutInfo(
@@ -254,11 +270,12 @@ class Host(Entity):
 
 class Datastore(Entity):
     type = vim.Datastore
-    KEPT = ("kind", "capacity_bytes", "uuid", "local")
+    KEPT = ("kind", "capacity_bytes", "uuid", "local", "server")
     kind: str = "VMFS"
     capacity_bytes: int = 100 * GIB
     uuid: str = ""
     local: bool = False
+    server: str = "nas"  # of NFS
 
     def used_bytes(self) -> int:
         folder = self.simulator.storage.local_path(f"[{self.name}]")
@@ -301,6 +318,11 @@ class Datastore(Entity):
             maintenanceMode="normal",
         )
 
+    def nas(self) -> Any:
+        return vim.host.NasVolume(
+            type="NFS", name=self.name, capacity=self.capacity_bytes, remoteHost=self.server, remotePath=f"/{self.name}"
+        )
+
     def p_info(self) -> Any:
         common = {
             "name": self.name,
@@ -310,10 +332,7 @@ class Datastore(Entity):
             "timestamp": self.simulator.start_time,
         }
         if self.kind == "NFS":
-            nas = vim.host.NasVolume(
-                type="NFS", name=self.name, capacity=self.capacity_bytes, remoteHost="nas", remotePath=f"/{self.name}"
-            )
-            return vim.host.NasDatastoreInfo(nas=nas, **common)
+            return vim.host.NasDatastoreInfo(nas=self.nas(), **common)
         if self.kind == "vsan":
             return vim.host.VsanDatastoreInfo(membershipUuid=self.uuid, **common)
         if self.kind == "VVOL":

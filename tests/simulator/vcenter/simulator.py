@@ -296,6 +296,8 @@ class Simulator:
         connected: bool | None = None,
         version: str | None = None,
         iscsi_nics: Sequence[str] | None = None,
+        iscsi_targets: Sequence[str] | None = None,
+        datastores: Sequence[str] | None = None,
     ) -> None:
         host = next((one for one in self.hosts() if name in (one.name, one.moid)), None)
         if host is None:
@@ -305,7 +307,18 @@ class Simulator:
             host.connected = host.connected if connected is None else bool(connected)
             host.version = host.version if version is None else version
             host.iscsi_nics = host.iscsi_nics if iscsi_nics is None else list(iscsi_nics)
+            host.iscsi_targets = host.iscsi_targets if iscsi_targets is None else list(iscsi_targets)
+            host.datastores = host.datastores if datastores is None else list(datastores)
             host.save()
+
+    def set_nfs_server(self, datastore: str, server: str) -> None:
+        """The server that an NFS datastore is mounted from, by name or address."""
+        with self.lock:
+            found = next((one for one in self.inventory.all(Datastore) if one.name == datastore), None)
+            if found is None or found.kind != "NFS":
+                raise SimulatorError(f"there is no NFS datastore {datastore}")
+            found.server = server
+            found.save()
 
     def add_hosts(self, count: int, dvswitch: str | None = None) -> list[str]:
         with self.lock:

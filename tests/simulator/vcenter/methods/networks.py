@@ -425,6 +425,7 @@ def deselect_nic(context: Context, manager: VirtualNicManager, nicType: str, dev
 @method("IscsiManager", "QueryBoundVnics")
 def query_bound_nics(context: Context, manager: IscsiManager, iScsiHbaName: str) -> Any:
     Port = vim.host.IscsiManager.IscsiPortInfo
-    if iScsiHbaName != "vmhba64" or not manager.host.iscsi_nics:
+    host = manager.host
+    if iScsiHbaName != "vmhba64" or not (host.iscsi_nics or host.iscsi_targets):
         raise vim.fault.NotFound(msg=f"no iSCSI adapter {iScsiHbaName}")
-    return soap.array(Port, [Port(vnicDevice=device) for device in manager.host.iscsi_nics])
+    return soap.array(Port, [Port(vnicDevice=device) for device in host.iscsi_nics])

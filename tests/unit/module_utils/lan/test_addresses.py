@@ -236,3 +236,9 @@ def test_the_old_address_of_a_host_that_moves_is_nobodys_yet():
     }
     with pytest.raises(InputError, match="host 'a' still has it"):
         plan([moving, fact("b")], hosts=["a", "b"], addresses={"a": "10.20.30.9", "b": "10.20.30.1"})
+
+
+def test_an_address_is_not_an_option_of_a_host():
+    for name in ("ip_address", "netmask", "dhcp"):
+        with pytest.raises(InputError, match=f"{name} of 'a'"):
+            plan(ABC, hosts=["a"], host_options={"a": {name: "10.20.30.4"}})

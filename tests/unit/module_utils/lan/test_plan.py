@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import itertools
 
 import pytest
 from ansible_collections.openvadp.backup.plugins.module_utils.errors import InputError, VsphereError
@@ -15,6 +16,7 @@ from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.host_netwo
     PortGroup,
     Switch,
 )
+from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.host_storage import HostStorage
 
 BACKUP = "vSphereBackupNFC"
 
@@ -39,6 +41,13 @@ def host(*nics, **more):
         **more,
     }
     return HostNetwork(None, "host-10", "esx01", nics=[MANAGEMENT, *nics], **facts)
+
+
+def host_of(*nics):
+    """A host with these NICs only."""
+    made = host()
+    made.nics = list(nics)
+    return made
 
 
 def asked(**options):
@@ -111,9 +120,89 @@ def test_device_only_tags():
         plan(OLD_BACKUP, request=asked(device="vmk7"))
 
 
-def test_a_nic_with_other_services_is_not_changed():
-    with pytest.raises(InputError, match="carries other services"):
-        plan(request=asked(address="192.168.1.11/24", mtu=9000))
+@pytest.mark.parametrize("change", [{"mtu": 9000}, {"gateway": "192.168.1.1"}, {"ipv6": ()}])
+def test_a_nic_with_other_services_is_only_changed_by_force(change):
+    used = nic("vmk0", "192.168.1.11/24", services=("vmotion",), ipv6=("fd00::1/64",))
+    where = {"address": "192.168.1.11/24", **change}
+    with pytest.raises(
+        InputError, match="not for backup traffic alone and is not changed.*carries vMotion.*device: vmk0"
+    ):
+        make_plan(host_of(used), asked(**where), world())
+    made = make_plan(host_of(used), asked(**where, force=True), world())
+    assert kinds(made) == ["update_nic", "select"] and "as force says, although it carries vMotion" in made.warnings[0]
+
+
+def test_the_last_management_nic_keeps_its_address():
+    with pytest.raises(InputError, match="last management NIC keeps its address"):
+        moved = nic("vmk0", "192.168.1.11/24", services=("management",), ipv6=("fd00::1/64",))
+        request = asked(address="192.168.1.12/24", ipv6=(ipaddress.IPv6Interface("fd00::1/64"),), force=True)
+        make_plan(host_of(moved), request, world())
+
+
+# --- storage
+
+
+STORAGE_NIC = nic("vmk2", "10.0.0.5/24", "NFS")
+
+
+@pytest.mark.parametrize(
+    "storage, word",
+    [
+        (HostStorage(bound={"vmk2": "vmhba64"}), "bound to the iSCSI adapter vmhba64"),
+        (
+            HostStorage(servers=[("NFS datastore 'nfs01'", "10.0.0.200")]),
+            "NFS datastore 'nfs01' reaches .* in its subnet",
+        ),
+        (HostStorage(servers=[("iSCSI adapter vmhba64", "10.0.0.200")]), "iSCSI adapter vmhba64 reaches"),
+        (HostStorage(servers=[("NFS datastore 'n'", "10.77.0.2")], gateway="10.0.0.1"), "through the gateway 10.0.0.1"),
+        (HostStorage(servers=[("NFS datastore 'n'", "no.such.name.invalid")]), "can't be resolved here"),
+        (HostStorage(unknown=["it can't be read"]), "it can't be read"),
+    ],
+)
+@pytest.mark.parametrize(
+    "change", [{"mtu": 9000}, {"address": "10.0.0.5/16"}, {"gateway": "10.0.0.1"}, {"present": False}]
+)
+def test_a_nic_that_carries_storage_is_left_alone(storage, word, change):
+    around = world()
+    around.storage = lambda _host: storage
+    request = {"address": "10.0.0.5/24", **change}
+    with pytest.raises(InputError, match=word):
+        make_plan(host(STORAGE_NIC), asked(**request), around)
+    made = make_plan(host(STORAGE_NIC), asked(**request, force=True), around)
+    assert kinds(made)[0] in ("update_nic", "remove_nic") and any("as force says" in text for text in made.warnings)
+
+
+def test_storage_elsewhere_does_not_matter():
+    around = world()
+    around.storage = lambda _host: HostStorage(
+        bound={"vmk9": "vmhba64"},
+        servers=[
+            ("NFS datastore 'a'", "10.9.0.1"),
+            ("NFS datastore 'b'", "192.168.1.9"),
+            ("NFS datastore 'c'", "fd00::9"),
+        ],
+        gateway="192.168.1.1",
+    )
+    assert kinds(make_plan(host(STORAGE_NIC), asked(address="10.0.0.5/24", mtu=9000), around)) == [
+        "update_nic",
+        "select",
+    ]
+
+
+def test_what_is_not_known_of_a_backup_nic_is_a_warning():
+    around = world()
+    around.storage = lambda _host: HostStorage(servers=[("NFS datastore 'n'", "no.such.name.invalid")])
+    made = make_plan(host(OLD_BACKUP), asked(address="10.0.0.5/24", mtu=9000), around)
+    assert kinds(made) == ["update_nic"] and "can't be resolved here" in made.warnings[0]
+
+
+def test_a_gateway_is_removed():
+    routed = nic("vmk1", "10.0.0.5/24", "Backup", (BACKUP,), gateway="10.0.0.1")
+    made = plan(routed, request=asked(address="10.0.0.5/24", no_gateway=True))
+    assert kinds(made) == ["update_nic"] and made.steps[0].target.gateway == "" and made.expected.gateway is None
+    assert kinds(plan(OLD_BACKUP, request=asked(address="10.0.0.5/24", no_gateway=True))) == []
+    made = plan(request=asked(portgroup="Backup", address="10.0.0.5/24", no_gateway=True))
+    assert made.expected.gateway is None and kinds(made) == ["add_nic", "select"]
 
 
 def test_a_nic_elsewhere_is_not_moved():
@@ -233,6 +322,69 @@ def test_a_host_that_does_not_answer_is_told():
 def test_the_backup_nic_goes():
     for name in ({"device": "vmk1"}, {"portgroup": "Backup"}, {"address": "10.0.0.5/24"}):
         assert kinds(plan(OLD_BACKUP, request=asked(present=False, **name))) == ["remove_nic"]
+
+
+# vmk1 on Backup with 10.0.0.5 and fd00::5; vmk2 on the distributed port group dvb with 10.0.9.5.
+TWO = (
+    nic("vmk1", "10.0.0.5/24", "Backup", (BACKUP,), ipv6=("fd00::5/64",)),
+    nic("vmk2", "10.0.9.5/24", "dvb", (BACKUP,), switch="DSwitch0", port_key="pg-1"),
+)
+SELECTORS = {
+    "device": ("vmk1", "vmk2", "vmk7"),
+    "address": ("10.0.0.5/24", "10.0.9.5/24", "10.0.0.7/24"),
+    "ipv6": ((ipaddress.IPv6Interface("fd00::5/64"),), None, (ipaddress.IPv6Interface("fd00::7/64"),)),
+    "portgroup": ("Backup", "dvb", "Management Network"),
+    "place": ({"vswitch": "vSwitch0"}, {"dvswitch": "DSwitch0"}, {"vswitch": "vSwitch9"}),
+}
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("names", [one for size in (1, 2, 3) for one in itertools.combinations(SELECTORS, size)])
+def test_only_the_nic_that_all_selectors_name_goes(names, force):
+    """Each selector says vmk1, vmk2 or neither: a NIC goes only where all of them say it."""
+    if not {"device", "address", "ipv6", "portgroup"} & set(names):
+        return
+    for choice in itertools.product(range(3), repeat=len(names)):
+        options = {}
+        for name, which in zip(names, choice):
+            value = SELECTORS[name][which]
+            options.update(value if name == "place" else {name: value})
+        if options.get("ipv6", ()) is None:
+            continue
+        try:
+            made = plan(*TWO, request=asked(present=False, force=force, **options))
+        except InputError as error:
+            assert len(set(choice)) > 1 or choice[0] == 2, (options, str(error))
+            continue
+        gone = [step.nic.device for step in made.steps if step.kind == "remove_nic"]
+        assert gone == ([f"vmk{choice[0] + 1}"] if len(set(choice)) == 1 and choice[0] < 2 else []), options
+
+
+def test_a_nic_that_is_named_wrongly_is_told():
+    with pytest.raises(InputError, match="another one than described.*ip_address is 10.0.0.5/24, not 10.0.0.5/16"):
+        plan(*TWO, request=asked(present=False, address="10.0.0.5/16"))
+    with pytest.raises(InputError, match="vswitch is vSwitch0, not vSwitch1"):
+        plan(*TWO, request=asked(present=False, portgroup="Backup", vswitch="vSwitch1"))
+    assert kinds(plan(*TWO, request=asked(present=False, address="10.0.0.5/31", any_netmask=True))) == ["remove_nic"]
+
+
+def test_not_ours_is_not_absent():
+    for services in ((), (BACKUP, "vmotion")):
+        other = nic("vmk1", "10.0.0.5/24", "Backup", services)
+        request = {"present": False, "portgroup": "Backup"}
+        with pytest.raises(InputError, match="not for backup traffic alone and is not removed"):
+            plan(other, request=asked(**request))
+        assert kinds(plan(other, request=asked(**request, force=True))) == ["remove_nic"]
+
+
+def test_of_several_on_a_port_group_ours_goes():
+    place = {"switch": "DSwitch0", "port_key": "pg-1"}
+    ours = nic("vmk1", "10.0.0.5/24", "dvb", (BACKUP,), **place)
+    others = [nic(f"vmk{n}", f"10.0.{n}.5/24", "dvb", **place) for n in (2, 3)]
+    made = plan(ours, *others, request=asked(present=False, portgroup="dvb", force=True))
+    assert [step.nic.device for step in made.steps] == ["vmk1"]
+    with pytest.raises(InputError, match="More than one"):
+        plan(*others, request=asked(present=False, portgroup="dvb", force=True))
 
 
 def test_nothing_to_remove():

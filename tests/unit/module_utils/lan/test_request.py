@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from ansible_collections.openvadp.backup.plugins.module_utils.errors import InputError
-from ansible_collections.openvadp.backup.plugins.module_utils.lan.request import HOST_OPTIONS, NicRequest
+from ansible_collections.openvadp.backup.plugins.module_utils.lan.request import HOST_OPTIONS, NicRequest, merged
 
 CONNECTION = {
     "hostname": "vcenter.example.com",
@@ -71,6 +71,7 @@ def test_one_host():
         ({"timeout": 0}, "timeout"),
         ({"parallel_hosts": 0}, "1 to 64"),
         ({"state": "absent", "ip_address": None, "portgroup": None}, "not named"),
+        ({"state": "absent", "ip_address": None, "portgroup": None, "dhcp": True}, "not named"),
     ],
 )
 def test_what_can_not_be(options, word):
@@ -108,6 +109,35 @@ def test_an_entry_goes_before_the_common_options():
         ("esx03", True, None, 9000, "vSwitch2"),
     ]
     assert not made.single
+
+
+@pytest.mark.parametrize(
+    "common, own, result",
+    [
+        ({"dvswitch": "D"}, {"vswitch": "S"}, {"vswitch": "S", "dvswitch": None}),
+        (
+            {"vswitch": "S", "uplinks": ["vmnic1"]},
+            {"dvswitch": "D"},
+            {"vswitch": None, "dvswitch": "D", "uplinks": None},
+        ),
+        ({"vswitch": "S", "uplinks": ["vmnic1"]}, {"vswitch": "T"}, {"vswitch": "T", "uplinks": ["vmnic1"]}),
+        ({"dhcp": True}, {"ip_address": "10.0.0.1/24"}, {"dhcp": None, "ip_address": "10.0.0.1/24"}),
+        ({"netmask": "255.255.0.0"}, {"ip_address": "10.0.0.1/24"}, {"netmask": None}),
+        ({"netmask": "255.255.0.0"}, {"ip_address": "10.0.0.1"}, {"netmask": "255.255.0.0"}),
+        ({"ip_address": "10.0.0.1/24"}, {"dhcp": True}, {"dhcp": True, "ip_address": None}),
+        ({"ip_address": "10.0.0.1/24"}, {"dhcp": False}, {"dhcp": False, "ip_address": "10.0.0.1/24"}),
+        ({"gateway": "10.0.0.1"}, {"gateway": ""}, {"gateway": ""}),
+    ],
+)
+def test_an_option_of_a_host_takes_the_place_of_what_it_contradicts(common, own, result):
+    made = merged({**dict.fromkeys(HOST_OPTIONS), **common}, entry("esx01", **own))
+    assert {name: made[name] for name in result} == result
+
+
+def test_an_empty_gateway_is_none():
+    made = request(**{**GOOD, "gateway": ""}).hosts[0]
+    assert made.no_gateway and made.gateway is None
+    assert not request(**GOOD).hosts[0].no_gateway
 
 
 def test_two_hosts_can_not_have_one_address():
