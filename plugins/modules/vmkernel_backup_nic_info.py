@@ -146,7 +146,7 @@ hosts:
           type: str
           sample: defaultTcpipStack
         services:
-          description: The services that the NIC carries.
+          description: The services that the NIC carries; null where they are not known, as the host is not connected.
           type: list
           elements: str
           sample: [vSphereBackupNFC]
@@ -161,7 +161,7 @@ hosts:
       elements: list
       sample: []
 untagged_hosts:
-  description: The hosts among RV(hosts) that have no NIC for backup traffic.
+  description: The hosts among RV(hosts) that have no NIC for backup traffic, and those that are not connected.
   returned: success
   type: list
   elements: str

@@ -352,6 +352,13 @@ def test_an_old_host_and_one_that_is_away_do_not_stop_the_others(lan: Simulator,
     assert "not connected" in result["hosts"][1]["msg"]
     assert result["hosts"][2]["device"] == "vmk1"
     told = run(INFO, esxi_hostnames=names)
+    # What is not known is not "nothing".
+    assert [nic["services"] for one in told["hosts"] for nic in one["nics"]] == [
+        ["management"],
+        None,
+        ["management"],
+        [BACKUP],
+    ]
     assert [one["backup_service"] for one in told["hosts"]] == [False, False, True]
     assert told["untagged_hosts"] == names[:2]
 

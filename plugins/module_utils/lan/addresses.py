@@ -266,19 +266,21 @@ def occupied(
     """(what the hosts have in *subnet* for backup traffic, what other NICs there have, each with whose it is).
 
     A NIC is for backup traffic if it is tagged for it, on the backup port group, or has the address that is fixed for
-    its host: such a NIC is taken, not doubled.
+    its host: such a NIC is taken, not doubled. Of a host that does not answer, services are not known (None): what it
+    has in the subnet is its own, which it keeps.
     """
     existing: Dict[str, Any] = {}
     others: Dict[Any, str] = {}
     for fact in facts:
-        for nic in sorted(fact["nics"], key=lambda one: not _tagged(one)):
+        # Of several, the tagged one is kept; of a host that is away, the one on the port group.
+        for nic in sorted(fact["nics"], key=lambda one: (not _tagged(one), not _on(one, portgroup))):
             if not nic.get("ip"):
                 continue
             address = ipaddress.IPv4Address(nic["ip"])
             if address not in subnet:
                 continue
             name = fact["name"]
-            ours = _tagged(nic) or (portgroup is not None and nic.get("portgroup") == portgroup)
+            ours = _tagged(nic) or _on(nic, portgroup) or nic.get("services", ()) is None
             if fixed.get(name) == address:
                 continue
             if ours and name in hosts and name not in existing:
@@ -286,6 +288,10 @@ def occupied(
             else:
                 others[address] = f"{nic['device']}'s of host '{name}'"
     return existing, others
+
+
+def _on(nic: Mapping[str, Any], portgroup: Optional[str]) -> bool:
+    return portgroup is not None and nic.get("portgroup") == portgroup
 
 
 def _tagged(nic: Mapping[str, Any]) -> bool:

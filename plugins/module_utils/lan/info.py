@@ -108,7 +108,8 @@ def _host(session: Session, host: HostNetwork, warnings: List[str]) -> Dict[str,
         "connected": host.connected,
         "version": host.version,
         "backup_service": host_network.BACKUP_SERVICE in host.service_types,
-        "nics": [nic.to_dict() for nic in host.nics],
+        # What a NIC of a host that is away carries is not known, which is not "nothing".
+        "nics": [nic.to_dict() if host.connected else {**nic.to_dict(), "services": None} for nic in host.nics],
         "tagged": tagged,
         "shared_subnets": [list(pair) for pair in _shared(session, host, warnings)],
     }

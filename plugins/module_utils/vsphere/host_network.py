@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from ..errors import AmbiguousError, NotFoundError
@@ -210,12 +210,32 @@ def pick(hosts: Sequence[HostNetwork], name: str) -> HostNetwork:
 def read(
     session: Session, hosts: Sequence[HostNetwork], port_groups: Optional[Dict[str, DvPortGroup]] = None
 ) -> List[HostNetwork]:
-    """The whole network of each of *hosts*, in one ``RetrievePropertiesEx``. One that does not answer stays as it is.
+    """The whole network of each of *hosts*, in one ``RetrievePropertiesEx``.
+
+    Of one that does not answer, only what its NICs are on is added to what vCenter still knows.
 
     :param port_groups: the distributed ones by key, for the names of what a NIC is on.
     """
+    groups = port_groups or {}
     values = session.read_many([host.obj for host in hosts if host.connected], vim.HostSystem, _PATHS)
-    return [_network(host.obj, values[host.moid], port_groups or {}) if host.connected else host for host in hosts]
+    return [_network(host.obj, values[host.moid], groups) if host.connected else _away(host, groups) for host in hosts]
+
+
+def _away(host: HostNetwork, groups: Dict[str, DvPortGroup]) -> HostNetwork:
+    """A host that does not answer, its NICs with the names of their distributed port groups."""
+    nics = [
+        replace(nic, **_distributed_place(nic.port_key, nic.switch, groups)) if nic.port_key else nic
+        for nic in host.nics
+    ]
+    return replace(host, nics=nics)
+
+
+def _distributed_place(key: str, switch_uuid: str, groups: Dict[str, DvPortGroup]) -> Dict[str, Any]:
+    """What a NIC of a distributed port group is on, by names where they are known."""
+    group = groups.get(key)
+    if group is None:
+        return {"portgroup": key, "switch": switch_uuid, "vlan_id": None}
+    return {"portgroup": group.name, "switch": group.switch_name, "vlan_id": group.vlan_id}
 
 
 def _network(obj: Any, values: Dict[str, Any], port_groups: Dict[str, DvPortGroup]) -> HostNetwork:
@@ -272,14 +292,12 @@ def _nic(
     spec = one.spec
     port = spec.distributedVirtualPort
     key = port.portgroupKey if port is not None else None
-    portgroup, switch, vlan_id = one.portgroup or spec.portgroup or "", "", None
+    portgroup = one.portgroup or spec.portgroup or ""
+    place: Dict[str, Any] = {"portgroup": portgroup, "switch": "", "vlan_id": None}
     if key is not None:
-        group = distributed.get(key)
-        portgroup = group.name if group else key
-        switch = group.switch_name if group else port.switchUuid
-        vlan_id = group.vlan_id if group else None
+        place = _distributed_place(key, port.switchUuid, distributed)
     elif portgroup in groups:
-        switch, vlan_id = groups[portgroup].switch, groups[portgroup].vlan_id
+        place.update(switch=groups[portgroup].switch, vlan_id=groups[portgroup].vlan_id)
     ip = spec.ip
     address = ip.ipAddress if ip is not None else None
     # Without a lease ESXi shows a link-local address, or none.
@@ -289,10 +307,8 @@ def _nic(
     routes = spec.ipRouteSpec.ipRouteConfig if spec.ipRouteSpec is not None else None
     return Nic(
         device=one.device,
-        portgroup=portgroup,
-        switch=switch,
         port_key=key,
-        vlan_id=vlan_id,
+        **place,
         dhcp=bool(ip is not None and ip.dhcp),
         ip=address,
         netmask=ip.subnetMask if address else None,

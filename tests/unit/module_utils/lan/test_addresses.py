@@ -242,3 +242,15 @@ def test_an_address_is_not_an_option_of_a_host():
     for name in ("ip_address", "netmask", "dhcp"):
         with pytest.raises(InputError, match=f"{name} of 'a'"):
             plan(ABC, hosts=["a"], host_options={"a": {name: "10.20.30.4"}})
+
+
+def test_a_host_that_is_away_keeps_its_address():
+    """vCenter still shows its NICs, and not what they carry: in the backup subnet, that one is its own."""
+    away = [dict(nic("10.20.30.12", portgroup="dvportgroup-7"), services=None), dict(nic("10.0.0.1"), services=None)]
+    facts = [fact("a", nic("10.20.30.11")), fact("b", *away), fact("c")]
+    lan = {"hosts": ["a", "b", "c"], "pool": ["10.20.30.11-10.20.30.13"]}
+    assert plan(facts, **lan) == {"a": "10.20.30.11/24", "b": "10.20.30.12/24", "c": "10.20.30.13/24"}
+    # Of several it is the one on the port group; a stranger's address stays a stranger's.
+    several = [dict(nic("10.20.30.12", portgroup="X"), services=None), dict(nic("10.20.30.13"), services=None)]
+    assert plan([fact("b", *several)], hosts=["b"])["b"] == "10.20.30.13/24"
+    assert plan(facts, hosts=["c"], pool=["10.20.30.12-10.20.30.13"]) == {"c": "10.20.30.13/24"}
