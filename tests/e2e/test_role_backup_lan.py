@@ -197,18 +197,24 @@ def test_several_proxies_each_prove_it_and_one_configures(lan: Lan, own_simulato
 
 
 @pytest.mark.soak
-def test_the_interface_is_reloaded_by_its_manager_and_only_when_changed(lan: Lan, tmp_path: Path) -> None:
-    """The managers are not there: what they were told is kept."""
+def test_the_interface_is_reloaded_by_its_manager_where_it_is_not_in_force(lan: Lan, tmp_path: Path) -> None:
+    """The managers are not there: what they were told is kept. A reload that failed is made up for."""
     told = tmp_path / "told"
+    broken = tmp_path / "broken"
     programs = tmp_path / "programs"
     programs.mkdir()
     for name in ("networkctl", "nmcli"):
-        (programs / name).write_text(f'#!/bin/sh\necho "{name} $*" >>{told}\n')
+        (programs / name).write_text(f'#!/bin/sh\necho "{name} $*" >>{told}\n[ ! -e {broken} ]\n')
         (programs / name).chmod(0o755)
     path = {"PATH": f"{programs}:{os.environ['PATH']}"}
+    broken.touch()
+    outcome = lan.run(environment=path, apply=True).failed()
+    assert "The interface was not configured" in outcome.result("fail", task="Fail with the reason")["msg"]
+    broken.unlink()
+    told.unlink()
     lan.run(environment=path, apply=True).ok()
     assert told.read_text().splitlines() == ["networkctl reload", "networkctl reconfigure ens224"]
-    lan.run(environment=path, apply=True).ok()
+    assert lan.run(environment=path, apply=True).ok().changed == 0
     assert len(told.read_text().splitlines()) == 2
 
     told.unlink()

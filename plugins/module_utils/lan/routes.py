@@ -7,15 +7,16 @@ Asked through netlink, which needs no right and no program. Where it can't be as
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 import struct
-from typing import Any, Dict, Iterator, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 _NEW_ADDRESS, _GET_ADDRESS, _NEW_ROUTE, _GET_ROUTE = 20, 22, 24, 26
 _ERROR, _DONE = 2, 3
 _REQUEST, _DUMP = 0x1, 0x300
 _ADDRESS, _LOCAL = 1, 2
-_DESTINATION, _SOURCE, _INTERFACE = 1, 2, 4
+_DESTINATION, _SOURCE, _INTERFACE, _GATEWAY = 1, 2, 4, 5
 _LOCAL_ROUTE = 2
 
 _HEADER = struct.Struct("=IHHII")
@@ -82,6 +83,20 @@ def interface_of(address: Any) -> Optional[str]:
     return None
 
 
+def addresses_of(interface: str) -> List[ipaddress.IPv4Interface]:
+    """The IPv4 addresses of an interface, with their subnets. :raises OSError: it is not there, or nothing is known."""
+    index = socket.if_nametoindex(interface)
+    found = []
+    for kind, body in _ask(_GET_ADDRESS, _DUMP, _INTERFACE_ADDRESS.pack(socket.AF_INET, 0, 0, 0, 0)):
+        if kind == _NEW_ADDRESS:
+            _family, prefix, _flags, _scope, own = _INTERFACE_ADDRESS.unpack_from(body)
+            values = _attributes(body[_INTERFACE_ADDRESS.size :])
+            address = values.get(_LOCAL, values.get(_ADDRESS))
+            if own == index and address is not None:
+                found.append(ipaddress.IPv4Interface((address, prefix)))
+    return found
+
+
 def leaves_by(address: Any, source: Any = None) -> Optional[str]:
     """The interface by which packets to *address* leave this machine.
 
@@ -89,6 +104,12 @@ def leaves_by(address: Any, source: Any = None) -> Optional[str]:
 
     :param source: the address that they come from, if it is bound to.
     """
+    found = way_to(address, source)
+    return found[0] if found is not None else None
+
+
+def way_to(address: Any, source: Any = None) -> Optional[Tuple[Optional[str], Any]]:
+    """(the interface by which packets to *address* leave, the router that they go to or None); None as above."""
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
     bits = address.max_prefixlen
     body = _ROUTE.pack(family, bits, bits if source is not None else 0, 0, 0, 0, 0, 0, 0)
@@ -99,7 +120,8 @@ def leaves_by(address: Any, source: Any = None) -> Optional[str]:
         for kind, answer in _ask(_GET_ROUTE, 0, body):
             found = _attributes(answer[_ROUTE.size :])
             if kind == _NEW_ROUTE and _INTERFACE in found and _ROUTE.unpack_from(answer)[7] != _LOCAL_ROUTE:
-                return _name(struct.unpack("=I", found[_INTERFACE])[0])
+                gateway = ipaddress.ip_address(found[_GATEWAY]) if _GATEWAY in found else None
+                return _name(struct.unpack("=I", found[_INTERFACE])[0]), gateway
     except OSError:
         return None
     return None
