@@ -214,6 +214,7 @@ def _look(
         ),
         f"{point} as '{name}'",
     )
+    warnings += place.warnings
     original = _original(session, point)
     warnings += _check_identity(session, original, saved, request)
     wishes = Wishes(

@@ -43,7 +43,7 @@ def import_machine(session: Session, placement: Placement, spec: Any, *, io_time
     wanted = vim.vm.VmImportSpec(configSpec=spec)
 
     def start() -> Any:
-        return placement.pool.ImportVApp(wanted, placement.folder, placement.host)
+        return placement.pool.ImportVApp(wanted, None if placement.in_vapp else placement.folder, placement.host)
 
     subject = f"'{spec.name}' in {placement.folder_path}"
     lease = Lease(session, "import", "The new virtual machine was not made", subject, start, io_timeout)

@@ -196,14 +196,15 @@ def _named(session: Session, name: str) -> List[Any]:
     below = (
         children,
         f"{vim.Datacenter.__name__}.vmFolder",
-        f"{vim.VirtualApp.__name__}.vm",
-        f"{vim.VirtualApp.__name__}.resourcePool",
+        f"{vim.ResourcePool.__name__}.vm",
+        f"{vim.ResourcePool.__name__}.resourcePool",
     )
     traversals = [
         step(vim.Folder, "childEntity", *below),
         step(vim.Datacenter, "vmFolder", children),
-        step(vim.VirtualApp, "vm"),
-        step(vim.VirtualApp, "resourcePool", *below[2:]),
+        # A folder holds none of them but vApps, which are pools, and hold pools and vApps.
+        step(vim.ResourcePool, "vm"),
+        step(vim.ResourcePool, "resourcePool", *below[2:]),
     ]
     spec = filter_spec([session.content.rootFolder], {vim.VirtualMachine: ["name"]}, traversals)
     named: Dict[str, Any] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import uuid
 from contextlib import suppress
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from ..errors import ConnectionLostError, NotFoundError, TaskError, VsphereError
 from ..libraries import vim, vmodl
@@ -39,15 +39,7 @@ def create(session: Session, placement: Placement, spec: Any) -> VmRef:
     what, subject = "The new virtual machine was not made", f"'{spec.name}' in {placement.folder_path}"
     instance_uuid = spec.instanceUuid
     try:
-        made = session.run_task(
-            placement.folder.CreateVM_Task,
-            spec,
-            placement.pool,
-            placement.host,
-            what=what,
-            subject=subject,
-            timeout=_TIMEOUT,
-        )
+        made = session.run_task(*_way(placement, spec), what=what, subject=subject, timeout=_TIMEOUT)
     except ConnectionLostError:
         found = find(session, instance_uuid, placement.folder)
         if found is None:
@@ -56,15 +48,22 @@ def create(session: Session, placement: Placement, spec: Any) -> VmRef:
     return find_vm(session, moid=made._moId)
 
 
+def _way(placement: Placement, spec: Any) -> Sequence[Any]:
+    """The call that makes it, and what is said with it."""
+    if placement.in_vapp:
+        return placement.folder.CreateChildVM_Task, spec, placement.host
+    return placement.folder.CreateVM_Task, spec, placement.pool, placement.host
+
+
 def find(session: Session, instance_uuid: str, folder: Any) -> Optional[VmRef]:
     """The machine of that instance UUID, None if there is none.
 
-    :param folder: whose tasks may still make it; they are waited for.
+    :param folder: a folder or vApp whose tasks may still make it; they are waited for.
     """
     with suppress(NotFoundError):
         for task in session.read(folder, "recentTask")["recentTask"] or []:
             info = session.read(task, "info.descriptionId", "info.state")
-            if info["info.descriptionId"] == "Folder.createVm" and info["info.state"] in ("running", "queued"):
+            if str(info["info.descriptionId"]).endswith(".createVm") and info["info.state"] in ("running", "queued"):
                 # It may be somebody else's; what came of it, the look-up tells.
                 with suppress(TaskError):
                     session.wait(task, what="The virtual machine was not looked for", timeout=_TIMEOUT)
@@ -334,7 +333,8 @@ def _known(session: Session, intent: Mapping[str, Any], server_uuid: Optional[st
         except NotFoundError:
             return None
     # It may have been made without our being told: then it can be named, and no more.
-    return find(session, str(intent["instance_uuid"]), vim.Folder(str(intent["folder_moid"]), session.stub))
+    kind = vim.VirtualApp if intent.get("in_vapp") else vim.Folder
+    return find(session, str(intent["instance_uuid"]), kind(str(intent["folder_moid"]), session.stub))
 
 
 def new_mark(repository_id: str, run_id: str) -> Tuple[str, str]:
@@ -354,6 +354,7 @@ def intent_fields(placement: Placement, name: str, instance_uuid: str, on_failur
         "instance_uuid": instance_uuid,
         "folder": placement.folder_path,
         "folder_moid": placement.folder._moId,
+        "in_vapp": placement.in_vapp,
         "on_failure": on_failure,
         "complete": False,
     }

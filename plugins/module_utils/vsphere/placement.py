@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""Where a new virtual machine goes: folder, host, resource pool, datastores, networks, all by name.
+"""Where a new virtual machine goes: folder or vApp, host, resource pool, datastores, networks, all by name.
 
-What is not asked for is as it was, if that is still there. Nothing is changed; all that is missing is told at once.
+What is not asked for is as it was, if that is still there. Nothing is changed; all that is missing is reported at once.
+A machine of a vApp lies in no folder, and a vApp is a resource pool too: so both options may name it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple
+from functools import cached_property
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Set, Tuple
 
 from ..errors import VsphereError
 from ..libraries import vim
@@ -42,12 +44,16 @@ class Wanted:
 class Placement:
     """Where it goes.
 
+    :param folder: the folder or the vApp that it lies in.
+    :param in_vapp: it is a vApp, which is the pool as well.
     :param datastores: name -> object.
     :param networks: name -> backing of a network card.
+    :param warnings: what is not as it was, although nothing else was asked for.
     """
 
     folder: Any
     folder_path: str
+    in_vapp: bool
     datacenter: str
     datacenter_path: str
     datacenter_moid: str
@@ -56,6 +62,19 @@ class Placement:
     pool: Any
     datastores: Dict[str, Any]
     networks: Dict[str, Any]
+    warnings: List[str]
+
+
+@dataclass(frozen=True)
+class _Spot:
+    """A folder of machines, or a vApp."""
+
+    obj: Any
+    path: str
+
+    @property
+    def is_vapp(self) -> bool:
+        return isinstance(self.obj, vim.VirtualApp)
 
 
 def place(session: Session, wanted: Wanted, subject: str) -> Placement:
@@ -83,26 +102,47 @@ def _names(items: Sequence[_Found]) -> str:
     return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "") if names else "none"
 
 
+def _fitting(paths: Mapping[str, Any], asked: Optional[str], was: str) -> Dict[str, Any]:
+    """Those of the paths that somebody asked for, by a whole path or the end of one; else the one that it was."""
+    if asked is None:
+        # As the API had it, so nothing else fits.
+        return {path: obj for path, obj in paths.items() if path == was}
+    wanted = parts_of(asked)
+    start = 0 if asked.startswith("/") else -len(wanted)
+    return {path: obj for path, obj in paths.items() if wanted and are_called(parts_of(path)[start:], wanted)}
+
+
 class _Look:
     def __init__(self, session: Session, wanted: Wanted) -> None:
         self.session = session
         self.wanted = wanted
         self.obstacles: List[str] = []
+        self.warnings: List[str] = []
         self.folders = {obj._moId: (obj, values) for obj, values in session.find(vim.Folder, ["name", "parent"])}
         self.datacenters = session.find(
             vim.Datacenter, ["name", "parent", "vmFolder", "hostFolder", "datastoreFolder", "networkFolder"]
         )
+        self.pools: Dict[str, _Found] = {}
+
+    @cached_property
+    def vapps(self) -> Dict[str, _Found]:
+        """All vApps; ``parent`` is the vApp or folder above, as for everything that lies in folders."""
+        found = self.session.find(vim.VirtualApp, ["name", "parentFolder", "parentVApp"])
+        return {
+            obj._moId: (obj, {**values, "parent": values["parentVApp"] or values["parentFolder"]})
+            for obj, values in found
+        }
 
     def place(self) -> Optional[Placement]:
         datacenter = self._datacenter()
         if datacenter is None:
             return None
         obj, values = datacenter
-        folder = self._folder(datacenter)
+        spot = self._folder(datacenter)
         datastores = self._datastores(values["datastoreFolder"])
         networks = self._networks(values["networkFolder"])
         compute = self._compute(values["hostFolder"])
-        if folder is None or datastores is None or networks is None or compute is None:
+        if spot is None or datastores is None or networks is None or compute is None:
             return None
         host = self._host(compute, values["hostFolder"], datastores, networks)
         if host is None:
@@ -111,10 +151,15 @@ class _Look:
         pool = self._pool(own, values["hostFolder"])
         if pool is None:
             return None
+        fitted = self._fit(spot, pool, own)
+        if fitted is None:
+            return None
+        spot, pool = fitted
         path = self._path(datacenter)
         return Placement(
-            folder=folder[0],
-            folder_path=folder[1],
+            folder=spot.obj,
+            folder_path=spot.path,
+            in_vapp=spot.is_vapp,
             datacenter=readable(str(values["name"])),
             datacenter_path=path.lstrip("/"),
             datacenter_moid=obj._moId,
@@ -123,6 +168,7 @@ class _Look:
             pool=pool,
             datastores={name: found[0] for name, found in datastores.items()},
             networks={name: self._backing(found) for name, found in networks.items()},
+            warnings=self.warnings,
         )
 
     def _path(self, item: _Found) -> str:
@@ -130,6 +176,8 @@ class _Look:
         parts = [str(item[1]["name"])]
         above = item[1]["parent"]
         known = dict(self.folders)
+        if isinstance(item[0], vim.VirtualApp):
+            known.update(self.vapps)
         known.update({obj._moId: (obj, values) for obj, values in self.datacenters})
         while above is not None and above._moId in known:
             _obj, values = known[above._moId]
@@ -166,34 +214,41 @@ class _Look:
         above = parts_of(self._path(datacenter))
         return are_called(above, parts_of(path)[: len(above)])
 
-    def _folder(self, datacenter: _Found) -> Optional[Tuple[Any, str]]:
+    def _folder(self, datacenter: _Found) -> Optional[_Spot]:
         root = self.folders[datacenter[1]["vmFolder"]._moId]
-        top = self._path(root)
-        paths: Dict[str, Any] = {}
-        for item in self.folders.values():
-            path = self._path(item)
-            if path == top or path.startswith(top + "/"):
-                paths[path] = item[0]
-        asked, name = self.wanted.folder or None, self.wanted.was.get("folder")
-        if asked is None:
-            if name not in paths and name is not None and self.wanted.datacenter is not None:
-                name = top
-            # As the API had it, so nothing else fits.
-            found = [path for path in paths if path == name]
-        else:
-            name, wanted = asked, parts_of(asked)
-            found = [
-                path
-                for path in paths
-                if wanted
-                and are_called(parts_of(path) if asked.startswith("/") else parts_of(path)[-len(wanted) :], wanted)
-            ]
+        folders = self._below(root, self.folders.values())
+        asked, was = self.wanted.folder or None, str(self.wanted.was.get("folder") or "")
+        found = _fitting(folders, asked, was)
+        if not found:
+            found = _fitting(self._below(root, self.vapps.values()), asked, was)
+        if not found and asked is None and self.wanted.datacenter is not None:
+            found = {self._path(root): root[0]}
+        if not found and asked is None and self._was_in_vapp():
+            above = was.split("/")
+            while above and "/".join(above) not in folders:
+                above.pop()
+            if above:
+                path = "/".join(above)
+                found = {path: folders[path]}
+                self.warnings.append(f"It lay in a vApp that is not there, '{was}', and goes into the folder '{path}'")
         if len(found) == 1:
-            return paths[found[0]], found[0]
-        listed = ", ".join(sorted(found or paths)[:12])
+            path, obj = found.popitem()
+            return _Spot(obj, path)
+        listed = ", ".join(sorted(found or folders)[:12])
         problem = "more than one folder fits" if found else "there is no folder"
-        self.obstacles.append(f"{problem} '{name}' ({listed}): give folder")
+        self.obstacles.append(f"{problem} '{asked or was}' ({listed}): give folder")
         return None
+
+    def _below(self, root: _Found, items: Iterable[_Found]) -> Dict[str, Any]:
+        """Path -> object of what lies at or below a folder."""
+        top = self._path(root)
+        paths = {self._path(item): item[0] for item in items}
+        return {path: obj for path, obj in paths.items() if path == top or path.startswith(top + "/")}
+
+    def _was_in_vapp(self) -> bool:
+        """As far as the paths show: a vApp is the last part of both."""
+        folder, pool = (str(self.wanted.was.get(key) or "").rpartition("/")[2] for key in ("folder", "resource_pool"))
+        return bool(folder) and folder == pool
 
     def _datastores(self, root: Any) -> Optional[Dict[str, _Found]]:
         paths = ["name", "summary.accessible", "summary.freeSpace", "summary.maintenanceMode", "host"]
@@ -313,20 +368,15 @@ class _Look:
 
     def _pool(self, compute: List[_Found], root: Any) -> Optional[Any]:
         """A pool by its name or by its path from the root pool on; the root pool, if nothing else is known."""
-        pools = {
+        self.pools = {
             obj._moId: (obj, values) for obj, values in self.session.find(vim.ResourcePool, ["name", "parent"], root)
         }
         tops = [values["resourcePool"] for _obj, values in compute if values["resourcePool"] is not None]
         paths: Dict[str, Any] = {}
-        for obj, values in pools.values():
-            names, above, seen = [str(values["name"])], values["parent"], {obj._moId}
-            top = obj
-            while isinstance(above, vim.ResourcePool) and above._moId in pools and above._moId not in seen:
-                seen.add(above._moId)
-                top = pools[above._moId][0]
-                names.append(str(pools[above._moId][1]["name"]))
-                above = pools[above._moId][1]["parent"]
-            if top._moId in {one._moId for one in tops}:
+        for obj, _values in self.pools.values():
+            chain = self._chain(obj)
+            if chain[-1]._moId in {one._moId for one in tops}:
+                names = [str(self.pools[one._moId][1]["name"]) for one in chain]
                 paths["/".join(reversed(names))] = obj
         asked = self.wanted.resource_pool
         if asked is not None:
@@ -340,5 +390,81 @@ class _Look:
             self.obstacles.append(f"{problem} '{asked}' (there is {', '.join(sorted(paths)) or 'none'})")
             return None
         # As the API had it, so nothing else fits.
-        was = str(self.wanted.was.get("resource_pool"))
-        return paths.get(was) or (tops[0] if tops else None)
+        found = paths.get(str(self.wanted.was.get("resource_pool"))) or (tops[0] if tops else None)
+        if found is None:
+            self.obstacles.append("the host has no resource pool that this user can see: give resource_pool")
+        return found
+
+    def _chain(self, pool: Any) -> List[Any]:
+        """A pool and those above it."""
+        chain, seen = [pool], {pool._moId}
+        while True:
+            above = self.pools[chain[-1]._moId][1]["parent"] if chain[-1]._moId in self.pools else None
+            if not isinstance(above, vim.ResourcePool) or above._moId not in self.pools or above._moId in seen:
+                return chain
+            seen.add(above._moId)
+            chain.append(self.pools[above._moId][0])
+
+    def _fit(self, spot: _Spot, pool: Any, compute: List[_Found]) -> Optional[Tuple[_Spot, Any]]:
+        """Folder and pool that go together. What was asked for counts; a contradiction is an obstacle."""
+        asked_folder, asked_pool = self.wanted.folder is not None, self.wanted.resource_pool is not None
+        vapp = next((one for one in self._chain(pool) if isinstance(one, vim.VirtualApp)), None)
+        if asked_folder and asked_pool and spot.obj._moId != (vapp._moId if vapp is not None else spot.obj._moId):
+            self.obstacles.append(
+                f"resource pool '{self.wanted.resource_pool}' belongs to a vApp, and what lies there lies in no other"
+                " folder: leave out folder or resource_pool"
+            )
+            return None
+        if asked_folder and asked_pool and spot.is_vapp and vapp is None:
+            self.obstacles.append(
+                f"'{spot.path}' is a vApp, and resource pool '{self.wanted.resource_pool}' is outside of it: leave out"
+                " folder or resource_pool"
+            )
+            return None
+        if asked_pool and vapp is not None:
+            return self._inside(vapp, pool)
+        if not spot.is_vapp:
+            if vapp is not None:
+                self._warn_outside(self._path(self.vapps[vapp._moId]), spot.path)
+            return spot, self._outside(pool)
+        if not asked_pool and spot.obj._moId in self.pools and self._is_on(spot.obj, compute):
+            return self._inside(spot.obj, pool)
+        if asked_folder:
+            self.obstacles.append(f"the vApp '{spot.path}' is not on that host or cluster: name another by folder")
+            return None
+        beside = self._beside(spot)
+        return (beside, self._outside(pool)) if beside is not None else None
+
+    def _is_on(self, pool: Any, compute: List[_Found]) -> bool:
+        tops = {values["resourcePool"]._moId for _obj, values in compute if values["resourcePool"] is not None}
+        return self._chain(pool)[-1]._moId in tops
+
+    def _inside(self, vapp: Any, pool: Any) -> Tuple[_Spot, Any]:
+        spot = _Spot(vapp, self._path(self.vapps[vapp._moId]))
+        if pool._moId != vapp._moId and vapp._moId in {one._moId for one in self._chain(pool)}:
+            name = readable(str(self.pools[pool._moId][1]["name"]))
+            self.warnings.append(f"It goes into the vApp '{spot.path}' itself: its pool '{name}' takes no new machine")
+        return spot, vapp
+
+    def _outside(self, pool: Any) -> Any:
+        """The nearest pool at or above *pool* that is not a part of a vApp."""
+        chain = self._chain(pool)
+        inside = [number for number, one in enumerate(chain) if isinstance(one, vim.VirtualApp)]
+        return chain[inside[-1] + 1] if inside else pool
+
+    def _warn_outside(self, vapp: str, folder: str) -> None:
+        self.warnings.append(f"It lay in the vApp '{vapp}', and goes into the folder '{folder}', outside of it")
+
+    def _beside(self, spot: _Spot) -> Optional[_Spot]:
+        """The folder that a vApp lies in, directly or within others."""
+        above: Any = spot.obj
+        while above is not None and above._moId in self.vapps:
+            above = self.vapps[above._moId][1]["parent"]
+        if above is None or above._moId not in self.folders:
+            self.obstacles.append(
+                f"the vApp '{spot.path}' can't be used there, and its folder is not seen: give folder"
+            )
+            return None
+        path = self._path(self.folders[above._moId])
+        self._warn_outside(spot.path, path)
+        return _Spot(above, path)

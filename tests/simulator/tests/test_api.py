@@ -1160,7 +1160,7 @@ def test_an_import_that_does_not_end_well_leaves_nothing(sim):
     gone(pool.ImportVApp(import_spec("imported", bootOptions=boot), folder), vmodl.fault.InvalidArgument)
     with pytest.raises(vim.fault.DuplicateName):
         pool.ImportVApp(import_spec("app01", MIB), folder)
-    with pytest.raises(vmodl.fault.InvalidArgument):
+    with pytest.raises(vmodl.fault.NotSupported):
         pool.ImportVApp(import_spec("imported", MIB), None)
     user = sim.info["backup_username"]
     sim.control.call("set_privileges", username=user, remove=["VApp.Import"])

@@ -24,9 +24,10 @@ from typing import Any
 
 from pyVmomi import vim, vmodl
 
-from .cloning import clone_vm
+from .cloning import clone_vm, linked_clone
 from .methods.reconfigure import set_extra_config
 from .model import SimulatorError
+from .places import Places
 from .proxy import fill_units
 from .storage import StorageError
 
@@ -73,6 +74,7 @@ class ControlServer:
             "fill_units": self._fill_units,
             "set_disk_uuid": self._set_disk_uuid,
             "clone_vm": self._clone_vm,
+            "linked_clone": self._linked_clone,
             "set_extra_config": self._set_extra_config,
             "attachments": simulator.proxy.attachments,
             "make_tag": simulator.tags.make,
@@ -80,6 +82,7 @@ class ControlServer:
             "attach_tag": simulator.tags.attach_by_name,
             "tags": simulator.tags.of_vm,
             "crash_proxy": simulator.proxy.crash,
+            **Places(simulator).ops(),
         }
 
     def start(self) -> None:
@@ -268,6 +271,9 @@ class ControlServer:
 
     def _clone_vm(self, vm: str, name: str, disk_uuids: str = "new", running: bool = False) -> str:
         return clone_vm(self._simulator, vm, name, disk_uuids, running)
+
+    def _linked_clone(self, vm: str, snapshot: str, name: str, running: bool = False) -> str:
+        return linked_clone(self._simulator, vm, snapshot, name, running)
 
     def _set_extra_config(self, vm: str, settings: dict[str, str]) -> dict[str, str]:
         """As somebody in the vSphere client; an empty value takes a setting away. -> all settings"""

@@ -45,7 +45,10 @@ class Folder(Entity):
     type = vim.Folder
 
     def p_childEntity(self) -> Any:
-        return soap.array(vim.ManagedEntity, [child.ref for child in self.children()])
+        # A machine of a vApp lies in no folder; its vApp does.
+        found = [one for one in self.children() if getattr(one, "vapp", None) is None]
+        found += [one for one in self.simulator.inventory.all(VirtualApp) if one.folder == self.moid]
+        return soap.array(vim.ManagedEntity, [one.ref for one in found])
 
     def p_childType(self) -> Any:
         return soap.array(str, self.props["childType"])
@@ -131,6 +134,12 @@ class ResourcePool(Entity):
             owner = self.simulator.inventory.get(owner.parent)
         return owner.ref
 
+    @property
+    def vapp(self) -> "VirtualApp | None":
+        """The vApp that this pool is, or that it lies in."""
+        chain = [self, *self.simulator.inventory.ancestors(self)]
+        return next((one for one in chain if isinstance(one, VirtualApp)), None)
+
     def p_resourcePool(self) -> Any:
         return soap.array(vim.ResourcePool, [child.ref for child in self.children()])
 
@@ -143,6 +152,27 @@ class ResourcePool(Entity):
 
     def p_runtime(self) -> Any:
         return vim.ResourcePool.RuntimeInfo(overallStatus="green")
+
+
+class VirtualApp(ResourcePool):
+    """A vApp: a resource pool that lies in a folder of machines, or in another vApp. Its machines lie in no folder."""
+
+    type = vim.VirtualApp
+    KEPT = ("folder",)
+    folder: str = ""
+
+    @property
+    def machines_folder(self) -> Folder:
+        """Where the outermost vApp lies: whose name space and permissions its machines have."""
+        above = self.simulator.inventory.get(self.parent)
+        return self.simulator.inventory.get(self.folder) if self.folder else above.vapp.machines_folder
+
+    def p_parentFolder(self) -> Any:
+        return self.simulator.inventory.get(self.folder).ref if self.folder else None
+
+    def p_parentVApp(self) -> Any:
+        above = self.simulator.inventory.get(self.parent).vapp if not self.folder else None
+        return above.ref if above is not None else None
 
 
 class Host(Entity):
@@ -496,6 +526,10 @@ class VirtualMachine(Entity):
     # what others ask
 
     @property
+    def vapp(self) -> "VirtualApp | None":
+        return self.simulator.inventory.get(self.pool).vapp if self.pool else None
+
+    @property
     def powered_on(self) -> bool:
         return self.power_state == "poweredOn"
 
@@ -550,6 +584,12 @@ class VirtualMachine(Entity):
         return paths
 
     # properties
+
+    def p_parent(self) -> Any:
+        return super().p_parent() if self.vapp is None else None
+
+    def p_parentVApp(self) -> Any:
+        return self.vapp.ref if self.vapp is not None else None
 
     def _with_backings(self, config: Any, current: bool) -> Any:
         """A copy of a configuration whose disks show their parents, and the current change id."""
@@ -852,6 +892,7 @@ CLASSES = {
         Datacenter,
         Cluster,
         ResourcePool,
+        VirtualApp,
         Host,
         Datastore,
         Network,

@@ -414,6 +414,7 @@ class Simulator:
                     "path": self.inventory.path_of(vm),
                     "power_state": vm.power_state,
                     "host": vm.host_name,
+                    "pool": self.inventory.get(vm.pool).name if vm.pool else None,
                     "instance_uuid": vm.config.instanceUuid,
                     "bios_uuid": vm.config.uuid,
                     "change_tracking": bool(vm.config.changeTrackingEnabled),

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pyVmomi import vim, vmodl
 
 from .. import disks, soap, storage, stream_vmdk
-from ..inventory import VirtualMachine, datastore_of, disks_in, is_rdm
+from ..inventory import VirtualApp, VirtualMachine, datastore_of, disks_in, is_rdm
 from ..model import Managed
 from ..services import DropConnection, as_fault
 from . import Context, find_object, method
@@ -317,9 +317,15 @@ def import_vapp(context: Context, pool: Any, spec: Any, folder: Any, host: Any) 
 
     if not isinstance(spec, vim.vm.VmImportSpec):
         raise vmodl.fault.NotSupported()
-    if folder is None:
-        raise vmodl.fault.InvalidArgument(invalidProperty="folder")
-    target: Any = find_object(context, folder._moId, "Folder")
+    if isinstance(pool, VirtualApp):
+        if folder is not None:
+            raise vmodl.fault.InvalidArgument(invalidProperty="folder")
+        target: Any = pool.machines_folder
+    else:
+        if folder is None:
+            raise vmodl.fault.NotSupported()
+        folders.outside_of_vapps(context, pool.ref)
+        target = find_object(context, folder._moId, "Folder")
     context.require("VirtualMachine.Inventory.Create", target)
     make = folders.maker(context, target, spec.configSpec, pool.ref, host)
     lease = ImportLease(context, make)

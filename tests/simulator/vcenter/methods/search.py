@@ -48,7 +48,7 @@ def _by_uuid(context: Context, datacenter: Any, uuid: str, vm_search: bool, inst
     found = []
     if vm_search:
         for vm in inventory.all(VirtualMachine, within):  # type: ignore[arg-type]
-            if (vm.config.instanceUuid if instance else vm.config.uuid).lower() == wanted:
+            if ((vm.config.instanceUuid if instance else vm.config.uuid) or "").lower() == wanted:
                 found.append(vm.ref)
     else:
         found = [host.ref for host in inventory.all(Host, within) if host.uuid == wanted]  # type: ignore[arg-type]
