@@ -94,6 +94,7 @@ def disk_facts(
             thin=disk.thin,
             encrypted=disk.encrypted,
             chained=disk.chained,
+            linked=disk.linked,
             datastore=stores.get(disk.datastore),
             vm=machine,
         )

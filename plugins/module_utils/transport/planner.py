@@ -87,6 +87,7 @@ class DiskFacts:
 
     :param controller: scsi, ide, sata, nvme.
     :param chained: what is read is not the base file alone: its backing has a parent.
+    :param linked: that parent is another machine's: the disk is a linked clone.
     """
 
     label: str
@@ -96,6 +97,7 @@ class DiskFacts:
     thin: Optional[bool] = None
     encrypted: bool = False
     chained: bool = False
+    linked: bool = False
     datastore: Optional[DatastoreFacts] = None
     vm: Optional[VmFacts] = None
 
@@ -261,7 +263,8 @@ def _not_at_rest(disk: DiskFacts) -> List[str]:
     reasons = []
     if vm is not None and vm.power_state != "poweredOff":
         reasons.append(f"'{vm.name}' is {vm.power_state}, and only a powered-off virtual machine is written")
-    if (vm is not None and vm.snapshots) or disk.chained:
+    # The leaf of a linked clone is the clone's own; nobody writes to what it stands on.
+    if (vm is not None and vm.snapshots) or (disk.chained and not disk.linked):
         reasons.append("the disk has a snapshot chain, and only a disk without one is written")
     return reasons
 
@@ -301,6 +304,8 @@ def _san(disk: DiskFacts, proxy: ProxyFacts, direction: str, first: bool) -> Lis
         if disk.thin is not False:
             state = "the disk is thin" if disk.thin else "whether the disk is thin is not known"
             reasons.append(f"only thick disks are written over SAN, and {state}")
+        if disk.linked:
+            reasons.append("the disk is a linked clone, which VMware does not let SAN write")
         reasons += _not_at_rest(disk)
     return [Way(BY_VDDK, reasons)]
 

@@ -34,7 +34,8 @@ class Disk:
     ``file`` is ``backing.fileName`` verbatim (VADP facts 14), ``change_id`` opaque (facts 3, 4; ``None``: the next
     backup of this disk is a full one), ``controller`` {type, key, bus} with a type out of pvscsi, lsilogic,
     lsilogic-sas, buslogic, ide, sata, nvme. ``included`` says whether a snapshot holds the disk, ``skip_reason`` why
-    it doesn't. ``chained`` says that the file stands upon another one, its parent.
+    it doesn't. ``chained`` says that the file stands upon another one, its parent; ``linked`` that this one is another
+    machine's, in another folder, as the parent of a linked clone is.
     """
 
     key: int
@@ -52,10 +53,12 @@ class Disk:
     mode: Optional[str] = None
     encrypted: bool = False
     chained: bool = False
+    linked: bool = False
 
     def to_dict(self) -> Dict[str, Any]:
         values = asdict(self)
-        del values["chained"]  # of this moment only
+        for name in ("chained", "linked"):
+            del values[name]  # of this moment only
         return values
 
 
@@ -68,6 +71,10 @@ def split_datastore_path(path: str) -> List[str]:
         datastore, rest = path[1:].split("]", 1)
         return [datastore, rest[1:] if rest.startswith(" ") else rest]
     return ["", path]
+
+
+def _folder_of(path: str) -> str:
+    return path.rpartition("/")[0]
 
 
 def disks_of(hardware_devices: Iterable[Any]) -> List[Disk]:
@@ -88,6 +95,7 @@ def _disk(device: Any, controller: Any) -> Disk:
     backing = device.backing
     file_name = getattr(backing, "fileName", None) or ""
     skip_reason = _skip_reason(backing)
+    parent = getattr(backing, "parent", None)
     return Disk(
         key=device.key,
         label=getattr(device.deviceInfo, "label", None) or f"disk {device.key}",
@@ -104,7 +112,9 @@ def _disk(device: Any, controller: Any) -> Disk:
         thin=getattr(backing, "thinProvisioned", None),
         mode=getattr(backing, "diskMode", None),
         encrypted=getattr(backing, "keyId", None) is not None,
-        chained=getattr(backing, "parent", None) is not None,
+        chained=parent is not None,
+        # A delta lies with the file that it was made of, unless that is another machine's.
+        linked=parent is not None and _folder_of(parent.fileName or file_name) != _folder_of(file_name),
     )
 
 
