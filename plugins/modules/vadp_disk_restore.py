@@ -80,8 +80,8 @@ options:
     description:
       - Inventory folder that the virtual machine lies in. A path from the root (V(/DC0/vm/production)) or the end of
         one (V(production)).
-      - With O(target=new_vm), the folder that the new machine is put into. If not given, it is the folder of the one
-        that was backed up, or with O(datacenter) the datacenter's own.
+      - With O(target=new_vm), the folder or vApp that the new machine is put into. If not given, it is the one of the
+        machine that was backed up, or with O(datacenter) the datacenter's own folder.
     type: str
   datacenter:
     description:
@@ -248,6 +248,7 @@ options:
       - Resource pool of the new machine, with O(target=new_vm), by name or by its path from the root pool on
         (V(Resources/production)). In a path a slash that belongs to a name is written as C(%2f).
       - If not given, the pool of the old machine, if there is one of that path, else the root pool.
+      - A vApp is a pool too. Its machines lie in no folder, so O(folder) is omitted or names it as well.
     type: str
   datastore:
     description:

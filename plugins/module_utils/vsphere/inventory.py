@@ -28,7 +28,8 @@ class VmRef:
     """A virtual machine that was found.
 
     ``path`` is its place in the inventory (``/DC0/vm/production/app01``), ``datacenter`` the datacenter's name and
-    ``datacenter_path`` its path without the leading slash, which ``/folder`` wants as ``dcPath``.
+    ``datacenter_path`` its path without the leading slash, which ``/folder`` wants as ``dcPath``. ``configured`` says
+    whether the server shows its configuration, ``connection`` how the server stands to it.
     """
 
     obj: Any
@@ -41,6 +42,8 @@ class VmRef:
     datacenter_path: str = ""
     template: bool = False
     datacenter_moid: str = ""
+    configured: bool = True
+    connection: str = "connected"
 
     def __str__(self) -> str:
         return f"VM '{self.name}' ({self.moid})"
@@ -120,14 +123,7 @@ def find_vm(
     fitting = [vm for vm in found if _is_in(vm, folder, datacenter)]
     if len(fitting) == 1:
         vm = fitting[0]
-        if not vm.instance_uuid:
-            raise VsphereError(
-                "The virtual machine's configuration is not available",
-                subject=str(vm),
-                reason="vCenter has lost touch with its files or its host",
-                remedy="Look at the virtual machine and its host in the vSphere client",
-                retryable=True,
-            )
+        _require_identity(vm)
         return vm
     if fitting:
         places = [f"{vm.path} ({vm.moid})" for vm in fitting]
@@ -150,6 +146,25 @@ def find_vm(
         if elsewhere
         else "Check the spelling, and that the user may see it (privilege System.View)",
     )
+
+
+def _require_identity(vm: VmRef) -> None:
+    if not vm.configured:
+        raise VsphereError(
+            "The virtual machine's configuration is not available",
+            subject=str(vm),
+            reason=f"vCenter has lost touch with its files or its host: it is {vm.connection}",
+            remedy="Look at the virtual machine and its host in the vSphere client",
+            retryable=True,
+        )
+    if not vm.instance_uuid:
+        raise VsphereError(
+            "The virtual machine has no instance UUID, by which a repository would know it",
+            subject=str(vm),
+            reason="the server shows its configuration, and config.instanceUuid in it is empty",
+            remedy="Give it one while it is off (reconfigure instanceUuid, or set vc.uuid in the advanced settings), or"
+            " unregister it and register it again, and vCenter gives it one",
+        )
 
 
 def require_only_one(session: Session, vm: VmRef) -> None:
@@ -286,6 +301,8 @@ def _reference(obj: Any, props: Dict[str, Any], known: Dict[str, Tuple[Any, Dict
         datacenter_path="/".join(reversed(parts[datacenter_depth - 1 :])) if datacenter else "",
         template=bool(props.get("config.template")),
         datacenter_moid=datacenter_moid,
+        configured="config.template" in props,
+        connection=str(props.get("runtime.connectionState") or "unknown"),
     )
 
 

@@ -35,7 +35,7 @@ ESX01, ESX02 = HostFacts("host-10", "esx01"), HostFacts("host-11", "esx02")
 VMFS = DatastoreFacts("datastore-12", "vmfs01", "VMFS", (LUN,), False, 6, (ESX01, ESX02))
 AWAY = replace(VMFS, hosts=(replace(ESX01, usable=False), replace(ESX02, usable=False)))
 MACHINE = VmFacts("vm-101", "app01", "poweredOn", False, False, 1, "datacenter-2", "host-10")
-DISK = DiskFacts("Hard disk 1", "[vmfs01] app01/app01.vmdk", 1 << 30, "scsi", False, False, False, VMFS, MACHINE)
+DISK = DiskFacts("Hard disk 1", "[vmfs01] app01/app01.vmdk", 1 << 30, "scsi", thin=False, datastore=VMFS, vm=MACHINE)
 PROXY_VM = ProxyVm(
     "vm-109", "proxy01", "datacenter-2", "host-10", frozenset(["datastore-12", "datastore-13"]), False, True, 10, True
 )
@@ -219,6 +219,15 @@ WRITING = [
     Case("hotadd", disk(vm_snapshots=0), PROXY, "only a powered-off virtual machine is written"),
     Case("hotadd", disk(vm_power_state="poweredOff"), PROXY, "only a disk without one is written"),
     Case("hotadd", disk(chained=True, **OFF), PROXY, "only a disk without one is written"),
+    Case("hotadd", disk(chained=True, linked=True, **OFF), PROXY, method="vddk"),
+    Case(
+        "hotadd",
+        disk(chained=True, linked=True, vm_power_state="poweredOff"),
+        PROXY,
+        "only a disk without one is written",
+    ),
+    Case("nbdssl", disk(chained=True, linked=True, **OFF), PROXY, method="vddk"),
+    Case("san", disk(chained=True, linked=True, **OFF), PROXY, "a linked clone, which VMware does not let SAN write"),
     Case("nbdssl", disk(thin=True, **OFF), PROXY, method="vddk"),
     Case("nbdssl", disk(vm_snapshots=0), PROXY, "only a powered-off virtual machine is written"),
     Case("nbd", disk(**OFF), PROXY, method="vddk"),

@@ -40,14 +40,12 @@ def inventory(session, stub):
 
     def machine(number, name, folder, siblings, **properties):
         obj = vim.VirtualMachine(f"vm-{number}", stub)
-        stub.add(
-            obj,
-            name=name,
-            parent=folder,
-            config__instanceUuid=f"instance-{number}",
-            config__uuid=f"bios-{number}",
-            **properties,
-        )
+        configuration = {
+            "config__instanceUuid": f"instance-{number}",
+            "config__uuid": f"bios-{number}",
+            "config__template": False,
+        }
+        stub.add(obj, name=name, parent=folder, **{**configuration, **properties})
         siblings.append(obj)
         return obj
 
@@ -61,8 +59,10 @@ def inventory(session, stub):
     machine(7, "tier1", None, in_vapp, parentVApp=vapp)
     stub.add(vapp, name="shop", parentFolder=first_folder, vm=in_vapp)
     children[0].append(vapp)
-    lost = stub.add(vim.VirtualMachine("vm-8", stub), name="lost", parent=first_folder)
+    lost = vim.VirtualMachine("vm-8", stub)
+    stub.add(lost, name="lost", parent=first_folder, runtime__connectionState="orphaned")
     children[0].append(lost)
+    machine(9, "nameless", first_folder, children[0], config__instanceUuid="")
     return stub
 
 
@@ -154,5 +154,10 @@ def test_two_machines_of_one_instance_uuid_are_named_both(session, inventory):
 
 
 def test_machine_without_configuration_is_an_error(session, inventory):
-    with pytest.raises(VsphereError, match="configuration is not available"):
+    with pytest.raises(VsphereError, match="configuration is not available.*it is orphaned"):
         find_vm(session, name="lost")
+
+
+def test_machine_without_an_instance_uuid_is_another_error(session, inventory):
+    with pytest.raises(VsphereError, match="has no instance UUID.*is empty.*vCenter gives it one"):
+        find_vm(session, name="nameless")
