@@ -45,6 +45,13 @@ options:
       - SHA-1 or SHA-256 thumbprint of the server's certificate, in hexadecimal with colons.
       - It is worked out from the server's verified certificate, so it is needed only where that can't be verified.
     type: str
+  reconnect_timeout:
+    description:
+      - Seconds for which a server that can't be reached is waited for, from the first failure on, such as a vCenter
+        whose services restart. It holds for the first contact, each login and each call.
+      - V(0) means not at all. What does not pass, such as an unknown name or a certificate, fails at once.
+    type: int
+    default: 60
 requirements:
   - pyVmomi
 """

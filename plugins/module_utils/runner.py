@@ -48,6 +48,7 @@ def connection_options() -> Options:
             validate_certs=dict(type="bool", default=True, fallback=(env_fallback, ["VMWARE_VALIDATE_CERTS"])),
             ca_path=dict(type="path"),
             thumbprint=dict(type="str"),
+            reconnect_timeout=dict(type="int", default=60),
         )
     )
 

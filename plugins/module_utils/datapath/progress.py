@@ -8,28 +8,15 @@
 
 from __future__ import annotations
 
-import errno
-import json
 import os
-import stat
 import threading
 import time
 from typing import Any, Callable, Optional
 
 from ..errors import InputError
+from ..followed import as_line, open_to_append
 
 INTERVAL_SECONDS = 0.5
-
-
-def _open(path: str) -> int:
-    """It may lie where others can put something in its place."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-    descriptor = os.open(path, flags, 0o600)
-    mode = os.fstat(descriptor).st_mode
-    if not (stat.S_ISREG(mode) or stat.S_ISCHR(mode)):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "it is no ordinary file", path)
-    return descriptor
 
 
 class Progress:
@@ -44,7 +31,7 @@ class Progress:
         self._file: Optional[int] = None
         if path is not None:
             try:
-                self._file = _open(path)
+                self._file = open_to_append(path)
             except OSError as error:
                 raise InputError(
                     "The progress file can't be written",
@@ -128,4 +115,4 @@ class DiskProgress:
             "bytes_per_second": int(self._done_bytes / seconds) if seconds > 0 else 0,
             "seconds": round(seconds, 3),
         }
-        self._progress._write(json.dumps(line).encode("utf-8") + b"\n")
+        self._progress._write(as_line(line))

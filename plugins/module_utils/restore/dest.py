@@ -16,6 +16,7 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence
 from ..datapath import files, image
 from ..datapath.processes import run_tool
 from ..errors import DamagedError, DataPathError, InputError
+from ..named import FOLDER, path_problem
 from ..repository.chain import chain_of
 from ..repository.documents import REPOSITORY_FILE
 from ..repository.manifest import entry_of
@@ -55,11 +56,10 @@ def dest_folder(dest: Optional[str]) -> files.Folder:
     """The folder, open. InputError: it does not exist, or lies in a repository."""
     if dest is None:
         raise InputError("There is no folder for the image files", remedy="Give dest")
-    folder = Path(dest)
-    if not folder.is_dir():
-        reason = "it is no folder" if os.path.lexists(dest) else "it does not exist"
+    problem = path_problem(dest, FOLDER)
+    if problem is not None:
         raise InputError(
-            "The image files can't be written", subject=dest, reason=reason, remedy="Make the folder first"
+            "The image files can't be written", subject=dest, reason=problem, remedy="Make the folder first"
         )
     real = Path(os.path.realpath(dest))
     for parent in (real, *real.parents):

@@ -32,6 +32,7 @@ from ..datapath.files import nameless
 from ..datapath.image import atomic_write, create_overlay, layer_opts, overlay_opts
 from ..datapath.processes import is_listening, require_program, start_detached
 from ..errors import DamagedError, DataPathError, InputError, check_range
+from ..named import FOLDER, path_problem
 from ..repository.layout import Repository
 from ..repository.store import VmStore
 from ..repository.manifest import disk_of
@@ -344,8 +345,11 @@ def _plan(
 
 
 def _require_socket_places(request: ServeRequest, served: List[Dict[str, Any]], ours: List[str]) -> None:
-    if request.socket_dir is not None and not os.path.isdir(request.socket_dir):
-        raise InputError("There is no folder for the sockets", subject=request.socket_dir, remedy="Make it first")
+    problem = path_problem(request.socket_dir, FOLDER) if request.socket_dir is not None else None
+    if problem is not None:
+        raise InputError(
+            "There is no folder for the sockets", subject=request.socket_dir, reason=problem, remedy="Make it first"
+        )
     for disk in served:
         path = str(disk["socket"])
         if len(os.fsencode(path)) > _SOCKET_BYTES:

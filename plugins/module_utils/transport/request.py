@@ -11,6 +11,7 @@ import os
 from typing import Any
 
 from ..errors import InputError, check_range
+from ..named import FOLDER, path_problem
 from .endpoints import WIRE_COMPRESSIONS
 from .planner import check_transports
 from .proxy import check_options
@@ -31,11 +32,14 @@ def check_transport_options(request: Any) -> None:
         ("sysfs_dir", request.sysfs_dir, SYSFS_DIR),
     ):
         # A machine without disks has no /dev/disk/by-id; what somebody wrote has to be there.
-        if not os.path.isabs(path) or (path != default and not os.path.isdir(path)):
+        problem = "it is not an absolute path" if not os.path.isabs(path) else None
+        if path != default:
+            problem = problem or path_problem(path, FOLDER)
+        if problem is not None:
             raise InputError(
                 f"The option {option} names no folder",
                 subject=path,
-                reason="there is no such folder" if os.path.isabs(path) else "it is not an absolute path",
+                reason=problem,
                 remedy=f"Leave it out for {default}",
             )
 

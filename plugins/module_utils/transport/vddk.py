@@ -18,6 +18,7 @@ from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 from ..datapath.processes import run_tool, tool_result
 from ..errors import DataPathError, TransportError
+from ..named import FOLDER, path_problem
 from .vix_errors import Finding, decode_log, last_error_line
 
 __all__ = [
@@ -102,11 +103,12 @@ def find_library(libdir: Optional[str] = None) -> Vddk:
         )
     plugin = plugin_facts(None)
     where = libdir or plugin.get("vddk_default_libdir", "")
-    if not os.path.isdir(where):
+    problem = path_problem(where, FOLDER)
+    if problem is not None:
         raise TransportError(
             "VDDK is not there",
             subject=where,
-            reason="the folder does not exist" + ("" if libdir else " (it is the plugin's default)"),
+            reason=problem + ("" if libdir else " (it is the plugin's default)"),
             remedy="Unpack VDDK, and name its folder in 'vddk_libdir'",
         )
     facts = plugin_facts(libdir) if libdir else plugin

@@ -9,6 +9,9 @@ for unset values on some servers. Every call is retried where that is safe, and 
     session expired (NotAuthenticated)                   the server did nothing      one new login, then again
     no connection could be made                          nothing was sent            again, with back-off
     connection lost after the request was sent           not known                   again only if idempotent
+
+The first contact and each login are as patient: a server that restarts is waited for, as long as
+``reconnect_timeout`` says.
 """
 
 from __future__ import annotations
@@ -17,14 +20,13 @@ import functools
 import hashlib
 import hmac
 import http.client
-import os
 import re
 import socket
 import ssl
 import threading
 import time
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
 from http.cookies import SimpleCookie
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
@@ -43,6 +45,8 @@ from ..errors import (
     check_range,
 )
 from ..libraries import pyVmomi, vim, vmodl
+from ..followed import note_waiting
+from ..named import FILE, path_problem
 from . import faults
 from .answers import BEGIN_SECONDS as ANSWER_TIMEOUT
 from .answers import CALL, GREETING, AnswerRefused, Limits, response_class
@@ -61,7 +65,7 @@ BUSY_TIMEOUT = 300
 RECONNECT_TIMEOUT = 60
 
 # What makes something new is cancelled when nobody waits for it any more; what takes something away is left to end.
-_CANCELLED = ("VirtualMachine.createSnapshot", "Folder.createVm")
+_CANCELLED = ("VirtualMachine.createSnapshot", "Folder.createVm", "ResourcePool.createVm", "VirtualApp.createVm")
 CANCEL_SECONDS = 30
 
 # The largest vCenters have some 50,000 machines. A page without an object is odd, and many are a loop.
@@ -73,6 +77,9 @@ _PAGE_OBJECTS = 250
 _API_PATH = "/sdk"
 # Versions for servers that don't list theirs: both are old enough for every supported vSphere.
 _OLDEST_VERSIONS = ("vim25/6.7", "vim25/6.5")
+
+# X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH
+_OTHER_NAME = (62, 64)
 
 _LOST = (OSError, http.client.HTTPException, ExpatError)
 
@@ -88,13 +95,16 @@ class Connection:
     validate_certs: bool = True
     ca_path: Optional[str] = None
     thumbprint: Optional[str] = None
+    reconnect_timeout: int = RECONNECT_TIMEOUT
+    progress_file: Optional[str] = None
 
     @classmethod
     def from_params(cls, params: Dict[str, Any]) -> Connection:
-        """From ``module.params``. :raises InputError: hostname or port can't be those of a server."""
+        """From ``module.params``. :raises InputError: hostname, port or a time can't be used."""
         _check_address(params["hostname"], params["port"])
-        names = ("hostname", "username", "password", "port", "validate_certs", "ca_path", "thumbprint")
-        return cls(**{name: params[name] for name in names})
+        check_range("reconnect_timeout", params["reconnect_timeout"], 0, 86400)
+        names = [one.name for one in fields(cls)]
+        return cls(**{name: params[name] for name in names if name in params})
 
     @property
     def address(self) -> str:
@@ -165,11 +175,12 @@ class Tls:
         self._connection = connection
         self._pinned = normal_thumbprint(connection.thumbprint) if connection.thumbprint else None
         self._certificate = b""
-        if connection.ca_path and not os.path.isfile(connection.ca_path):
+        problem = path_problem(connection.ca_path, FILE) if connection.ca_path else None
+        if problem is not None:
             raise InputError(
                 "The file of ca_path can't be read",
                 subject=connection.ca_path,
-                reason="there is no such file",
+                reason=problem,
                 remedy="Give a file with the authorities' certificates, or leave ca_path out for the system's",
             )
         try:
@@ -205,6 +216,22 @@ class Tls:
         """
         return _VerifiedConnection(self, self._connection, limits)
 
+    def problem_beside_the_name(self, error: ssl.SSLCertVerificationError) -> Optional[ssl.SSLCertVerificationError]:
+        """What is wrong with a certificate besides its name, which is looked at first: asked by another handshake."""
+        if error.verify_code not in _OTHER_NAME:
+            return None
+        context = ssl.create_default_context(cafile=self._connection.ca_path)
+        context.check_hostname = False
+        address = (self._connection.hostname, self._connection.port)
+        try:
+            with socket.create_connection(address, CONNECT_TIMEOUT) as raw:
+                context.wrap_socket(raw, server_hostname=self._connection.hostname).close()
+        except ssl.SSLCertVerificationError as other:
+            return other
+        except OSError:
+            return None  # the name alone is known to be wrong
+        return None
+
     def accept(self, sock: ssl.SSLSocket) -> None:
         """Check the pinned thumbprint and remember the certificate of a connection that was just made."""
         certificate = sock.getpeercert(binary_form=True) or b""
@@ -237,7 +264,7 @@ class _VerifiedConnection(http.client.HTTPSConnection):
             self.sock.settimeout(ANSWER_TIMEOUT)
         except ssl.SSLCertVerificationError as error:
             self.close()
-            raise _certificate_error(self._address, error) from error
+            raise _certificate_error(self._address, error, self._tls.problem_beside_the_name(error)) from error
         except OSError as error:
             self.close()
             raise ConnectFailure(_network_error(self._address, error)) from error
@@ -246,25 +273,33 @@ class _VerifiedConnection(http.client.HTTPSConnection):
             raise
 
 
-def _certificate_error(connection: Connection, error: ssl.SSLCertVerificationError) -> AuthenticationError:
+def _certificate_error(
+    connection: Connection, error: ssl.SSLCertVerificationError, beside: Optional[ssl.SSLCertVerificationError]
+) -> AuthenticationError:
+    """:param beside: what is wrong besides the name."""
     what = "The server's certificate is not trusted"
     remedy = "Set ca_path to the file with the authority's certificate (vCenter offers it at /certs/download.zip)"
-    if error.verify_code in (62, 64):  # X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH
+    reason = error.verify_message or str(error)
+    if beside is not None:
+        reason = f"{beside.verify_message or beside}; besides, {reason}"
+        error = beside
+    if error.verify_code in _OTHER_NAME:
         what = "The server's certificate carries another name"
         remedy = "Set hostname to a name that stands in the certificate"
     elif error.verify_code in (9, 10):  # not yet valid, has expired
         what = "The server's certificate is out of its time"
         remedy = "Renew the certificate of the server, or set this machine's clock"
-    return AuthenticationError(
-        what, subject=connection.address, reason=error.verify_message or str(error), remedy=remedy
-    )
+    return AuthenticationError(what, subject=connection.address, reason=reason, remedy=remedy)
 
 
 def _network_error(connection: Connection, error: OSError) -> VsphereError:
     what = "The server can't be reached"
     reason = error.strerror or str(error)
     remedy = "Check the network between this machine and the server"
+    # What is spelt wrongly does not pass.
+    passes = True
     if isinstance(error, socket.gaierror):
+        passes = error.errno == socket.EAI_AGAIN
         remedy = "Check hostname and the name servers of this machine"
         reason = f"the name can't be resolved: {reason}"
     elif isinstance(error, ConnectionRefusedError):
@@ -274,7 +309,43 @@ def _network_error(connection: Connection, error: OSError) -> VsphereError:
         remedy = "Check hostname, and that no firewall drops packets between this machine and the server"
     elif isinstance(error, ssl.SSLError):
         remedy = "Check port: what answers there may not speak TLS"
-    return VsphereError(what, subject=connection.address, reason=reason, remedy=remedy, retryable=True)
+        passes = isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError))
+    return VsphereError(what, subject=connection.address, reason=reason, remedy=remedy, retryable=passes)
+
+
+class _Patience:
+    """Waits for a server that can't be reached, from the first failure on as long as ``reconnect_timeout`` says."""
+
+    def __init__(self, connection: Connection, clock: Callable[[], float], sleep: Callable[[float], None]) -> None:
+        self._connection = connection
+        self._clock = clock
+        self._sleep = sleep
+
+    def through(self, function: Callable[[], Any]) -> Any:
+        """What *function* returns once it succeeds. :raises VsphereError: what does not pass, or lasts too long."""
+        lost_at: Optional[float] = None
+        pauses = _pauses()
+        while True:
+            try:
+                return function()
+            except VsphereError as error:
+                now = self._clock()
+                if lost_at is None:
+                    lost_at = now
+                    self._tell(error)
+                if not error.retryable or now - lost_at >= self._connection.reconnect_timeout:
+                    raise
+            self._sleep(next(pauses))
+
+    def _tell(self, error: VsphereError) -> None:
+        if self._connection.progress_file is not None and error.retryable:
+            # Nobody's backup fails because nobody can watch it.
+            with suppress(OSError):
+                note_waiting(
+                    self._connection.progress_file,
+                    self._connection.address,
+                    f"waiting for the server ({error.reason}), {self._connection.reconnect_timeout} s at most",
+                )
 
 
 class Session:
@@ -300,7 +371,7 @@ class Session:
         self.clock = clock
         self.sleep = sleep
         self.busy_timeout = BUSY_TIMEOUT
-        self.reconnect_timeout = RECONNECT_TIMEOUT
+        self.reconnect_timeout = connection.reconnect_timeout
         self._login_lock = threading.Lock()
         self._logins = 0
         self.key: Optional[str] = None
@@ -312,9 +383,9 @@ class Session:
         self._closing = threading.Event()
         self._keep_alive: Optional[threading.Thread] = None
         self.service = vim.ServiceInstance("ServiceInstance", stub)
-        self.content = self._first_contact(self.service.RetrieveContent)
+        self.content = self._contact(self.service.RetrieveContent)
         self.about = self.content.about
-        self._first_contact(self._login)
+        self._contact(self._login)
 
     @classmethod
     def connect(
@@ -323,13 +394,15 @@ class Session:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> Session:
-        """Log in. :raises AuthenticationError: certificate, user or password; :raises VsphereError: not reached."""
+        """Log in. :raises AuthenticationError: certificate, user or password; :raises VsphereError: not reached, for
+        longer than ``reconnect_timeout``."""
         tls = Tls(connection)
+        patience = _Patience(connection, clock, sleep)
         stub = _stub_class()(
             host=connection.hostname,
             port=connection.port,
             path=_API_PATH,
-            version=_negotiate_version(connection, tls),
+            version=patience.through(lambda: _negotiate_version(connection, tls)),
             sslContext=tls.context,
             connectionPoolTimeout=POOL_IDLE_SECONDS,
             acceptCompressedResponses=False,
@@ -392,8 +465,12 @@ class Session:
 
     # Logins
 
-    def _first_contact(self, function: Callable[[], Any]) -> Any:
-        """Run one of the first two calls, which nothing can be retried for yet."""
+    def _contact(self, function: Callable[[], Any]) -> Any:
+        """Run one of the calls of a login, which can't be retried by another login."""
+        patience = _Patience(self.connection, self.clock, self.sleep)
+        return patience.through(lambda: self._contact_once(function))
+
+    def _contact_once(self, function: Callable[[], Any]) -> Any:
         what = "The login failed"
         subject = f"{self.connection.username} at {self.connection.address}"
         try:
@@ -408,7 +485,7 @@ class Session:
                 subject=subject,
                 reason=_words(error),
                 remedy="Check that the services of the server run (it may be starting), and that port is its API's",
-                retryable=True,
+                retryable=not isinstance(error, AnswerRefused),
             ) from error
 
     def _login(self) -> None:
@@ -424,7 +501,7 @@ class Session:
         with self._login_lock:
             if self._logins == seen:
                 self.stub.cookie = ""
-                self._first_contact(self._login)
+                self._contact(self._login)
 
     @property
     def logins(self) -> int:
@@ -522,40 +599,48 @@ class Session:
 
     def find(self, kind: Any, paths: Sequence[str], root: Any = None) -> List[Tuple[Any, Dict[str, Any]]]:
         """All objects of a type below *root* (the whole inventory): [(object, path -> value or ``None``)]."""
-        manager = self.content.viewManager
-        what = "The inventory was not read"
-        view = self.call(
-            manager.CreateContainerView, root or self.content.rootFolder, [kind], True, what=what, idempotent=True
-        )
-        members = vmodl.query.PropertyCollector.TraversalSpec(type=type(view), path="view", skip=False)
-        contents = self.retrieve([filter_spec([view], {kind: paths}, [members], skip=True)], what=what)
-        self.call(view.DestroyView, what=what, idempotent=True)
+
+        def look() -> List[Any]:
+            # A view is its session's, so all of this is repeated after a new login.
+            view = self.content.viewManager.CreateContainerView(root or self.content.rootFolder, [kind], True)
+            members = vmodl.query.PropertyCollector.TraversalSpec(type=type(view), path="view", skip=False)
+            try:
+                found = self._all_pages([filter_spec([view], {kind: paths}, [members], skip=True)])
+                view.DestroyView()
+            except vmodl.fault.ManagedObjectNotFound as fault:
+                if getattr(fault.obj, "_moId", None) != view._moId:
+                    raise
+                # Another thread has logged in again.
+                raise vim.fault.NotAuthenticated() from fault
+            return found
+
+        contents: List[Any] = self.call(look, what="The inventory was not read", idempotent=True)
         return [(content.obj, _values(content, paths, strict=False)) for content in contents]
 
     def retrieve(self, specs: Sequence[Any], what: str = "The inventory was not read") -> List[Any]:
         """All pages of ``RetrievePropertiesEx`` for filter specs (see :func:`filter_spec`): [ObjectContent]."""
-        collector = self.content.propertyCollector
-
-        def all_pages() -> List[Any]:
-            # A page token does not survive a new login, so a retry starts with the first page.
-            options = vmodl.query.PropertyCollector.RetrieveOptions(maxObjects=_PAGE_OBJECTS)
-            page = collector.RetrievePropertiesEx(list(specs), options)
-            found: List[Any] = []
-            empty = 0
-            while page is not None:
-                found.extend(page.objects)
-                empty += not page.objects
-                if empty > _EMPTY_PAGES or len(found) > _MOST_OBJECTS:
-                    raise AnswerRefused(f"the pages have no end ({len(found)} objects, {empty} pages without any)")
-                page = collector.ContinueRetrievePropertiesEx(page.token) if page.token else None
-            for content in found:
-                for missing in content.missingSet:
-                    if faults.is_not_authenticated(missing.fault):
-                        raise missing.fault
-            return found
-
-        contents: List[Any] = self.call(all_pages, what=what, idempotent=True)
+        # A page token does not survive a new login, so a retry starts with the first page.
+        contents: List[Any] = self.call(lambda: self._all_pages(specs), what=what, idempotent=True)
         return contents
+
+    def _all_pages(self, specs: Sequence[Any]) -> List[Any]:
+        """What :meth:`retrieve` calls, without its patience."""
+        collector = self.content.propertyCollector
+        options = vmodl.query.PropertyCollector.RetrieveOptions(maxObjects=_PAGE_OBJECTS)
+        page = collector.RetrievePropertiesEx(list(specs), options)
+        found: List[Any] = []
+        empty = 0
+        while page is not None:
+            found.extend(page.objects)
+            empty += not page.objects
+            if empty > _EMPTY_PAGES or len(found) > _MOST_OBJECTS:
+                raise AnswerRefused(f"the pages have no end ({len(found)} objects, {empty} pages without any)")
+            page = collector.ContinueRetrievePropertiesEx(page.token) if page.token else None
+        for content in found:
+            for missing in content.missingSet:
+                if faults.is_not_authenticated(missing.fault):
+                    raise missing.fault
+        return found
 
     # Tasks
 

@@ -354,7 +354,7 @@ def test_a_write_that_fails_leaves_what_was_there(world: Any, dest: Path, disk: 
         ({"disks": [DiskChoice(2000, target_key=2001)]}, "target=in_place"),
         ({"vm": {"name": "restore01"}}, "vm_uuid or vm_name"),
         ({"dest": "relative"}, "absolute"),
-        ({"dest": "/nonexistent/folder"}, "does not exist"),
+        ({"dest": "/nonexistent/folder"}, "there is no such folder"),
         ({"rate_limit": 5000}, "rate_limit"),
         ({"format": "vhd"}, "format"),
     ],

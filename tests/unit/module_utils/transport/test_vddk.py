@@ -52,7 +52,7 @@ def test_folders_without_a_library(tmp_path: Path) -> None:
     found, problem = look_for_library(str(tmp_path))
     assert found is None and f"{tmp_path}/lib64" in str(problem)
     found, problem = look_for_library(str(tmp_path / "absent"))
-    assert found is None and "does not exist" in str(problem)
+    assert found is None and "there is no such folder" in str(problem)
 
 
 def test_nbdkit_or_its_plugin_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

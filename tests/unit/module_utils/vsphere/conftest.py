@@ -108,7 +108,8 @@ class Stub:
                             target = properties[step.path]
                             for item in target if isinstance(target, list) else [target]:
                                 waiting.append((item, step.skip, list(step.selectSet)))
-        return Collector.RetrieveResult(objects=found)
+        # What holds nothing is not sent.
+        return Collector.RetrieveResult(objects=found) if found else None
 
 
 def typed(value):
@@ -199,7 +200,7 @@ def make():
 
 @pytest.fixture(scope="session")
 def certificates(tmp_path_factory):
-    """An authority, and certificates of it: good, of another name, expired."""
+    """An authority, and certificates of it: good, other (of another name), expired, old (both)."""
     if shutil.which("openssl") is None:
         pytest.skip("openssl is not installed")
     folder = tmp_path_factory.mktemp("certificates")
@@ -216,7 +217,8 @@ def certificates(tmp_path_factory):
         openssl("req", *new_key, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
         sign = ["x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial"]
         openssl(*sign, "-out", f"{name}.pem", "-days", days, "-extfile", f"{name}.ext")
-    sign = ["x509", "-req", "-in", "good.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial"]
-    shutil.copy(folder / "good.key", folder / "expired.key")
-    openssl(*sign, "-out", "expired.pem", "-days", "-1", "-extfile", "good.ext")
+    for name, of in (("expired", "good"), ("old", "other")):
+        sign = ["x509", "-req", "-in", f"{of}.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial"]
+        shutil.copy(folder / f"{of}.key", folder / f"{name}.key")
+        openssl(*sign, "-out", f"{name}.pem", "-days", "-1", "-extfile", f"{of}.ext")
     return folder

@@ -102,6 +102,7 @@ def test_a_folder_whose_name_holds_a_slash_is_not_two(session, inventory):
     children.extend([odd, above])
     for number, parent in ((11, odd), (12, nested)):
         values = {"config__uuid": f"bios-{number}", "config__instanceUuid": f"instance-{number}"}
+        values["config__template"] = False
         inventory.add(vim.VirtualMachine(f"vm-{number}", inventory), name="same", parent=parent, **values)
     for folder, moid in (("x%2f y", "vm-11"), ("/DC0/vm/x%2f y", "vm-11"), ("x/ y", "vm-12"), (" y", "vm-12")):
         assert find_vm(session, name="same", folder=folder).moid == moid

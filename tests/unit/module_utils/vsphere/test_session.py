@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import socket
 import ssl
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +22,7 @@ from ansible_collections.openvadp.backup.plugins.module_utils.errors import (
 )
 from ansible_collections.openvadp.backup.plugins.module_utils.vsphere import session as session_module
 from ansible_collections.openvadp.backup.plugins.module_utils.vsphere.session import (
+    ConnectFailure,
     Connection,
     Session,
     normal_thumbprint,
@@ -242,7 +245,8 @@ def serve(certificates):
 
 
 def connect(port, **options):
-    return Session.connect(Connection("127.0.0.1", "user", "secret", port=port, **options))
+    wanted = {"reconnect_timeout": 0, **options}
+    return Session.connect(Connection("127.0.0.1", "user", "secret", port=port, **wanted))
 
 
 def thumbprint(certificates, name, algorithm):
@@ -251,7 +255,13 @@ def thumbprint(certificates, name, algorithm):
 
 
 @pytest.mark.parametrize(
-    "name, message", [("good", "HTTP 503"), ("other", "another name"), ("expired", "out of its time")]
+    "name, message",
+    [
+        ("good", "HTTP 503"),
+        ("other", "another name"),
+        ("expired", "out of its time"),
+        ("old", "out of its time.*has expired; besides, .*Renew the certificate"),
+    ],
 )
 def test_certificate_is_verified_with_ca_path(serve, certificates, name, message):
     with pytest.raises(VsphereError, match=message):
@@ -310,14 +320,14 @@ def test_thumbprints_and_ca_path_are_checked_as_input(tmp_path):
     ],
 )
 def test_an_address_that_can_not_be_a_servers_is_refused(hostname, port, words):
-    given = dict(username="u", password="p", validate_certs=True, ca_path=None, thumbprint=None)
+    given = dict(username="u", password="p", reconnect_timeout=60)
     with pytest.raises(InputError, match=words):
         Connection.from_params(dict(given, hostname=hostname, port=port))
 
 
 @pytest.mark.parametrize("hostname", ["vcenter", "10.0.0.1", "fe80::1%eth0", "::1", "bücher.example", "vc_1.local"])
 def test_an_address_that_can_be_a_servers_is_taken(hostname):
-    given = dict(username="u", password="p", port=443, validate_certs=True, ca_path=None, thumbprint=None)
+    given = dict(username="u", password="p", port=443, reconnect_timeout=60)
     assert Connection.from_params(dict(given, hostname=hostname)).hostname == hostname
 
 
@@ -389,3 +399,58 @@ def test_what_ended_is_not_remembered(session, stub, vm):
         with pytest.raises(TaskError):
             session.run_task(vm.obj.ReconfigVM_Task, vim.vm.ConfigSpec(), what="x")
     assert told == []
+
+
+def test_a_server_that_restarts_is_waited_for_at_the_first_contact_and_at_a_login(session, stub, vm, clock):
+    refused = ConnectFailure(VsphereError("The server can't be reached", reason="refused", retryable=True))
+    stub.methods["RetrieveServiceContent"] = [refused, refused, session.content]
+    stub.methods["Login"] = [refused, ConnectionResetError("reset"), None]
+    Session(session.connection, stub, clock=clock, sleep=clock.sleep)
+    assert len(clock.sleeps) == 4
+    # So it is where a call meets a server that has forgotten the session and goes away again.
+    stub.methods["Login"] = [refused, None]
+    stub.methods["RefreshStorageInfo"] = [vim.fault.NotAuthenticated(), None]
+    session.call(vm.obj.RefreshStorageInfo, what="x")
+    stub.methods["Login"] = lambda *_args: (_ for _ in ()).throw(refused)
+    before = clock.now
+    with pytest.raises(VsphereError, match="refused"):
+        session.renew_login(session.logins)
+    assert session.reconnect_timeout <= clock.now - before < 2 * session.reconnect_timeout
+
+
+def test_what_does_not_pass_is_not_waited_for(session, stub, clock):
+    for failure in (
+        ConnectFailure(VsphereError("The server can't be reached", reason="no such name")),
+        vim.fault.InvalidLogin(),
+        AuthenticationError("The server's certificate is not trusted"),
+    ):
+        stub.methods["Login"] = [failure]
+        with pytest.raises(VsphereError):
+            session.renew_login(session.logins)
+    assert not clock.sleeps
+
+
+def test_what_is_waited_for_is_shown(session, stub, clock, tmp_path):
+    path = tmp_path / "progress"
+    connection = replace(session.connection, progress_file=str(path))
+    refused = ConnectFailure(VsphereError("The server can't be reached", reason="refused", retryable=True))
+    stub.methods["Login"] = [refused, refused, None]
+    Session(connection, stub, clock=clock, sleep=clock.sleep)
+    (line,) = [json.loads(line) for line in path.read_text().splitlines()]
+    assert line["state"] == "waiting for the server (refused), 60 s at most" and line["label"] == connection.address
+
+
+def test_a_look_at_the_inventory_is_repeated_whole_after_a_new_login(session, stub, vm):
+    """A view is its session's: its reading alone would find nothing (VADP facts)."""
+    views = [vim.view.ContainerView(f"view-{number}", stub) for number in range(3)]
+    gone = vmodl.fault.ManagedObjectNotFound(obj=views[1])
+    stub.methods["CreateContainerView"] = list(views)
+    page = SimpleNamespace(objects=[Collector.ObjectContent(obj=vm.obj)], token=None)
+    stub.methods["RetrievePropertiesEx"] = [vim.fault.NotAuthenticated(), page]
+    stub.methods["DestroyView"] = lambda *_args: None
+    assert [obj for obj, _values in session.find(vim.VirtualMachine, ["name"])] == [vm.obj]
+    assert stub.names().count("CreateContainerView") == 2 and stub.names().count("Login") == 1
+    # Another thread logged in again between the two.
+    stub.methods["CreateContainerView"] = views[1:]
+    stub.methods["RetrievePropertiesEx"] = [gone, page]
+    assert session.find(vim.VirtualMachine, ["name"])
