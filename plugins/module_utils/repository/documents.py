@@ -17,6 +17,7 @@ from ..datapath.image import atomic_write
 from ..errors import DamagedError, RepositoryError
 from . import places
 from .shapes import (
+    LARGEST_SEQUENCE,
     POINT_PATTERN,
     UUID_PATTERN,
     Shape,
@@ -62,8 +63,8 @@ _FACTS = record(
     {
         **FACTS_FIELDS,
         "format": one_of(FACTS_FORMAT),
-        "sequence": integer(),
-        "format1_sequences": mapping(POINT_PATTERN, integer(1)),
+        "sequence": integer(0, LARGEST_SEQUENCE),
+        "format1_sequences": mapping(POINT_PATTERN, integer(1, LARGEST_SEQUENCE)),
     }
 )
 

@@ -18,6 +18,7 @@ from ..errors import DamagedError, RepositoryError
 from .shapes import (
     BLAKE3_PATTERN,
     CONTENT_ID_PATTERN,
+    LARGEST_SEQUENCE,
     POINT_PATTERN,
     RUN_ID_PATTERN,
     SERVER_PATTERN,
@@ -155,7 +156,7 @@ _MANIFESTS: Dict[int, Shape] = {
             **_FIELDS,
             "format": one_of(FORMAT),
             "disks": list_of(check_disk),
-            "sequence": integer(1),
+            "sequence": integer(1, LARGEST_SEQUENCE),
             "server_uuid": text(SERVER_PATTERN),
         },
         _OPTIONAL,

@@ -28,6 +28,7 @@ from ..datapath.proof import boot_id, machine_id, owner_is_dead, pid_namespace
 from ..errors import DamagedError, RepositoryError
 from .manifest import check_disk, check_finished_disk
 from .shapes import (
+    LARGEST_SEQUENCE,
     NEW_RUN_ID_PATTERN,
     POINT_PATTERN,
     RUN_ID_PATTERN,
@@ -84,7 +85,7 @@ _RUN = record(
         "server_uuid": nullable(text()),
         "deadline": time,
         "controller": boolean,
-        "sequence": nullable(integer(1)),
+        "sequence": nullable(integer(1, LARGEST_SEQUENCE)),
         "finished_disks": mapping(r"[0-9]+", check_disk),
     },
     {"complete_before": boolean},

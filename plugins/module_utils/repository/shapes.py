@@ -55,7 +55,13 @@ def text(pattern: Optional[str] = None, empty: bool = False) -> Shape:
     return check
 
 
-def integer(minimum: int = 0) -> Shape:
+#: The largest number that is read again once it is written.
+LARGEST = (1 << 63) - 1
+#: Of a point's sequence number: every reader of JSON tells it from the next one.
+LARGEST_SEQUENCE = (1 << 53) - 1
+
+
+def integer(minimum: int = 0, maximum: int = LARGEST) -> Shape:
     """A whole number; true and false are none."""
 
     def check(value: Any, where: str) -> None:
@@ -63,6 +69,8 @@ def integer(minimum: int = 0) -> Shape:
             raise ShapeError(where, f"is no integer: {_shown(value)}")
         if value < minimum:
             raise ShapeError(where, f"is {value}, less than {minimum}")
+        if value > maximum:
+            raise ShapeError(where, f"is {value}, more than {maximum}")
 
     return check
 

@@ -21,7 +21,7 @@ from .lock import VmLock
 from .names import DISK_FOLDER, PART, PART_FILE, POINT, RUN_FILE, check_point_name
 from .points import VmPoints
 from .runs import Run, file_system_time, new_run_id
-from .shapes import format_time, parse_time, to_json
+from .shapes import LARGEST_SEQUENCE, format_time, parse_time, to_json
 from .stored import file_entry, incomplete, stored_problem
 
 if TYPE_CHECKING:
@@ -110,6 +110,13 @@ class VmStore(VmPoints):
         used = [manifest["sequence"] for manifest in readable if "sequence" in manifest]
         used += [run.data["sequence"] for run in self.runs() if isinstance(run.data.get("sequence"), int)]
         number = max([counter, *old.values(), *used]) + 1
+        if number > LARGEST_SEQUENCE:
+            raise RepositoryError(
+                "No further point can be counted",
+                subject=self.shown,
+                reason=f"vm.json, a point or a run has the number {number - 1}, which no repository gives",
+                remedy="Find out who wrote it, and bring back that file from a copy",
+            )
         try:
             facts = self.facts
         except DamagedError:

@@ -13,7 +13,7 @@ from ansible_collections.openvadp.backup.plugins.module_utils.repository import 
 from ansible_collections.openvadp.backup.plugins.module_utils.repository import sequence
 from ansible_collections.openvadp.backup.plugins.module_utils.repository.report import describe_points
 from ansible_collections.openvadp.backup.plugins.module_utils.repository.runs import new_run_id
-from ansible_collections.openvadp.backup.plugins.module_utils.repository.shapes import to_json
+from ansible_collections.openvadp.backup.plugins.module_utils.repository.shapes import LARGEST_SEQUENCE, to_json
 
 from .conftest import SERVER, UUID, World, disk_entry, manifest_of, old
 
@@ -49,6 +49,22 @@ def test_points_are_ordered_by_their_numbers(world: World) -> None:
     # A time is the user's word, and goes by what the server's clock said then.
     assert world.store.resolve("2028-01-01T00:00Z")["point"] == "ahead"
     assert world.store.resolve("2027-01-01T00:00Z")["point"] == "right"
+
+
+def test_a_number_that_no_repository_gives_is_not_counted_on(world: World) -> None:
+    """Somebody has written the largest there is: what comes after it could not be read any more."""
+    put(world, "p1", 1, sequence=LARGEST_SEQUENCE)
+    with pytest.raises(RepositoryError, match="No further point can be counted"):
+        drawn(world)
+    assert names(world) == ["p1"] and not (world.store.path / "vm.json").exists()
+    put(world, "p1", 1)
+    assert drawn(world) == 2
+    # More than that is damage: what was counted shows elsewhere.
+    facts = json.loads((world.store.path / "vm.json").read_text())
+    (world.store.path / "vm.json").write_text(json.dumps({**facts, "sequence": LARGEST_SEQUENCE + 1}))
+    put(world, "p2", 2)
+    assert drawn(world) == 3
+    assert json.loads((world.store.path / "vm.json").read_text())["sequence"] == 3
 
 
 def test_a_number_is_never_given_twice(world: World) -> None:
