@@ -4,9 +4,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Dict, List, Optional
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Set
 
 from ..errors import NotFoundError
+from ..libraries import vim
+from ..vsphere.disks import is_multi_writer
 from ..vsphere.inventory import VmRef, find_vm
 from ..vsphere.session import Session
 from .hotadd import detach
@@ -41,6 +43,7 @@ def recover(session: Session, run: Run, *, sysfs_dir: str, device_dir: str, chec
         state = read_proxy(session, proxy)
         there = attachments_of(state.devices, [str(intent["file"])])
         ours = [item for item in there if is_intended(item, intent, proxy, state, run.run_id)]
+        ours = [item for item in ours if item.device_key not in _shared(state.devices)]
         if ours and not _is_of_its_source(session, intent, proxy):
             ours = []
         if not check_mode:
@@ -72,6 +75,13 @@ def _is_of_its_source(session: Session, intent: Dict[str, Any], proxy: VmRef) ->
         return False
     files = session.read(source.obj, "layoutEx.file")["layoutEx.file"] or []
     return any(file.name == intent["file"] for file in files)
+
+
+def _shared(devices: Sequence[Any]) -> Set[int]:
+    """The keys of disks that several machines use at the same time: one machine of a cluster is no proxy of another."""
+    buses = {device.key for device in devices if (getattr(device, "sharedBus", None) or "noSharing") != "noSharing"}
+    disks = [device for device in devices if isinstance(device, vim.vm.device.VirtualDisk)]
+    return {disk.key for disk in disks if disk.controllerKey in buses or is_multi_writer(disk)}
 
 
 def _left(identity: str, reason: str) -> Dict[str, Any]:

@@ -716,6 +716,24 @@ def test_only_what_the_record_names_is_detached(
     assert (session.dev / "sdc").exists()
 
 
+@pytest.mark.parametrize("shared", ["disk", "bus"])
+def test_a_disk_of_a_cluster_is_not_taken_from_one_of_its_machines(
+    session: VCenter, monkeypatch: pytest.MonkeyPatch, shared: str
+) -> None:
+    """It is a file of the other one too, so a record that somebody has written would name it rightly."""
+    monkeypatch.setattr(hotadd_recovery, "find_vm", _find_vm)
+    monkeypatch.setattr(hotadd_proxy.ProxyIdentity, "find", lambda _session, sysfs_dir: (None, ""))
+    session.put(DISK.file, 1, "persistent")
+    if shared == "disk":
+        session.devices[-1].backing.sharing = "sharingMultiWriter"
+    else:
+        session.devices[0].sharedBus = "physicalSharing"
+    run: Any = Record(access="write")
+    folders = {"sysfs_dir": str(session.sysfs), "device_dir": str(session.by_id)}
+    found = recover(session, run, check_mode=False, **folders)  # type: ignore[arg-type]
+    assert _files(session) == [DISK.file] and [item["action"].split(":")[0] for item in found] == ["left"]
+
+
 @pytest.mark.parametrize("server, done", [("here", True), (None, True), ("there", False)])
 def test_what_was_attached_to_a_proxy_that_is_gone(
     session: VCenter, monkeypatch: pytest.MonkeyPatch, server: Optional[str], done: bool
