@@ -24,7 +24,9 @@ attributes:
   diff_mode:
     support: full
   idempotent:
-    support: full
+    support: partial
+    details: >-
+      With O(quiesce=required) a snapshot that was made while the virtual machine was off is refused the next time.
 options:
   state:
     description:
