@@ -839,10 +839,13 @@ def test_folder_takes_files(sim):
     assert fetch(sim, "restore01/upload.nvram", "PUT", body=b"one")[0] == 201
     assert fetch(sim, "restore01/upload.nvram", "PUT", body=iter([b"tw", b"o"]))[0] == 200
     assert fetch(sim, "restore01/upload.nvram")[1] == b"two"
-    assert fetch(sim, "nowhere/upload.nvram", "PUT", body=b"one")[0] == 404
+    # vCenter makes the folders that are missing, but none where a file is.
+    assert fetch(sim, "new/one/upload.nvram", "PUT", body=b"one")[0] == 201
+    assert fetch(sim, "new/one/upload.nvram")[1] == b"one"
+    assert fetch(sim, "restore01/upload.nvram/x", "PUT", body=b"one")[0] == 400
     assert fetch(sim, "restore01/upload.nvram", "PUT", body=b"one", login=False)[0] == 401
     calls = [one for one in sim.control.call("calls") if one["method"] == "PUT /folder" and one["changing"]]
-    assert len(calls) == 2
+    assert len(calls) == 3
 
 
 # --- the state folder -----------------------------------------------------------------------------------------------
@@ -950,9 +953,15 @@ def ready(lease):
     return lease.info
 
 
+def named_by(sim, url):
+    """A connection to the host that an address names, and the path there."""
+    parts = urllib.parse.urlsplit(url)
+    return http.client.HTTPSConnection(parts.hostname, parts.port, context=sim.context(), timeout=20), parts.path
+
+
 def download(sim, url):
-    connection = sim.http()
-    connection.request("GET", url.replace("https://*", ""), headers={"Range": "bytes=0-511"})
+    connection, path = named_by(sim, url)
+    connection.request("GET", path, headers={"Range": "bytes=0-511"})
     response = connection.getresponse()
     try:
         return response.status, response.read(), response.headers
@@ -1090,8 +1099,8 @@ def stream_of(folder, size, seed):
 
 
 def upload(sim, url, data, method="POST", kind="application/x-vnd.vmware-streamVmdk"):
-    connection = sim.http()
-    connection.request(method, url.replace("https://*", ""), body=data, headers={"Content-Type": kind})
+    connection, path = named_by(sim, url)
+    connection.request(method, path, body=data, headers={"Content-Type": kind})
     response = connection.getresponse()
     try:
         return response.status, response.read().decode()

@@ -168,7 +168,7 @@ def test_switch_group_nic_and_service(sim, host, network, manager):
         (vim.fault.NotFound, lambda n: n.RemovePortGroup("B")),
         (vim.fault.NotFound, lambda n: n.UpdatePortGroup("B", group_spec("B"))),
         (vim.fault.AlreadyExists, lambda n: n.UpdatePortGroup("VM Network", group_spec("Backup Network"))),
-        (vim.fault.ResourceInUse, lambda n: n.UpdatePortGroup("Management Network", group_spec("M"))),
+        (vim.fault.HostConfigFault, lambda n: n.UpdatePortGroup("Management Network", group_spec("M"))),
         (vim.fault.NotFound, lambda n: n.AddVirtualNic("B", nic_spec())),
         (vim.fault.AlreadyExists, lambda n: n.AddVirtualNic("Management Network", nic_spec())),
         (vmodl.fault.InvalidArgument, lambda n: n.AddVirtualNic("VM Network", nic_spec("10.0.0.0"))),

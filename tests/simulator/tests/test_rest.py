@@ -41,11 +41,14 @@ class Rest:
         connection.close()
         return answer.status, json.loads(data) if data else None
 
-    def login(self, password: str | None = None) -> int:
+    def basic(self, password: str | None = None) -> str:
+        """The header of a login."""
         name, right = self.sim.info["backup_username"], self.sim.info["backup_password"]
-        given = base64.b64encode(f"{name}:{right if password is None else password}".encode()).decode()
+        return "Basic " + base64.b64encode(f"{name}:{right if password is None else password}".encode()).decode()
+
+    def login(self, password: str | None = None) -> int:
         self.token = None
-        status, token = self.ask("POST", "/api/session", Authorization=f"Basic {given}")
+        status, token = self.ask("POST", "/api/session", Authorization=self.basic(password))
         self.token = token if status == 201 else None
         return status
 

@@ -200,10 +200,13 @@ def _put(handler: "Handler", path: str) -> None:
         local = simulator.storage.local_path(path)
     except storage.NotFound:
         raise _Refused(404, "404 Not Found\n") from None
-    if not local.parent.is_dir():
-        raise _Refused(404, "404 Not Found: no such folder\n")
     if local.is_dir():
         raise _Refused(400, "400 Bad Request: that is a folder\n")
+    try:
+        # vCenter makes the folders that are missing.
+        local.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise _Refused(400, "400 Bad Request: a file is in the way\n") from None
     existed = local.exists()
     temporary: Path = local.with_name(f".{local.name}.upload")
     try:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyVmomi import VmomiSupport, vim, vmodl
 
-from . import networking, soap, storage
+from . import networking, soap, storage, vmspec
 from .model import Entity, Kept, SimulatorError, clone, from_json
 
 if TYPE_CHECKING:
@@ -594,6 +594,7 @@ class VirtualMachine(Entity):
     def _with_backings(self, config: Any, current: bool) -> Any:
         """A copy of a configuration whose disks show their parents, and the current change id."""
         config = clone(config)
+        vmspec.list_devices(config.hardware.device)
         for disk in disks_in(config.hardware.device):
             if is_rdm(disk):
                 continue

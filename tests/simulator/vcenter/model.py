@@ -58,9 +58,9 @@ def split_path(path: str) -> list[str]:
 
 
 def property_value(obj: "Managed", path: str) -> Any:
-    """The value at a property path, typed for Any; None when unset.
+    """The value at a property path, typed for Any; None when unset, or when only another kind of value would have it.
 
-    :raises InvalidProperty: the type has no such property.
+    :raises InvalidProperty: neither the type nor one that is derived from it has such a property.
     """
     declared: Any = obj.type
     value: Any = obj
@@ -71,6 +71,8 @@ def property_value(obj: "Managed", path: str) -> Any:
         try:
             info = (type(value) if isinstance(value, DataObject) else declared)._GetPropertyInfo(name)
         except AttributeError:
+            if index and _some_kind_has(declared, name):
+                return None
             raise vmodl.query.InvalidProperty(name=path) from None
         declared = info.type
         if value is not None:
@@ -82,6 +84,15 @@ def property_value(obj: "Managed", path: str) -> Any:
             wanted = key.rstrip("]").strip('"')
             value = next((item for item in value or () if str(getattr(item, "key", "")) == wanted), None)
     return coerce(value, declared)
+
+
+def _some_kind_has(declared: Any, name: str) -> bool:
+    """Whether a data type that is derived from another has a property."""
+    for kind in list(VmomiSupport._dataDefMap):
+        found = VmomiSupport.GetVmodlType(kind)
+        if issubclass(found, declared) and name in (info.name for info in found._GetPropertyList()):
+            return True
+    return False
 
 
 # --- data objects as JSON -------------------------------------------------------------------------------------------

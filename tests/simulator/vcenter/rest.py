@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""``/api``: sessions and tags of vCenter's REST API, 7.0 U2 and newer."""
+"""vCenter's REST API: ``/api`` (7.0 U2 and newer) with sessions and tags; ``/rest`` (older) with sessions.
+
+What ``/rest`` answers stands in a field ``value``, and each success is 200.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .inventory import VirtualMachine
+from .model import now
 from .services import AuthenticationFailed, DropConnection, Session
 from .tags import NotEligible, Tag
 
@@ -20,6 +24,8 @@ if TYPE_CHECKING:
     from .server import Handler
 
 TOKEN = "vmware-api-session-id"
+ROOTS = ("/api/", "/rest/")
+REST_SESSION = "/rest/com/vmware/cis/session"
 TAGGING = "/api/cis/tagging"
 ATTACH = "InventoryService.Tagging.AttachTag"
 ATTACHABLE = "InventoryService.Tagging.ObjectAttachable"
@@ -42,6 +48,7 @@ class _Call:
         self.path = urllib.parse.unquote(url.path)
         self.query = urllib.parse.parse_qs(url.query, keep_blank_values=True)
         self.body = body
+        self.old = self.path.startswith("/rest/")
         self.session: Session | None = None
         self.object: str | None = None
         self.changing = False
@@ -101,6 +108,13 @@ def _logout(call: _Call) -> Any:
     call.simulator.sessions.end(call.session)
 
 
+def _who(call: _Call) -> Any:
+    session = call.session
+    assert session is not None
+    times = {"created_time": session.login_time.isoformat(), "last_accessed_time": now().isoformat()}
+    return {"user": session.user.name, **times}
+
+
 def _categories(call: _Call) -> Any:
     return list(call.simulator.tags.categories)
 
@@ -144,7 +158,12 @@ def _attach(call: _Call, tag_id: str) -> Any:
 # (method, path, action) -> what does it, and the status of its answer
 _ROUTES: list[tuple[str, str, str | None, Callable[..., Any], int]] = [
     ("POST", "/api/session", None, _login, 201),
+    ("GET", "/api/session", None, _who, 200),
     ("DELETE", "/api/session", None, _logout, 204),
+    ("POST", REST_SESSION, None, _login, 200),
+    ("GET", REST_SESSION, None, _who, 200),
+    ("POST", REST_SESSION, "get", _who, 200),
+    ("DELETE", REST_SESSION, None, _logout, 200),
     ("GET", f"{TAGGING}/category", None, _categories, 200),
     ("GET", f"{TAGGING}/category/{{id}}", None, _category, 200),
     ("GET", f"{TAGGING}/tag", None, _tags, 200),
@@ -157,7 +176,8 @@ _ROUTES: list[tuple[str, str, str | None, Callable[..., Any], int]] = [
 
 def _route(call: _Call) -> tuple[str, Callable[..., Any], int, list[str]]:
     """The call's name in the log, what does it, its status, and the ids in its path."""
-    action = call.query.get("action", [None])[0]
+    # "/rest" tells the one from a field of the body by a tilde.
+    action = call.query.get("~action" if call.old else "action", [None])[0]
     for method, path, wanted, function, status in _ROUTES:
         match = re.fullmatch(path.replace("{id}", "([^/]+)"), call.path)
         if match and method == call.handler.command and wanted == action:
@@ -171,7 +191,7 @@ def serve(handler: "Handler", body: bytes) -> None:
     name, fault = f"{handler.command} {call.path}", None
     status, answer = 200, b""
     try:
-        if not call.simulator.settings.rest_api:
+        if not call.old and not call.simulator.settings.rest_api:
             raise _Refused(404, "NOT_FOUND")
         name, function, status, ids = _route(call)
         answer_is_lost = call.simulator.injector.apply("call", name, ids[0] if ids else None)
@@ -183,13 +203,20 @@ def serve(handler: "Handler", body: bytes) -> None:
             result = function(call, *ids)
         if answer_is_lost:
             raise DropConnection
+        if call.old:
+            result = {} if result is None else {"value": result}
         answer = b"" if status == 204 else json.dumps(result).encode()
     except (_Refused, NotEligible) as refused:
         kind = refused.kind if isinstance(refused, _Refused) else "INVALID_ARGUMENT"
         status = refused.status if isinstance(refused, _Refused) else 400
         fault = str(status)
         messages = [{"id": "simulator", "default_message": str(refused), "args": []}] if str(refused) else []
-        answer = json.dumps({"error_type": kind, "messages": messages}).encode()
+        error: dict[str, Any] = {"error_type": kind, "messages": messages}
+        if call.old:
+            names = {"NOT_FOUND": "not_found", "UNAUTHENTICATED": "unauthenticated", "UNAUTHORIZED": "unauthorized"}
+            old_kind = f"com.vmware.vapi.std.errors.{names.get(kind, 'invalid_argument')}"
+            error = {"type": old_kind, "value": {"messages": messages}}
+        answer = json.dumps(error).encode()
     except DropConnection:
         fault = "drop"
         handler.close_connection = True

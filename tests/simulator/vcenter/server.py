@@ -26,23 +26,43 @@ MAX_BODY = 64 << 20
 TLS_HANDSHAKE = b"\x16"
 
 
+def _listen(addresses: list[str], port: int) -> list[socket.socket]:
+    """vCenter's port on its own address and on those of the hosts, whose leases name them."""
+    for _attempt in range(20):
+        made: list[socket.socket] = []
+        try:
+            for address in addresses:
+                made.append(
+                    socket.create_server((address, port or (made[0].getsockname()[1] if made else 0)), backlog=128)
+                )
+            return made
+        except OSError:
+            for one in made:
+                one.close()
+            if port:
+                raise
+    raise OSError(f"no port is free on {', '.join(addresses)}")
+
+
 class Server:
     """Accepts connections until :meth:`stop`."""
 
     def __init__(self, simulator: "Simulator", port: int = 0) -> None:
         methods.load()
         self.simulator = simulator
-        self.socket = socket.create_server((simulator.host, port), backlog=128)
-        self.port = simulator.port = self.socket.getsockname()[1]
+        self.sockets = _listen([simulator.host, *(host.name for host in simulator.hosts())], port)
+        self.port = simulator.port = self.sockets[0].getsockname()[1]
+        simulator.web_hosts = {one.getsockname()[0] for one in self.sockets[1:]}
         self._connections: set[socket.socket] = set()
         self._lock = threading.Lock()
         self._stopping = False
-        threading.Thread(target=self._accept, name="vcenter", daemon=True).start()
+        for one in self.sockets:
+            threading.Thread(target=self._accept, args=(one,), name="vcenter", daemon=True).start()
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
         while True:
             try:
-                connection, address = self.socket.accept()
+                connection, address = listener.accept()
             except OSError:
                 return
             threading.Thread(target=self._serve, args=(connection, address), daemon=True).start()
@@ -83,9 +103,10 @@ class Server:
         with self._lock:
             self._stopping = True
             open_connections = list(self._connections)
-        with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)
-        self.socket.close()
+        for one in self.sockets:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
         for connection in open_connections:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
@@ -165,7 +186,7 @@ class Handler(BaseHTTPRequestHandler):
             folder.serve(self)
         elif path.startswith("/nfc/"):
             leases.serve(self)
-        elif path.startswith("/api/"):
+        elif path.startswith(rest.ROOTS):
             rest.serve(self, b"")
         elif path == "/":
             self.text(200, "A simulated vCenter of openvadp.backup.\n")
@@ -184,7 +205,7 @@ class Handler(BaseHTTPRequestHandler):
             self.text(404, "404 Not Found\n")
 
     def do_DELETE(self) -> None:
-        if self.path.startswith("/api/"):
+        if self.path.startswith(rest.ROOTS):
             rest.serve(self, b"".join(self.chunks()))
         else:
             self.close_connection = True
@@ -201,7 +222,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
                 self.text(413, "413 Request Entity Too Large\n")
                 return
-        if self.path.startswith("/api/"):
+        if self.path.startswith(rest.ROOTS):
             rest.serve(self, body)
             return
         if not self.path.split("?")[0].rstrip("/").startswith("/sdk"):

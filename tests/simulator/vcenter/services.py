@@ -115,7 +115,7 @@ class Settings:
     # export leases, and /folder (methods/leases.py, folder.py)
     lease_timeout: float = 300.0
     lease_thumbprint: str = "sha1"
-    lease_host: str = "*"
+    lease_host: str | None = None  # None: the host that has the bytes
     lease_bytes_per_second: float | None = None
     lease_cuts: int = 0
     folder_ranges: bool = True

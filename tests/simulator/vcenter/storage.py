@@ -432,6 +432,14 @@ class Storage:
                     found.append((f"[{name}] {prefix}{entry.name}", entry.stat().st_size))
         return found
 
+    def list_folders(self, folder_path: str) -> list[str]:
+        """The paths of the folders directly in a folder, sorted."""
+        folder = self.local_path(folder_path)
+        prefix = f"{folder_path.rstrip('/')}/" if "] " in folder_path else f"{folder_path} "
+        if not folder.is_dir():
+            raise NotFound(f"{folder_path}: no such folder")
+        return sorted(prefix + one.name for one in folder.iterdir() if one.is_dir() and not one.name.startswith("."))
+
     def extent_path(self, path: str) -> Path:
         """The file that holds a disk's own bytes (``-flat.vmdk`` or ``-delta.vmdk``)."""
         return self._disk(path).extent

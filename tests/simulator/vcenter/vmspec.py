@@ -36,6 +36,20 @@ def info(label: str, summary: str) -> Any:
     return vim.Description(label=label, summary=summary)
 
 
+def allocation(shares: int) -> Any:
+    """Nothing reserved, no limit, the normal number of shares."""
+    return vim.ResourceAllocationInfo(
+        reservation=0, expandableReservation=False, limit=-1, shares=vim.SharesInfo(shares=shares, level="normal")
+    )
+
+
+def list_devices(devices: list[Any]) -> None:
+    """Let each controller name what is attached to it."""
+    for one in devices:
+        if isinstance(one, device.VirtualController):
+            one.device = [other.key for other in devices if other.controllerKey == one.key]
+
+
 def new_config(
     *,
     name: str,
@@ -71,6 +85,8 @@ def new_config(
             numCPU=cpus, numCoresPerSocket=1, memoryMB=memory_mb, device=_default_devices()
         ),
         bootOptions=vim.vm.BootOptions(efiSecureBootEnabled=False),
+        cpuAllocation=allocation(1000 * cpus),
+        memoryAllocation=allocation(10 * memory_mb),
         memoryHotAddEnabled=False,
         cpuHotAddEnabled=False,
         cpuHotRemoveEnabled=False,
@@ -117,12 +133,17 @@ def _default_devices() -> list[Any]:
             videoRamSizeInKB=8192,
             numDisplays=1,
             useAutoDetect=False,
+            enable3DSupport=False,
+            use3dRenderer="automatic",
+            graphicsMemorySizeInKB=262144,
         ),
         device.VirtualVMCIDevice(
             key=12000,
             controllerKey=100,
             unitNumber=17,
             deviceInfo=info("VMCI device", "Device on the virtual machine PCI bus"),
+            allowUnrestrictedCommunication=False,
+            filterEnable=True,
         ),
     ]
 
@@ -156,6 +177,9 @@ def network_card(key: int, network: Any, mac_seed: str) -> Any:
         addressType="assigned",
         macAddress=f"00:50:56:{digits[:2]}:{digits[2:4]}:{digits[4:6]}",
         connectable=device.VirtualDevice.ConnectInfo(startConnected=True, connected=True, allowGuestControl=True),
+        resourceAllocation=device.VirtualEthernetCard.ResourceAllocation(
+            reservation=0, share=vim.SharesInfo(shares=50, level="normal"), limit=-1
+        ),
         backing=device.VirtualEthernetCard.NetworkBackingInfo(deviceName=network.name, network=network.ref),
     )
 
@@ -208,4 +232,7 @@ def disk(
         diskObjectId=f"1-{key}",
         nativeUnmanagedLinkedClone=False,
         shares=vim.SharesInfo(shares=1000, level="normal"),
+        storageIOAllocation=vim.StorageResourceManager.IOAllocationInfo(
+            limit=-1, shares=vim.SharesInfo(shares=1000, level="normal"), reservation=0
+        ),
     )

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyVmomi import vim
+from pyVmomi import vim, vmodl
 
 from .. import soap
 from ..model import Managed
@@ -55,13 +55,13 @@ def _of_session(context: Context, key: str) -> User:
     for session in context.simulator.sessions.all():
         if session.key == key:
             return session.user
-    raise vim.fault.NotFound()
+    raise vmodl.fault.InvalidArgument(invalidProperty="sessionId")
 
 
 def _of_name(context: Context, name: str) -> User:
     user = context.simulator.users.get(name.lower())
     if user is None:
-        raise vim.fault.NotFound()
+        raise vmodl.fault.InvalidArgument(invalidProperty="userName")
     return user
 
 

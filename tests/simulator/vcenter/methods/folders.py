@@ -20,8 +20,6 @@ from . import Context, find_object, method, reconfigure
 
 
 def _free_name(context: Context, folder: Entity, name: str) -> None:
-    if not name:
-        raise vim.fault.InvalidName(name=name)
     for child in folder.children():
         if child.name == name:
             raise vim.fault.DuplicateName(name=name, object=child.ref)
@@ -30,6 +28,8 @@ def _free_name(context: Context, folder: Entity, name: str) -> None:
 @method("Folder", "CreateFolder", changing=True)
 def create_folder(context: Context, folder: Folder, name: str) -> Any:
     simulator = context.simulator
+    if not name:
+        raise vim.fault.InvalidName(name=name)
     with simulator.lock:
         _free_name(context, folder, name)
         prefix = folder.moid.rsplit("-", 1)[-1][0]
@@ -62,7 +62,7 @@ def _host_for(context: Context, pool: Any, host: Any, datastore: str) -> Host:
         if chosen not in cluster.hosts():
             raise vmodl.fault.InvalidArgument(invalidProperty="host")
         if not chosen.connected:
-            raise vim.fault.HostNotConnected()
+            raise vmodl.fault.HostNotConnected()
         if chosen.in_maintenance:
             raise vim.fault.InvalidState()
         if datastore not in chosen.datastores:
@@ -119,6 +119,8 @@ def maker(context: Context, folder: Folder, spec: Any, pool: Any, host: Any) -> 
                 used.add(simulator.inventory.datastore(datastore_of(name), folder).name)
         if isinstance(change.device, vim.vm.device.VirtualEthernetCard):
             context.require("Network.Assign", folder)
+    if not spec.name:
+        raise vim.fault.InvalidName(name=spec.name)
     with simulator.lock:
         _free_name(context, folder, spec.name)
     where = _host_for(context, pool, host, datastore.name)

@@ -5,11 +5,13 @@
 from __future__ import annotations
 
 import fnmatch
+import os
+from datetime import datetime, timezone
 from typing import Any
 
 from pyVmomi import vim
 
-from .. import storage
+from .. import soap, storage
 from ..inventory import Host, VirtualMachine, datastore_of
 from ..model import Managed
 from ..services import Task
@@ -43,30 +45,117 @@ def exit_maintenance(context: Context, host: Host, timeout: int) -> Any:
 
 
 Browser = vim.host.DatastoreBrowser
+# Extension -> what is found, and what asks for it.
+_KINDS = {
+    ".vmx": (Browser.VmConfigInfo, Browser.VmConfigQuery),
+    ".nvram": (Browser.VmNvramInfo, Browser.VmNvramQuery),
+    ".vmsn": (Browser.VmSnapshotInfo, Browser.VmSnapshotQuery),
+    ".log": (Browser.VmLogInfo, Browser.VmLogQuery),
+    ".iso": (Browser.IsoImageInfo, Browser.IsoImageQuery),
+    ".flp": (Browser.FloppyImageInfo, Browser.FloppyImageQuery),
+}
+
+
+class _Search:
+    """One search: which entries of a folder are wanted, and what is told of them."""
+
+    def __init__(self, simulator: Any, datastore: Any, spec: Any) -> None:
+        self.simulator = simulator
+        self.datastore = datastore
+        spec = spec if spec is not None else Browser.SearchSpec()
+        self.queries = list(spec.query or [])
+        self.details = spec.details or Browser.FileInfo.Details()
+        self.patterns = list(spec.matchPattern or []) or ["*"]
+        self.any_case = bool(spec.searchCaseInsensitive)
+        self.folders_first = bool(spec.sortFoldersFirst)
+
+    def results(self, path: str) -> Any:
+        try:
+            files = [one for one, _size in self.simulator.storage.list_files(path)]
+            folders = self.simulator.storage.list_folders(path)
+        except storage.NotFound:
+            raise vim.fault.FileNotFound(file=path) from None
+        order = folders + files if self.folders_first else sorted(folders + files)
+        found = [self._entry(one, one in folders) for one in order]
+        return Browser.SearchResults(
+            datastore=self.datastore.ref, folderPath=path, file=[one for one in found if one is not None]
+        )
+
+    def below(self, path: str) -> list[Any]:
+        found = [self.results(path)]
+        for folder in self.simulator.storage.list_folders(path):
+            found += self.below(folder)
+        return found
+
+    def _entry(self, path: str, is_folder: bool) -> Any:
+        name = path.split("] ", 1)[-1].rsplit("/", 1)[-1]
+        if not any(self._fits(name, pattern) for pattern in self.patterns):
+            return None
+        kind, query = self._kind(path, name, is_folder)
+        asked = next((one for one in self.queries if query is not None and isinstance(one, query)), None)
+        if self.queries and asked is None:
+            return None
+        # Without its type being asked for, a file is just a file.
+        entry = (kind if asked is not None or self.details.fileType else Browser.FileInfo)(path=name)
+        status = self.simulator.storage.local_path(path).stat()
+        if self.details.fileSize:
+            entry.fileSize = status.st_size
+        if self.details.modification:
+            entry.modification = datetime.fromtimestamp(status.st_mtime, timezone.utc)
+        if self.details.fileOwner:
+            entry.owner = "root"
+        if isinstance(entry, Browser.VmDiskInfo) and asked is not None and asked.details is not None:
+            self._describe_disk(entry, path, asked.details)
+        return entry
+
+    def _fits(self, name: str, pattern: str) -> bool:
+        if self.any_case:
+            name, pattern = name.lower(), pattern.lower()
+        return fnmatch.fnmatchcase(name, pattern)
+
+    def _kind(self, path: str, name: str, is_folder: bool) -> tuple[Any, Any]:
+        if is_folder:
+            return Browser.FolderInfo, Browser.FolderQuery
+        if path in self.simulator.storage.disks():
+            return Browser.VmDiskInfo, Browser.VmDiskQuery
+        return _KINDS.get(os.path.splitext(name)[1], (Browser.FileInfo, None))
+
+    def _describe_disk(self, entry: Any, path: str, details: Any) -> None:
+        disk = self.simulator.storage.info(path)
+        if details.diskType:
+            entry.diskType = vim.vm.device.VirtualDisk.FlatVer2BackingInfo
+        if details.capacityKb:
+            entry.capacityKb = disk.capacity_bytes // 1024
+        if details.hardwareVersion:
+            entry.hardwareVersion = 19
+        if details.diskExtents:
+            entry.diskExtents = [f"{path[: -len('.vmdk')]}-flat.vmdk"]
+        if details.thin:
+            entry.thin = disk.thin
+
+
+def _search(context: Context, browser: Managed, path: str, spec: Any, deep: bool) -> Any:
+    simulator = context.simulator
+    datastore = simulator.inventory.get(browser.moid.removeprefix("datastoreBrowser-"))
+    context.require("Datastore.Browse", datastore)
+    if datastore_of(path) != datastore.name:
+        raise vim.fault.InvalidDatastorePath(datastorePath=path)
+    search = _Search(simulator, datastore, spec)
+
+    def body(task: Task) -> Any:
+        return soap.array(Browser.SearchResults, search.below(path)) if deep else search.results(path)
+
+    return simulator.tasks.start(context, context.method, datastore, body)
 
 
 @method("HostDatastoreBrowser", "SearchDatastore_Task", privilege="System.View")
 def search_datastore(context: Context, browser: Managed, datastorePath: str, searchSpec: Any) -> Any:
-    simulator = context.simulator
-    datastore = simulator.inventory.get(browser.moid.removeprefix("datastoreBrowser-"))
-    context.require("Datastore.Browse", datastore)
-    if datastore_of(datastorePath) != datastore.name:
-        raise vim.fault.InvalidDatastorePath(datastorePath=datastorePath)
-    patterns = list(searchSpec.matchPattern) if searchSpec is not None and searchSpec.matchPattern else ["*"]
+    return _search(context, browser, datastorePath, searchSpec, deep=False)
 
-    def body(task: Task) -> Any:
-        try:
-            files = simulator.storage.list_files(datastorePath)
-        except storage.NotFound:
-            raise vim.fault.FileNotFound(file=datastorePath) from None
-        found = [
-            Browser.FileInfo(path=path.rsplit("/", 1)[-1].split("] ")[-1], fileSize=size)
-            for path, size in files
-            if any(fnmatch.fnmatchcase(path.rsplit("/", 1)[-1], pattern) for pattern in patterns)
-        ]
-        return Browser.SearchResults(datastore=datastore.ref, folderPath=datastorePath, file=found)
 
-    return simulator.tasks.start(context, context.method, datastore, body)
+@method("HostDatastoreBrowser", "SearchDatastoreSubFolders_Task", privilege="System.View")
+def search_subfolders(context: Context, browser: Managed, datastorePath: str, searchSpec: Any) -> Any:
+    return _search(context, browser, datastorePath, searchSpec, deep=True)
 
 
 @service("FileManager")

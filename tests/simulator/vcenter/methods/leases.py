@@ -190,7 +190,8 @@ class Lease(Managed):
 
     def _url(self, device: _Device) -> Any:
         simulator = self.simulator
-        host = simulator.settings.lease_host
+        # A host that is logged in to directly says "*"; vCenter names the host that has the bytes.
+        host = simulator.settings.lease_host or ("*" if simulator.settings.esxi else self._host())
         host = host if host == "*" else f"{host}:{simulator.port}"
         thumbprint = {
             "sha1": simulator.thumbprints["sha1"],
@@ -208,6 +209,10 @@ class Lease(Managed):
             datastoreKey=datastore_of(device.path) if device.path is not None else "",
             fileSize=0,
         )
+
+    def _host(self) -> str:
+        name = str(self.simulator.inventory.get(self.vm.host).name)
+        return name if name in self.simulator.web_hosts else self.simulator.host
 
     # bytes
 
@@ -335,7 +340,11 @@ def import_vapp(context: Context, pool: Any, spec: Any, folder: Any, host: Any) 
 
 @method("HttpNfcLease", "HttpNfcLeaseProgress")
 def progress(context: Context, lease: Lease, percent: int) -> None:
-    lease.check()
+    """Taken while it is initializing, too. Of faults the method has none but Timedout; a lease that is over is gone."""
+    if lease.state == "error" and isinstance(lease.error, (vim.fault.Timedout, vim.fault.NotAuthenticated)):
+        raise lease.error
+    if lease.state not in ("initializing", "ready"):
+        raise vmodl.fault.ManagedObjectNotFound(obj=lease.ref, msg=f"The lease is {lease.state}.")
     lease.percent = percent
     lease.deadline = time.monotonic() + lease.timeout
 

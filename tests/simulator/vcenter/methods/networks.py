@@ -164,8 +164,8 @@ def _check_group(network: Any, spec: Any) -> None:
         raise _not_found("virtual switch", spec.vswitchName)
 
 
-def _check_unused(host: Host, network: Any, name: str) -> None:
-    """A port group that a VMkernel NIC or a virtual machine of this host is on can't go."""
+def _is_used(host: Host, network: Any, name: str) -> bool:
+    """Whether a VMkernel NIC or a virtual machine of this host is on a port group, so that it can't go."""
     nics = [nic.device for nic in network.vnic if nic.spec.portgroup == name]
     networks = {one.moid for one in host.simulator.inventory.entities.values() if one.type is vim.Network}
     machines = [
@@ -174,7 +174,11 @@ def _check_unused(host: Host, network: Any, name: str) -> None:
         if vm.host == host.moid
         and any(host.simulator.inventory.get(moid).name == name for moid in vm.network_moids() & networks)
     ]
-    if nics or machines:
+    return bool(nics or machines)
+
+
+def _check_unused(host: Host, network: Any, name: str) -> None:
+    if _is_used(host, network, name):
         raise vim.fault.ResourceInUse(name=name, msg=f"The resource '{name}' is in use.")
 
 
@@ -199,7 +203,8 @@ def update_group(context: Context, system: NetworkSystem, pgName: str, portgrp: 
         if portgrp.name != pgName:
             if _port_group(network, portgrp.name) is not None:
                 raise vim.fault.AlreadyExists(name=portgrp.name)
-            _check_unused(system.host, network, pgName)
+            if _is_used(system.host, network, pgName):
+                raise _config_fault(f"port group {pgName} is in use")
         network.portgroup[list(network.portgroup).index(found)] = networking.port_group(
             portgrp.name, portgrp.vlanId, portgrp.vswitchName, portgrp.policy
         )
@@ -369,7 +374,7 @@ def remove_nic(context: Context, system: NetworkSystem, device: str) -> None:
             raise _not_found("VMkernel NIC", device)
         _check_last_management(host, device)
         if device in host.iscsi_nics:
-            raise vim.fault.ResourceInUse(name=device, msg=f"The resource '{device}' is in use.")
+            raise _config_fault(f"{device} is in use: a software iSCSI adapter is bound to it")
         network.vnic.remove(found)
         host.services = _without(host.services, device)
         host.leases.pop(device, None)
