@@ -63,6 +63,7 @@ _WITHOUT_OWNERS = ("fat", "exfat", "ntfs")
 _BTRFS_TOP = 5
 _BTRFS_EMPTY = 2
 _MOST_BYTES = 1 << 20
+_MAPPER = b"/dev/mapper/"
 _ONE_DISK = "name one of the disks in 'disks'"
 _NOT_MOUNTED = {
     "luks": "it is encrypted by LUKS",
@@ -450,9 +451,10 @@ class ApplianceAgent(Agent):
         keys = [int(entry["key"]) for entry in disks]
         self.alive()
         copies = _Copies(self._guestfs)
+        logical = self._guestfs.logical_volumes()
         for device, kind in sorted(self._guestfs.filesystems().items()):
             # Subvolumes lie in the file system that is there by its device.
-            if device.startswith(b"btrfsvol:"):
+            if device.startswith(b"btrfsvol:") or is_internal(device, logical):
                 continue
             self.alive()
             try:
@@ -509,6 +511,17 @@ class ApplianceAgent(Agent):
             return Volume(self._facts(part, kind, problem=f"it can't be mounted: {problem_of(error)}"), None)
         more = {"label": system.label, "uuid": system.uuid, "readable": True, **self._state(system)}
         return Volume(self._facts(part, kind, **more), system)
+
+
+def is_internal(device: bytes, logical: Sequence[bytes]) -> bool:
+    """Whether a device is what LVM makes a volume of: an image of a mirror looks like the whole of it.
+
+    :param logical: the volumes that LVM shows, such as ``/dev/vg0/root``.
+    """
+    if not device.startswith(_MAPPER):
+        return False
+    groups = {name.split(b"/")[2].replace(b"-", b"--") for name in logical if name.count(b"/") == 3}
+    return any(device[len(_MAPPER) :].startswith(group + b"-") for group in groups)
 
 
 class _Device(ReadOnly):

@@ -11,6 +11,7 @@ from typing import Any, Callable, Dict, Iterator, List, Sequence
 import pytest
 from ansible_collections.openvadp.backup.plugins.module_utils.errors import DataPathError, InputError
 from ansible_collections.openvadp.backup.plugins.module_utils.restore.files import choice
+from ansible_collections.openvadp.backup.plugins.module_utils.restore.files.appliance import is_internal
 from ansible_collections.openvadp.backup.plugins.module_utils.restore.files.reader import (
     Entry,
     FileReader,
@@ -380,6 +381,15 @@ def test_one_of_them_alone(readers: Any) -> None:
         made(reader="dissect")
     with pytest.raises(InputError, match="dissect needs dissect.btrfs$|dissect needs dissect.btrfs. "):
         made(versions=True)
+
+
+def test_what_lvm_makes_a_volume_of_is_not_a_volume() -> None:
+    """Names as libguestfs lists them: an image of a mirror is of type ext4 there, as the mirror is."""
+    logical = [b"/dev/vg/mir", b"/dev/vg/lin", b"/dev/my-vg/root"]
+    for name in (b"vg-mir_rimage_0", b"vg-mir_rmeta_1", b"vg-lin-real", b"vg-pool_tdata", b"my--vg-root_rimage_0"):
+        assert is_internal(b"/dev/mapper/" + name, logical)
+    for device in (b"/dev/vg/mir", b"/dev/md0", b"/dev/sda1", b"/dev/mapper/ldm_vol_host-Dg0_Volume1"):
+        assert not is_internal(device, logical)
 
 
 def test_without_guestfish_the_volume_says_what_would_read_it(readers: Any) -> None:

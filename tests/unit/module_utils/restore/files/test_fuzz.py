@@ -25,7 +25,7 @@ import pytest
 from ansible_collections.openvadp.backup.plugins.module_utils.restore.files import agent
 
 MIB = 1 << 20
-ROUNDS = 8 * int(os.environ.get("SOAK_FILE_SYSTEMS", "1"))
+ROUNDS = 6 * int(os.environ.get("SOAK_FILE_SYSTEMS", "1"))
 SEED = int(os.environ.get("SOAK_SEED", "1"))
 SECONDS = 10.0
 # What a process that imported all of it has, and what these images need.
