@@ -630,22 +630,15 @@ def _copy(
     at_once = max(1, min(request.parallel_disks, len(plans)))
     with RuntimeDir(run.run_id) as run_dir, Progress(request.progress_file) as progress:
         cancel = work.cancel
-        context = OpenContext(
-            session=work.session,
-            vm=work.source.vm,
+        context = OpenContext.of(
+            request,
+            work.session,
+            work.source.vm,
+            proxy,
+            run,
+            run_dir,
+            work.store.path,
             snapshot_moid=work.source.snapshot.moid if work.source.snapshot else None,
-            vddk=proxy.vddk,
-            proxy=proxy,
-            proxy_vm=proxy.vm.ref if proxy.vm else None,
-            nfc_port=request.nfc_port,
-            io_timeout=request.io_timeout,
-            run_dir=run_dir,
-            run=run,
-            device_dir=request.device_dir,
-            sysfs_dir=request.sysfs_dir,
-            wire_compression=request.wire_compression,
-            nfc_host_limit=request.nfc_host_limit,
-            stage_dir=work.store.path,
             cancel=cancel,
         )
         job = CopyJob(

@@ -53,7 +53,7 @@ from ..vsphere.datastore_files import http_size
 from ..vsphere.disks import Disk, disks_of, split_datastore_path
 from ..vsphere.inventory import VmRef, find_vm
 from ..vsphere.session import Session
-from .in_place import is_transport_failure, plan_targets, write_new_disks
+from .disk_write import is_transport_failure, plan_targets, write_new_disks
 from .new_vm_import import Import
 from .new_vm_diff import (
     BIOS_UUID,
@@ -641,24 +641,7 @@ class _Restore:
         return restored
 
     def _context(self, vm: VmRef, proxy: ProxyFacts, run_dir: RuntimeDir) -> OpenContext:
-        request = self.request
-        return OpenContext(
-            session=self.session,
-            vm=vm,
-            snapshot_moid=None,
-            vddk=proxy.vddk,
-            proxy=proxy,
-            proxy_vm=proxy.vm.ref if proxy.vm else None,
-            nfc_port=request.nfc_port,
-            io_timeout=request.io_timeout,
-            run_dir=run_dir,
-            run=self.run,
-            device_dir=request.device_dir,
-            sysfs_dir=request.sysfs_dir,
-            wire_compression=request.wire_compression,
-            nfc_host_limit=request.nfc_host_limit,
-            stage_dir=self.store.work_path,
-        )
+        return OpenContext.of(self.request, self.session, vm, proxy, self.run, run_dir, self.store.work_path)
 
     def _pairs(self, vm: VmRef, config: Any) -> List[Tuple[PointDisk, Disk]]:
         """The disks that were made, found by their places. :raises VsphereError: they are not as they were ordered."""

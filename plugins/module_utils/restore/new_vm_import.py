@@ -24,7 +24,7 @@ from ..vsphere.inventory import VmRef, find_vm
 from ..vsphere.placement import Placement
 from ..vsphere.session import Session
 from .dest import require_room
-from .in_place import WHOLE, plan_targets, read_back
+from .disk_write import WHOLE, plan_targets, read_back
 from .point import Point, PointDisk
 from .request import RestoreRequest
 

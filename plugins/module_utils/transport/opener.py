@@ -65,6 +65,39 @@ class OpenContext:
     cancel: Optional[threading.Event] = None
     on_wait: Optional[Callable[[str], None]] = None
 
+    @classmethod
+    def of(
+        cls,
+        request: Any,
+        session: Session,
+        vm: VmRef,
+        proxy: ProxyFacts,
+        run: Run,
+        run_dir: RuntimeDir,
+        stage_dir: Path,
+        snapshot_moid: Optional[str] = None,
+        cancel: Optional[threading.Event] = None,
+    ) -> OpenContext:
+        """With what a request says, see :mod:`.request`."""
+        return cls(
+            session=session,
+            vm=vm,
+            snapshot_moid=snapshot_moid,
+            vddk=proxy.vddk,
+            proxy=proxy,
+            proxy_vm=proxy.vm.ref if proxy.vm else None,
+            nfc_port=request.nfc_port,
+            io_timeout=request.io_timeout,
+            run_dir=run_dir,
+            run=run,
+            device_dir=request.device_dir,
+            sysfs_dir=request.sysfs_dir,
+            wire_compression=request.wire_compression,
+            nfc_host_limit=request.nfc_host_limit,
+            stage_dir=stage_dir,
+            cancel=cancel,
+        )
+
 
 def open_disk(
     context: OpenContext,
