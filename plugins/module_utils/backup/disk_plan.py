@@ -12,9 +12,7 @@ from ..datapath.image import CLUSTER_BYTES
 from ..errors import VadpError
 from ..repository import trust
 from ..repository.chain import AUTO, Decision, StoreFacts, decide
-from ..repository.content import stored_id_problem
 from ..repository.store import VmStore
-from ..repository.stored import stored_problem
 from ..repository.manifest import FULL, disk_of
 from ..transport.planner import READ, DiskFacts, Plan, ProxyFacts, plan
 from ..vsphere import vm_keys
@@ -137,7 +135,8 @@ def plan_disks(
     :raises ChangedAreasUnavailable: the same, because the query failed.
     """
     points = store.points() if store else []
-    facts = replace(_store_facts(store, points, disks), full=full)
+    stored = store.chain_facts({disk.key for disk in disks}) if store else StoreFacts()
+    facts = replace(stored, full=full)
     names = naming.names(store.repository.id if store else None, present)
     identified = vm_keys.identified(present)
     plans = []
@@ -187,34 +186,6 @@ def _areas(
             raise
         return Decision(FULL, None, None, f"the changed areas are not known: {error.reason}"), None
     return decision, areas.round_out(CLUSTER_BYTES, disk.capacity_bytes)
-
-
-def _store_facts(store: Optional[VmStore], points: Sequence[Dict[str, Any]], disks: Sequence[Disk]) -> StoreFacts:
-    if store is None:
-        return StoreFacts()
-    problems = {}
-    by_name = {manifest["point"]: manifest for manifest in points}
-    for manifest in points:
-        for disk in disks:
-            entry = disk_of(manifest, disk.key)
-            if entry is not None:
-                problem = _stored_problem(store, manifest, entry, by_name.get(entry["parent"]))
-                if problem:
-                    problems[(manifest["point"], disk.key)] = problem
-    return StoreFacts(problems, trust.marks(store))
-
-
-def _stored_problem(
-    store: VmStore, manifest: Dict[str, Any], entry: Dict[str, Any], parent: Optional[Dict[str, Any]]
-) -> Optional[str]:
-    """Why a layer can't be built upon, as far as sizes, pins and content IDs tell."""
-    key, point = entry["key"], manifest["point"]
-    problem = stored_problem(store.layer_path(key, point), entry["layer"])
-    if problem is None:
-        problem = stored_id_problem(store.hashes_path(key, point), entry)
-    if problem is None and parent is not None and disk_of(parent, key) is not None:
-        problem = store.pin_problem(entry, manifest, parent)
-    return problem
 
 
 def not_to_be_trusted(

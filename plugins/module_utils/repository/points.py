@@ -7,10 +7,10 @@ from __future__ import annotations
 import os
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Container, Dict, List, Optional, Sequence, Tuple
 
 from ..datapath.image import read_header
-from ..errors import DamagedError, RepositoryError
+from ..errors import DamagedError, DataPathError, RepositoryError
 from . import content, sequence, state, trust
 from . import manifest as manifests
 from .chain import StoreFacts
@@ -310,17 +310,21 @@ class VmPoints:
             name = None
         return f"VM '{name}' ({self.uuid})" if name else f"VM {self.uuid}"
 
-    def chain_facts(self) -> StoreFacts:
-        """What :func:`.chain.decide` has to know besides the manifests: which stored layers can't be built upon,
-        and the marks.
+    def chain_facts(self, keys: Optional[Container[int]] = None) -> StoreFacts:
+        """What :func:`.chain.decide` must know besides the manifests: which stored layers can't be built upon, and the
+        marks.
 
-        It looks at sizes and headers only; restore_point_verify reads all.
+        It looks at sizes, headers, pins and content IDs only; restore_point_verify reads all.
+
+        :param keys: device keys of the disks in question; all without it.
         """
         problems: Dict[Tuple[str, int], str] = {}
         points = self.points()
         by_name = {manifest["point"]: manifest for manifest in points}
         for manifest in points:
             for disk in manifest["disks"]:
+                if keys is not None and disk["key"] not in keys:
+                    continue
                 parent = by_name.get(disk["parent"])
                 problem = self._layer_problem(manifest, disk, parent)
                 if problem is not None:
@@ -354,7 +358,7 @@ class VmPoints:
             return problem
         try:
             return header_problem(read_header(str(path)), disk["capacity_bytes"], expected)
-        except DamagedError as error:
+        except (DamagedError, DataPathError) as error:
             return error.reason or error.what
 
     def stored_problems(self, manifest: Dict[str, Any]) -> List[str]:
