@@ -12,6 +12,7 @@ record goes last, so that a recovery that fails half-way is done again.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -131,14 +132,14 @@ def recover(
     for run in here:
         problem = store.stranger(run)
         if problem is not None:
-            result.told.append(_told(store, run, problem))
+            result.told.append(_told(run, problem))
         elif run_id is not None:
             if run.run_id == run_id:
                 runs.append(run)
         elif force or store.report_only or run.busy(now) is None:
             runs.append(run)
     if store.report_only:
-        result.told += [_told(store, run, "this place of the repository is not proved to be its own") for run in runs]
+        result.told += [_told(run, "this place of the repository is not proved to be its own") for run in runs]
         return result
     looked = Looked(session, store, vm, runs, check_mode, device_dir, sysfs_dir, vddk_libdir, run_id, force, result)
     _processes(looked)
@@ -170,34 +171,34 @@ def _need_server(runs: Sequence[Run]) -> bool:
     return any(run.data["server_uuid"] is not None for run in runs)
 
 
-def _told(store: VmStore, run: Run, problem: str) -> str:
+def _told(run: Run, problem: str) -> str:
     """A record that is not acted upon: what it names, and what to do."""
-    named = []
-    for intent in run.intents():
-        kind = str(intent["what"])
-        if kind == "snapshot":
-            named.append(f"snapshot {intent.get('name')!r} (vm_snapshot with state: absent and its snapshot_moid)")
-        elif kind == "attachment":
-            named.append(
-                f"{intent.get('file')} attached to {intent.get('proxy_moid')} (proxy_hotadd with state: absent)"
-            )
-        elif kind == "process":
-            named.append(f"process {intent.get('pid')} on {run.data['host']} (kill {intent.get('pid')})")
-        elif kind == "restore" and is_new_vm(intent):
-            named.append(
-                f"the virtual machine {intent.get('name')!r} (delete it in the vSphere client if it is useless)"
-            )
-        elif kind == "restore":
-            named.append(f"a restore of point {intent.get('point')} (run that restore again)")
-        elif kind == "access":
-            named.append(f"prepared access {intent.get('identity')!r} (vadp_access with state: ended)")
-        elif kind == "temporary_file":
-            named.append(f"unfinished files of point {run.data['point']}")
-    what = "; ".join(named) or "nothing"
+    named = (_named(intent, run) for intent in run.intents())
+    what = "; ".join(words for words in named if words is not None) or "nothing"
     return (
         f"Run {run.run_id} of {run.data['host']}, begun {run.data['started']}, was left as it is, for {problem}. It"
         f" names {what}. When nothing of that is left: rm '{run.path}'."
     )
+
+
+def _named(intent: Dict[str, Any], run: Run) -> Optional[str]:
+    """What an intent names, and how to remove it by hand; None if there is nothing to do."""
+    kind = str(intent["what"])
+    if kind == "restore" and is_new_vm(intent):
+        kind = "new machine"
+    words = {
+        "snapshot": "snapshot {name!r} (vm_snapshot with state: absent and its snapshot_moid)",
+        "attachment": "{file} attached to {proxy_moid} (proxy_hotadd with state: detached)",
+        "process": "process {pid} on {host} (kill {pid})",
+        "new machine": "the virtual machine {name!r} (delete it in the vSphere client if it is useless)",
+        "restore": "a restore of point {point} (run that restore again)",
+        "access": "prepared access {identity!r} (vadp_access with state: ended)",
+        "temporary_file": "unfinished files of point {run_point}",
+    }.get(kind)
+    if words is None:
+        return None
+    facts: Dict[str, Any] = defaultdict(lambda: None, intent, host=run.data["host"], run_point=run.data["point"])
+    return words.format_map(facts)
 
 
 # Processes

@@ -143,7 +143,7 @@ def recover_vm(request: RecoverRequest, check_mode: bool) -> Dict[str, Any]:
             warnings = [] if ending else store.refuse_busy(force=request.force)
             if ending is None and vm is not None:
                 _doubt_copies(session, store, vm)
-            facts = None if ending is None else _facts_of(session, store, vm, ending)
+            facts = None if ending is None else _facts_of(store, vm, ending)
             if ending is not None:
                 _end(store, ending)
             recovery = _recover(session, store, vm, request, ending)
@@ -397,7 +397,7 @@ def snapshot_name(point: str) -> str:
 # The end of a run
 
 
-def _facts_of(session: Session, store: VmStore, vm: Optional[VmRef], run_id: str) -> Dict[str, Any]:
+def _facts_of(store: VmStore, vm: Optional[VmRef], run_id: str) -> Dict[str, Any]:
     """A run as its record tells, before that goes."""
     run = store.run(run_id)
     point = None if run is None else run.data["point"]
