@@ -13,11 +13,11 @@ from __future__ import annotations
 import re
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from types import SimpleNamespace
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from ..datapath.processes import RuntimeDir, run_tool
 from ..datapath.progress import Progress
@@ -201,7 +201,7 @@ def _run_id_of(source: Source, store: VmStore, request: ExportRequest) -> Option
 
 
 def _facts(session: Session, source: Source, request: ExportRequest) -> Facts:
-    disks = disk_facts(session, source.vm, source.selection.disks, source.snapshot)
+    disks = disk_facts(session, source.vm, source.selection.disks)
     return Facts(proxy_facts(session, request, source.vm, disks), disks)
 
 
@@ -433,51 +433,16 @@ def _export(work: Work) -> Dict[str, Any]:
     run.set_snapshot(*_identity(source))
     entries = _finished(store, run, plans)
     _remove_strangers(store, run, point, entries)
-    sealed: Optional[Dict[str, Any]] = None
     readings: Dict[int, Reading] = {}
-    try:
+    with _abandoned_on_failure(run, shared):
         missing = [plan for plan in plans if plan.disk.key not in entries]
         entries.update(_copy(work, run, point, missing, readings))
-        if source.template is not None:
-            changed = changes_since(session, source.vm, source.template)
-            if changed is not None:
-                _forget(store, run, entries)
-                raise changed
-        names.require_same_keys(session, source.vm, source.naming, store.repository.id, source.selection.disks)
-        manifest = {
-            "format": manifests.FORMAT,
-            "repository_id": store.repository.id,
-            "vm_uuid": store.uuid,
-            "vm_name": source.vm.name,
-            "vm_moid": source.vm.moid,
-            "point": point,
-            "sequence": _sequence(store, run),
-            "server_uuid": source.naming.server_uuid,
-            "run_id": run.run_id,
-            "started": format_time(started),
-            "snapshot": _snapshot_entry(source),
-            "disks": [_with_name(entries[plan.disk.key], plan) for plan in plans],
-            "skipped_disks": source.selection.skipped,
-            "tools": tools,
-            "warnings": source.warnings,
-        }
+        _require_same_vm(work, run, entries)
+        manifest = _manifest(work, run, point, format_time(started), tools)
+        manifest["disks"] = [_with_name(entries[plan.disk.key], plan) for plan in plans]
         run.require_held()
         sealed = _commit(store, run, manifest, config, nvram, clock)
-    except VadpError:
-        # Whatever came of it: who lost the run says so.
-        run.require_held()
-        raise
-    finally:
-        if sealed is None:
-            _abandon(run, shared)
-    for intent in run.intents("temporary_file"):
-        run.done(intent["id"])
-    unnamed = names.write_names(session, source.vm, sealed)[1]
-    if unnamed is not None:
-        source.warnings.append(unnamed)
-    # What could not be detached stays in the record for vadp_recover.
-    if not shared and not run.intents("attachment"):
-        run.remove()
+    _close(work, run, shared, sealed)
     return {
         "changed": True,
         "point": sealed,
@@ -488,6 +453,66 @@ def _export(work: Work) -> Dict[str, Any]:
         "warnings": source.warnings,
         "diff": {"before": {"points": before}, "after": {"points": store.point_names()}},
     }
+
+
+@contextmanager
+def _abandoned_on_failure(run: Run, shared: bool) -> Iterator[None]:
+    """Until the point is stored: what fails leaves the record to those that come after."""
+    stored = False
+    try:
+        yield
+        stored = True
+    except VadpError:
+        # Whatever came of it: who lost the run says so.
+        run.require_held()
+        raise
+    finally:
+        if not stored:
+            _abandon(run, shared)
+
+
+def _require_same_vm(work: Work, run: Run, entries: Dict[int, Dict[str, Any]]) -> None:
+    """:raises VsphereError: what was read is not of one moment, or may be another VM's."""
+    session, source, store = work.session, work.source, work.store
+    if source.template is not None:
+        changed = changes_since(session, source.vm, source.template)
+        if changed is not None:
+            _forget(store, run, entries)
+            raise changed
+    names.require_same_keys(session, source.vm, source.naming, store.repository.id, source.selection.disks)
+
+
+def _manifest(work: Work, run: Run, point: str, started: str, tools: Dict[str, Optional[str]]) -> Dict[str, Any]:
+    """The manifest of the new point, without its disks."""
+    source, store = work.source, work.store
+    return {
+        "format": manifests.FORMAT,
+        "repository_id": store.repository.id,
+        "vm_uuid": store.uuid,
+        "vm_name": source.vm.name,
+        "vm_moid": source.vm.moid,
+        "point": point,
+        "sequence": _sequence(store, run),
+        "server_uuid": source.naming.server_uuid,
+        "run_id": run.run_id,
+        "started": started,
+        "snapshot": _snapshot_entry(source),
+        "skipped_disks": source.selection.skipped,
+        "tools": tools,
+        "warnings": source.warnings,
+    }
+
+
+def _close(work: Work, run: Run, shared: bool, sealed: Dict[str, Any]) -> None:
+    """The point is stored: the VM gets its names, and the record goes."""
+    for intent in run.intents("temporary_file"):
+        run.done(intent["id"])
+    unnamed = names.write_names(work.session, work.source.vm, sealed)[1]
+    if unnamed is not None:
+        work.source.warnings.append(unnamed)
+    # What could not be detached stays in the record for vadp_recover.
+    if not shared and not run.intents("attachment"):
+        run.remove()
 
 
 def _sequence(store: VmStore, run: Run) -> int:

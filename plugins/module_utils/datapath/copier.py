@@ -607,7 +607,7 @@ class _Copy:
                     break
                 offset, length, is_zero = step  # type: ignore[misc]
                 if is_zero:
-                    self._zeros(offset, length, known=True)
+                    self._zeros(offset, length)
                     continue
                 if self.whole_disk and offset != last_data_end:
                     self.result.areas += 1
@@ -719,7 +719,7 @@ class _Copy:
             self.note(slot.offset, slot.length)
             self.free.append(slot)
 
-    def _zeros(self, offset: int, length: int, known: bool) -> None:
+    def _zeros(self, offset: int, length: int) -> None:
         """A range that the source knows to be zeros."""
         inside = min(length, self.capacity - offset)
         self.result.bytes_zero += inside

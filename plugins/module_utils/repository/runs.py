@@ -391,12 +391,6 @@ class Run:
         with suppress(RepositoryError):
             self.done(intent)
 
-    def set_server(self, server_uuid: Optional[str]) -> None:
-        """Say which server the managed object ids of this run are of."""
-        with self._mutex:
-            if self.data["server_uuid"] != server_uuid:
-                self._change(server_uuid=server_uuid)
-
     @contextmanager
     def recorded(self, child: Child) -> Iterator[None]:
         """A child process stands in the record while it lives. It dies with us anyway; this is for when that fails."""

@@ -93,10 +93,6 @@ def boolean(value: Any, where: str) -> None:
         raise ShapeError(where, f"is neither true nor false: {_shown(value)}")
 
 
-def anything(value: Any, where: str) -> None:
-    """Whatever JSON can hold."""
-
-
 def one_of(*values: Any) -> Shape:
     """One of the values given."""
 

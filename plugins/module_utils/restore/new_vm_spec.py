@@ -20,7 +20,6 @@ from ..vsphere.configuration import network_name
 KEEP = "keep"
 NEW = "new"
 REFUSE = "refuse"
-DROP = "drop"
 
 # Properties that ConfigInfo and ConfigSpec have in common and that describe the machine itself. Newer ones are not in
 # every pyVmomi.

@@ -14,7 +14,7 @@ from ..vsphere import faults
 from ..vsphere.disks import Disk
 from ..vsphere.inventory import VmRef, readable
 from ..vsphere.session import Session, filter_spec
-from ..vsphere.snapshots import Snapshot, snapshots_of
+from ..vsphere.snapshots import snapshots_of
 from .guard import problems as device_problems
 from .hotadd_plan import read_pvscsi_units
 from .planner import (
@@ -65,13 +65,10 @@ _IMPORTING = ("VApp.Import",)
 # The disks and where they lie
 
 
-def disk_facts(
-    session: Session, vm: VmRef, disks: Sequence[Disk], snapshot: Optional[Snapshot] = None
-) -> Dict[int, DiskFacts]:
+def disk_facts(session: Session, vm: VmRef, disks: Sequence[Disk]) -> Dict[int, DiskFacts]:
     """What the planner has to know of disks of one VM, by device key: two calls.
 
     :param disks: of the snapshot's configuration, or of the VM's.
-    :param snapshot: the one that is read; it is among those that are counted.
     """
     values, found = _vm_and_datastores(session, vm)
     stores = _datastores(session, found)

@@ -91,10 +91,10 @@ def _status(descriptor: int) -> os.stat_result:
     return os.fstat(descriptor)
 
 
-def is_dead(path: str, disk_uuid: Optional[str]) -> bool:
+def is_dead(path: str) -> bool:
     """Whether the device is left over from a disk that is not attached any more: it does not answer.
 
-    What may not be opened by this user, and what answers as another disk than *disk_uuid*, is taken for alive.
+    A device that this user may not open counts as alive, and so does one that answers as another disk.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)

@@ -417,7 +417,7 @@ def _device_obstacles(situation: Situation, disk: Disk, guests: Sequence[GuestDi
     found = []
     for guest in left_over(situation, guests, disk):
         node = node_of(guest.name, device_dir)
-        if node is not None and not is_dead(node, disk.uuid):
+        if node is not None and not is_dead(node):
             found.append(
                 Obstacle(
                     f"a device with its UUID is here already, {node}, though the proxy has no such disk",

@@ -218,7 +218,7 @@ def clear_device(guest: GuestDisk, device_dir: str, sysfs_dir: str, timeout: flo
     :returns: whether it has gone.
     """
     node = node_of(guest.name, device_dir)
-    if not guest.virtual or node is None or not is_dead(node, guest.digits) or users_of(guest.name, sysfs_dir):
+    if not guest.virtual or node is None or not is_dead(node) or users_of(guest.name, sysfs_dir):
         return False
     return delete_device(guest.name, sysfs_dir, timeout)
 

@@ -48,6 +48,7 @@ from ..vsphere.datastore_files import folder_url, http_range, http_stream
 from ..vsphere.disks import CONTROLLER_CLASSES, Disk
 from ..vsphere.session import ConnectFailure, Connection, Session, Tls
 from .endpoints import Endpoint, retries_within, serve_nbdkit
+from .planner import BY_LEASE
 from .vix_errors import last_error_line
 
 if TYPE_CHECKING:
@@ -57,7 +58,6 @@ if TYPE_CHECKING:
 
 TRANSPORT = "https"
 FOLDER = "folder"
-EXPORT_LEASE = "export_lease"
 
 _SECTOR = 512
 _PIECE = 1 << 20
@@ -429,7 +429,7 @@ def open_lease(
                 _Download(session, lease, disk, stage, io_timeout, on_progress).run()
             run.update(intent, lease=None)
         with image.serve(str(stage), run_dir=run_dir, format="vmdk", connections=4) as child:
-            yield _endpoint(child.uri, Path(child.log_path), disk.capacity_bytes, disk, child, EXPORT_LEASE)
+            yield _endpoint(child.uri, Path(child.log_path), disk.capacity_bytes, disk, child, BY_LEASE)
     except BaseException:
         # The failure that brought us here is the one to tell; what can't be removed now stays in the run's record.
         with contextlib.suppress(OSError, RepositoryError):

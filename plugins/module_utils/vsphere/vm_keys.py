@@ -263,11 +263,6 @@ class VmKeys:
         prefix = f"{_ID}{_part(repository_id, 'repository ID')}."
         return sorted(key for key in self.raw if key.startswith(prefix))
 
-    def new_run(self, repository_id: str) -> Optional[str]:
-        """The run of this repository that made the machine, and has not let go of it."""
-        key = new_key(repository_id)
-        return None if key in self._twice else self.raw.get(key) or None
-
     def _is_own(self, vm_uuid: str) -> bool:
         return bool(self.vm_instance_uuid) and vm_uuid == self.vm_instance_uuid
 

@@ -24,7 +24,6 @@ from ...libraries import blake3, nbd
 
 # A block of the hashes is read at once: it is the reader's cache and its read-ahead.
 _CACHED_BLOCKS = 96
-_LOCATE_BYTES = 4096
 _OFFSET_DIGITS = 19
 
 Piece = Tuple[int, int, str]

@@ -260,10 +260,6 @@ class Stage:
             os.symlink(encoded(target), name, dir_fd=self._folder)
         return name
 
-    def drop(self, name: bytes) -> None:
-        """Forget a file that is not wanted after all."""
-        os.unlink(name, dir_fd=self._folder)
-
     def _next(self) -> bytes:
         self._count += 1
         return str(self._count).encode("ascii")

@@ -70,14 +70,14 @@ def test_what_is_no_device_or_is_gone_is_not_taken(machine: Machine) -> None:
 
 def test_what_can_not_be_read_is_dead(machine: Machine) -> None:
     path = str(machine.dev / "sdb")
-    assert not is_dead(path, UUID)
+    assert not is_dead(path)
     (machine.dev / "sdb").write_bytes(b"")
-    assert is_dead(path, UUID)
+    assert is_dead(path)
     (machine.dev / "sdb").unlink()
-    assert is_dead(path, UUID)
+    assert is_dead(path)
     # To open a socket's file is ENXIO, as for a disk that is gone.
     os.mknod(machine.dev / "sdb", stat.S_IFSOCK | 0o600)
-    assert is_dead(path, UUID)
+    assert is_dead(path)
 
 
 def answering(answer: bytes, status: int = 0, host: int = 0) -> Callable[..., Any]:
@@ -119,17 +119,17 @@ def test_a_block_device_is_asked_itself(machine: Machine, monkeypatch: pytest.Mo
     monkeypatch.setattr(held_device, "_status", lambda _descriptor: _Block)
     monkeypatch.setattr(held_device.fcntl, "ioctl", answering(PAGE83))
     take(machine).__exit__(None, None, None)
-    assert not is_dead(str(machine.dev / "sdb"), UUID)
+    assert not is_dead(str(machine.dev / "sdb"))
     # Behind the old name and the old identity is another disk now.
     other = bytes.fromhex(f"0083001401030010{OTHER.replace('-', '')}")
     monkeypatch.setattr(held_device.fcntl, "ioctl", answering(other))
     with pytest.raises(TransportError, match="INQUIRY does not name the UUID"):
         take(machine)
-    assert not is_dead(str(machine.dev / "sdb"), UUID)
+    assert not is_dead(str(machine.dev / "sdb"))
     monkeypatch.setattr(held_device.fcntl, "ioctl", answering(b"", host=1))
     with pytest.raises(TransportError, match="does not tell what it is"):
         take(machine)
-    assert is_dead(str(machine.dev / "sdb"), UUID)
+    assert is_dead(str(machine.dev / "sdb"))
     # A node of another device than the kernel's.
     monkeypatch.setattr(held_device.fcntl, "ioctl", answering(PAGE83))
     (machine.block / "dev").write_text("8:32\n")
