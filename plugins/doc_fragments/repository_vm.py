@@ -24,11 +24,11 @@ options:
       - Which restore point of the virtual machine, by its name, as V(latest), or by a time.
       - V(latest) is the point that was made last, by the number that the repository gave to it, not by a clock. Where a
         server is connected it is the last one of that server. Otherwise, if points of several servers are there, one
-        has to be named; the same if two points have one number.
+        must be named; the same if two points have one number.
       - A time, such as V(2026-11-20T03:00Z), V(2026-11-20T03:00:00Z), V(2026-11-20T04:00+01:00) or V(before
         2026-11-20T03:00Z), is the point whose snapshot was taken last before it, by what the server's clock said then.
-        The time zone has to be stated. Servers count as for V(latest).
-      - If any manifest of the virtual machine is damaged, nobody can tell which point is the latest. One has to be
+        The time zone must be stated. Servers count as for V(latest).
+      - If any manifest of the virtual machine is damaged, nobody can tell which point is the latest. One must be
         named then.
     type: str
     default: latest

@@ -54,7 +54,7 @@ options:
     description: Managed object id of the virtual machine that this machine is, such as V(vm-109).
     type: str
   proxy_physical:
-    description: Whether this machine is no virtual machine of that vCenter, whatever its hardware says.
+    description: Whether this machine is not a virtual machine of that vCenter, whatever its hardware says.
     type: bool
     default: false
   nfc_port:

@@ -2,8 +2,8 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 """What the operating system may refuse at any place: memory, threads, files, room.
 
-Who can do something about it handles it there. What nobody has handled is told here as an error of ours, for it is no
-defect: the user has to know what is exhausted, and a traceback does not say.
+Who can do something about it handles it there. What nobody has handled becomes an error of ours here. It is not a
+defect: the user must know what is exhausted, and a traceback does not say.
 """
 
 from __future__ import annotations

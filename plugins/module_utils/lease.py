@@ -25,7 +25,7 @@ ENDING_SECONDS = 3.0
 
 
 class Ended(BaseException):
-    """The module has to end now. No ``VadpError``: whoever handles failures must not handle this."""
+    """The module must end now. No ``VadpError``: whoever handles failures must not handle this."""
 
 
 def identity(pid: int) -> str:

@@ -144,16 +144,16 @@ def progress_options() -> Options:
 
 
 def _check_texts(params: Dict[str, Any]) -> None:
-    """:raises InputError: an option is no UTF-8: such a path can stand neither in results nor in records."""
+    """:raises InputError: an option is not UTF-8: such a path can stand neither in results nor in records."""
     for name, value in params.items():
         for text in _texts(value):
             try:
                 text.encode("utf-8")
             except UnicodeEncodeError:
                 raise InputError(
-                    f"The option {name} is no UTF-8",
+                    f"The option {name} is not UTF-8",
                     subject=shown(text),
-                    reason="it holds bytes that are no characters",
+                    reason="it holds bytes that are not characters",
                     remedy="Rename what it names, or reach it by another path (a bind mount)",
                 ) from None
 
@@ -170,7 +170,7 @@ class _Module(AnsibleModule):
     """An AnsibleModule that gets as far as :func:`_check_texts`."""
 
     def _log_invocation(self) -> None:
-        # What is no UTF-8 can't be written to the system's log: Ansible fails with a traceback.
+        # What is not UTF-8 can't be written to the system's log: Ansible fails with a traceback.
         with suppress(UnicodeEncodeError):
             super()._log_invocation()
 

@@ -32,7 +32,7 @@ def _stays(letter: str) -> bool:
 
 
 def _escaped(letter: str) -> str:
-    if "\udc80" <= letter <= "\udcff":  # a byte of a name that is no UTF-8
+    if "\udc80" <= letter <= "\udcff":  # a byte of a name that is not UTF-8
         return f"\\x{ord(letter) - 0xDC00:02x}"
     return letter.encode("unicode_escape").decode("ascii")
 

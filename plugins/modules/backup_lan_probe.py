@@ -112,7 +112,7 @@ targets:
       type: str
       sample: 10.20.30.5
     interface:
-      description: The interface that packets to the address leave by; null where the kernel does not tell.
+      description: The interface that packets to the address leave by; null where the kernel does not say.
       type: str
       sample: ens224
     mtu:

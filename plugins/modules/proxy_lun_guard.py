@@ -33,7 +33,7 @@ options:
     description:
       - LUNs that hold a VMFS datastore, by names of the datastore's extents (C(naa.600...)) or by paths of devices.
       - A LUN that still carries VMFS is found without being named. One that was formatted is known by its name only.
-      - A name that this machine doesn't see is passed over; a path has to exist.
+      - A name that this machine doesn't see is passed over; a path must exist.
     type: list
     elements: str
     default: []
@@ -111,7 +111,7 @@ disks:
       elements: str
       sample: []
     problems:
-      description: Why it must not be touched; always empty for a disk that is no LUN.
+      description: Why it must not be touched; always empty for a disk that is not a LUN.
       type: list
       elements: str
       sample: [partition sdb1 is mounted at /mnt]

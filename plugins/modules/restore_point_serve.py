@@ -48,7 +48,7 @@ options:
     default: []
   socket_dir:
     description:
-      - Folder for the Unix sockets, C(disk-<device key>.sock) for each disk. It has to exist.
+      - Folder for the Unix sockets, C(disk-<device key>.sock) for each disk. It must exist.
       - If neither it nor O(address) is given, a private folder of this user is used, one for each virtual machine.
     type: path
   address:

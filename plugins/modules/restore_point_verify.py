@@ -11,7 +11,7 @@ description:
   - Checks a restore point with all the layers that it stands on, and with O(level=boot) that it boots.
   - It needs no vCenter, and changes neither the point nor a virtual machine. Exactly one of O(vm_uuid) and O(vm_name)
     is required.
-  - One damaged file does not stop the other checks. All that is wrong is told.
+  - One damaged file does not stop the other checks. All that is wrong is reported.
 author:
   - openvadp maintainers (@openvadp)
 extends_documentation_fragment:
@@ -30,7 +30,7 @@ attributes:
   idempotent:
     support: full
     details: With O(level=boot) each run boots the point again, and replaces the screenshot and the log of the last one.
-      They are no part of the point, so that is no change.
+      They are no part of the point, so that is not a change.
 options:
   run_id:
     description:
@@ -51,13 +51,13 @@ options:
     default: structure
   fail_on_damage:
     description:
-      - Whether damage, or a point that does not boot, makes the task fail. With V(false) it is only told by RV(ok).
+      - Whether damage, or a point that does not boot, makes the task fail. With V(false) it is only reported by RV(ok).
     type: bool
     default: true
   boot_pattern:
     description:
       - Regular expression of Python. A guest has booted when it is found on the first serial console, such as
-        V(login:). The guest has to be set up to use that console.
+        V(login:). The guest must be set up to use that console.
       - If more than one of O(boot_pattern), O(boot_agent) and O(boot_screen_seconds) is given, one of them is enough.
     type: str
   boot_agent:
@@ -71,7 +71,7 @@ options:
       - If it is not given, and neither are O(boot_pattern) and O(boot_agent), it is 30.
     type: int
   boot_timeout:
-    description: Seconds within which a guest has to have booted.
+    description: Seconds within which a guest must have booted.
     type: int
     default: 600
   boot_memory:

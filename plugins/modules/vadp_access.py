@@ -32,7 +32,7 @@ options:
   state:
     description:
       - V(prepared) disables Storage vMotion of the virtual machine. Nothing but V(ended) allows it again, so whoever
-        prepares has to end in every outcome.
+        prepares must end in every outcome.
       - V(ended) allows it again. It does so also after a crash of whoever has prepared.
       - V(cleaned) removes what HotAdd of VDDK left on this machine when its process was killed, of all virtual
         machines. This comes before the snapshot is removed.

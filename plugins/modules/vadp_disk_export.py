@@ -53,12 +53,12 @@ options:
   run_id:
     description:
       - Id of a run that M(openvadp.backup.vadp_recover) has begun. Its record says which virtual machine, which
-        snapshot and which point are meant, and the snapshot has to carry the run's marker.
+        snapshot and which point are meant, and the snapshot must carry the run's marker.
       - The options that name the virtual machine count only where the record is of another server.
     type: str
   force:
     description:
-      - Whether another run that is at work on the virtual machine is taken for over. A warning says which.
+      - Whether another run that is at work on the virtual machine is treated as over. A warning says which.
       - Without it the module fails until that run has ended, or its deadline has passed.
       - A virtual machine that is off and carries the mark of a restore in place is read with it too. The point may hold
         the mixture that the restore has left.
@@ -124,14 +124,14 @@ options:
     default: 2
   vm_ids:
     description:
-      - Whether the virtual machine is told what its newest point is. One advanced setting a disk
+      - Whether the virtual machine itself names its newest point. One advanced setting for each disk
         (C(openvadp.id.<repository id>.<disk uuid>)) is written after the point is complete and before the snapshot is
         removed, if anything changed.
       - A virtual machine that went back in time (a revert, a rollback of the storage array), or that is a replica in
         another vCenter, is recognised by what it says, and its next point is a full one.
       - With V(false), or where the user lacks C(VirtualMachine.Config.AdvancedConfig), points are built upon as long as
         change tracking alone shows nothing wrong, which it does not always do in these cases.
-      - Templates are not told anything.
+      - Nothing is written to templates.
     type: bool
     default: true
 requirements:

@@ -109,9 +109,9 @@ options:
   target:
     description:
       - V(file) writes one image file for each disk into the folder O(dest). No vCenter is needed.
-      - V(in_place) writes into the disks of an existing virtual machine. It has to be off, without snapshots, and its
+      - V(in_place) writes into the disks of an existing virtual machine. It must be off, without snapshots, and its
         disks as large as those of the point. All that they hold is replaced, so O(overwrite=true) is required. They are
-        marked in the machine's advanced settings before the first write, change tracking is stopped, and started anew
+        marked in the machine's advanced settings before the first write, change tracking is stopped, and restarted
         after the last one. So the next backup of all disks is a full one, with every backup product.
       - V(new_vm) makes a virtual machine with the configuration, the NVRAM and the disks of the point. It has the old
         one's hardware, settings, PCI slots and BIOS UUID, and an instance UUID and disk UUIDs of its own. What belongs
@@ -122,7 +122,7 @@ options:
     default: file
   dest:
     description:
-      - Folder for the image files, which has to exist. Required for O(target=file).
+      - Folder for the image files, which must exist. Required for O(target=file).
       - The files are named C(<name of the virtual machine>-<label of the disk>-<device key>.<extension>), such as
         C(app01-hard-disk-1-2000.raw); with O(format=ova) there is one, C(<name of the virtual machine>.ova).
         RV(restored) returns their paths.
@@ -152,11 +152,11 @@ options:
       target_key:
         description:
           - Device key of the disk that is written, with O(target=in_place).
-          - If not given, it is the disk of the same key, and its UUID has to be that of the disk that was backed up.
+          - If not given, it is the disk of the same key, and its UUID must be that of the disk that was backed up.
         type: int
       datastore:
         description:
-          - Datastore on which the disk that is written has to lie, with O(target=in_place).
+          - Datastore on which the disk that is written must lie, with O(target=in_place).
           - Datastore on which the disk is made, with O(target=new_vm), if another than O(datastore).
         type: str
       format:
@@ -175,7 +175,7 @@ options:
     default: false
   force:
     description:
-      - Whether another run that is at work on the virtual machine is taken for over, with O(target=in_place) and
+      - Whether another run that is at work on the virtual machine is treated as over, with O(target=in_place) and
         O(target=new_vm). Without it the module fails until that run has ended, or its deadline has passed.
       - With O(target=in_place), disks are written also where they carry the mark of another restore that is not known
         to be over. Use it only when that restore was cut and can't be repeated, for two restores at the same time make
@@ -185,7 +185,7 @@ options:
   safety_run_id:
     description:
       - With O(target=in_place), nothing is overwritten unless the run of this id has made a restore point of the
-        virtual machine that is written, in this repository. Its files have to be there, and it has to hold the disks as
+        virtual machine that is written, in this repository. Its files must be there, and it must hold the disks as
         they are now.
       - Role P(openvadp.backup.vm_restore#role) gives the id of the backup that makes the safety point. The guard is
         here because tasks of a role are passed over where a play ignores errors.
@@ -202,7 +202,7 @@ options:
         backup writes that name (C(openvadp.id.<repository ID>.<disk UUID>) in the advanced settings). Without it the
         disk may have been restored from elsewhere, reverted or rolled back, and is written as a whole.
       - A disk is written as a whole, and RV(restored[].reason) says why, where change tracking can't tell. That is, if
-        the point or the disk has no change id, if change tracking was reset or is not trusted since an earlier restore,
+        the point or the disk has no change ID, if change tracking was reset or is not trusted since an earlier restore,
         if the machine had other snapshots at the point, if the disk is another one, or if the query fails.
       - What is about to be written is kept in a journal in the repository. After a crash the same restore goes on from
         there; it then compares the whole disk, since nobody knows who wrote to it meanwhile. A restore of another point
@@ -223,7 +223,7 @@ options:
         that can work is taken, and the result says why none before it was.
       - V(san) writes thick disks only, and only where it stands first. V(https) writes no existing disk;
         with O(target=new_vm) it brings the whole machine, all disks compressed, where nothing before it can write them.
-      - A transport that fails on the way is left for the next one, which writes the whole disk anew.
+      - A transport that fails on the way is left for the next one, which writes the whole disk again.
     type: list
     elements: str
     choices: [san, hotadd, nbdssl, nbd, https]
@@ -240,7 +240,7 @@ options:
     type: str
   esxi_hostname:
     description:
-      - Host that the new machine is made on, with O(target=new_vm). It has to see its datastores and networks.
+      - Host that the new machine is made on, with O(target=new_vm). It must see its datastores and networks.
       - If not given, the host of the old machine if it can take it, else the first that can.
     type: str
   resource_pool:
@@ -259,7 +259,7 @@ options:
     description:
       - Other networks for the network cards of the new machine, with O(target=new_vm). Name of the network when the
         point was made, and name of the one to connect to.
-      - A card whose network is not listed is connected to the network of the same name, which has to be there. A
+      - A card whose network is not listed is connected to the network of the same name, which must be there. A
         listed network that no card was connected to is an error.
     type: dict
     default: {}
@@ -298,7 +298,7 @@ options:
     description:
       - Whether the new machine gets the tags that the old one had, with O(target=new_vm), before it is started.
       - They are looked for by the names of category and tag. What vCenter does not have, or refuses, is not made, and a
-        warning tells of it.
+        warning reports it.
     type: bool
     default: true
   power_on:
@@ -338,7 +338,7 @@ notes:
     C(InventoryService.Tagging.ObjectAttachable) on the folder; without them the machine comes back without tags.
   - Tags take vCenter 7.0 U2 or newer, whose REST API they come by.
   - A new machine is made as the saved configuration says; a hardware version that the host does not know, or a device
-    that it refuses, is told in vCenter's words, and nothing stays.
+    that it refuses, is reported in vCenter's words, and nothing stays.
 seealso:
   - module: openvadp.backup.vadp_disk_export
   - module: openvadp.backup.restore_point_info
@@ -460,7 +460,7 @@ restored:
           failed when they tried.
       type: list
       elements: str
-      sample: ["hotadd: this machine is no virtual machine of this vCenter"]
+      sample: ["hotadd: this machine is not a virtual machine of this vCenter"]
     transport_notes:
       description: What the transport that was used costs.
       type: list
@@ -595,7 +595,7 @@ differences:
       type: raw
       sample: 6000C291-11aa-4c52-9d0e-0f1b2c3d4e5f
     reason:
-      description: Why it has to differ. Null if nothing explains it; then there is a warning too.
+      description: Why it must differ. Null if nothing explains it; then there is a warning too.
       type: str
       sample: disks have new files and UUIDs of their own
 """

@@ -14,7 +14,7 @@ description:
   - It reads ext2, ext3, ext4, XFS, btrfs on one device, NTFS and FAT, in GPT and MBR partitions, in LVM volumes and on
     whole disks. What it does not know to read right is refused by its name, and read by libguestfs, the library behind
     guestfish, where that is installed; such are exFAT, squashfs, F2FS, arrays, and LVM volumes that are not linear or
-    striped. Encrypted volumes are told in RV(volumes), and can't be read.
+    striped. Encrypted volumes are reported in RV(volumes), and can't be read.
   - A process of its own reads the disks, and can do nothing but answer. By dissect, each block of the disk is compared
     with the hash that was taken when it was backed up. Where libguestfs reads, all files of the repository that the
     disks stand on are checked beside. So no damage of the repository gets into a file unseen.
@@ -57,7 +57,7 @@ options:
       - Required unless O(list=true).
     type: path
   list:
-    description: Whether the files are only told by RV(files), and not written.
+    description: Whether the files are only reported by RV(files), and not written.
     type: bool
     default: false
   versions:
@@ -66,8 +66,8 @@ options:
       - RV(files) then has an element for each version of each file, and tells which points hold it. A version is
         another one if its type, size, time of the last change or target differs, or with O(checksums) its content. A
         change that left size and time as they were is seen with O(checksums) only.
-      - A point that can't be searched is told in RV(points), with a warning. O(limit) holds for each point, O(timeout)
-        for all of them together.
+      - A point that can't be searched is reported in RV(points), with a warning. O(limit) holds for each point,
+        O(timeout) for all of them together.
     type: bool
     default: false
   checksums:
@@ -92,7 +92,7 @@ options:
     description:
       - The volumes that are searched, each by its name, label or UUID as RV(volumes) tells them. Empty means all that
         can be read, without those that are searched only by their names (RV(volumes[].only_by_name)).
-      - If the same path exists on two of them, this has to name the one that is meant.
+      - If the same path exists on two of them, this must name the one that is meant.
     type: list
     elements: str
     default: []
@@ -310,12 +310,12 @@ files:
   contains:
     path:
       description:
-        - Path on the volume. What is no UTF-8, or no printable character, stands as C(\xNN) or C(\n).
+        - Path on the volume. What is not UTF-8, or no printable character, stands as C(\xNN) or C(\n).
       type: str
       sample: /etc/hosts
     path_base64:
       description: The very bytes of the path.
-      returned: if RV(files[].path) does not tell them
+      returned: if RV(files[].path) does not report them
       type: str
       sample: L2V0Yy///g==
     volume:
@@ -386,7 +386,7 @@ files:
       sample: []
     unknown_in:
       description:
-        - Names of the points that do not tell, because they or the volume can't be read, or the file or a directory on
+        - Names of the points that do not say, because they or the volume can't be read, or the file or a directory on
           the way was skipped.
       returned: with O(versions=true)
       type: list

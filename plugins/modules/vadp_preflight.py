@@ -52,7 +52,7 @@ options:
     default: [san, hotadd, nbdssl, nbd, https]
   restores:
     description:
-      - Restores that shall be possible too. For each the user's privileges are checked; a missing one is an error.
+      - Restores that should be possible too. For each the user's privileges are checked; a missing one is an error.
       - V(in_place) writes into the disks of the machine, V(new_vm) makes another one in its folder and resource pool,
         on its datastores and in its networks.
     type: list
@@ -213,7 +213,7 @@ vms:
           type: str
           sample: "VMware Tools don't run in the guest: backups are crash-consistent, and quiesce: required fails"
         remedy:
-          description: What to do about it; null where nothing has to be done.
+          description: What to do about it; null where nothing needs to be done.
           type: str
           sample: Install and start VMware Tools in the guest
 checks:

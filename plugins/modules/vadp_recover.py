@@ -11,13 +11,13 @@ description:
   - Removes what earlier runs of this repository left of a virtual machine. These are, in this order, processes on this
     machine, disks that are still attached to a proxy, snapshots (with what their removal may have left), prepared
     access (see M(openvadp.backup.vadp_access)), the virtual machine itself where a restore was making it and did not
-    come to its end, and temporary files, also of a M(openvadp.backup.restore_point_verify) that was killed while it
+    finish, and temporary files, also of a M(openvadp.backup.restore_point_verify) that was killed while it
     booted a point.
   - What others made is never touched. The records of runs say where to look, and no more, for they may be copied or
     written by anybody. A process is ended if the kernel says that the run has started it. A snapshot is removed if its
     description names this repository and a run that is recorded here. A virtual machine is removed if it carries the
-    mark of that restore, was never started, and has just the disks that it was made with. What can't be proved is told
-    by a warning, together with the command that removes it.
+    mark of that restore, was never started, and has just the disks that it was made with. A warning reports what can't
+    be proved, together with the command that removes it.
   - A run that is at work is not disturbed, and the module fails. It is at work until its deadline, which each module of
     it renews every minute, or until its process is known to be dead. So a run that was killed in the middle of a play
     is over after ten minutes at most, or with O(force=true).
@@ -78,7 +78,7 @@ options:
     type: str
   force:
     description:
-      - Whether runs that are at work are taken for over. What they left is removed, though they may go on and fail.
+      - Whether runs that are at work are treated as over. What they left is removed, though they may go on and fail.
         Warnings say which runs these were.
       - With O(run_id), what that run may have left on a machine that is gone is forgotten, too.
     type: bool
@@ -88,7 +88,7 @@ options:
       - Whether Storage vMotion of the virtual machine is held off for the run that is begun, with O(begin=true). The
         next recovery allows it again, when the run's snapshot is gone.
       - Where that can't be had (no VDDK, an ESXi host, a missing privilege) RV(run.access) says why, and the run is
-        begun all the same.
+        begun anyway.
     type: bool
     default: false
   export:
@@ -122,7 +122,7 @@ options:
         description: Its managed object id.
         type: str
       proxy_physical:
-        description: Whether the proxy is no virtual machine of this vCenter.
+        description: Whether the proxy is not a virtual machine of this vCenter.
         type: bool
       nfc_port:
         description: Port of the ESXi hosts.
@@ -315,7 +315,7 @@ announced:
       type: str
       sample: 4f1c9a7be2d80356a1b2c3d4e5f60718
     vm_uuid:
-      description: Instance UUID of the virtual machine; null where only the proxy tells of it.
+      description: Instance UUID of the virtual machine; null where only the proxy names it.
       type: str
       sample: 503f1d2e-3c4b-5a69-7887-96a5b4c3d2e1
 recovered:
@@ -409,7 +409,7 @@ run:
       description:
         - Disks whose change tracking can't be believed, because a restore has written them or because it was turned on
           over a snapshot. They are read in full until M(openvadp.backup.vm_change_tracking) with C(state=reset) has
-          started it anew, and a full point was made then.
+          started it again, and a full point was made then.
       type: list
       elements: dict
       contains:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: vm_change_tracking
-short_description: Switch changed block tracking of a virtual machine on or off, or start it anew
+short_description: Switch changed block tracking of a virtual machine on or off, or start it again
 version_added: 0.1.0
 description:
   - Incremental backups need changed block tracking (CBT), which vSphere keeps for each disk.
@@ -21,19 +21,19 @@ extends_documentation_fragment:
 attributes:
   check_mode:
     support: full
-    details: Change ids that do not exist yet are null.
+    details: Change IDs that do not exist yet are null.
   diff_mode:
     support: full
   idempotent:
     support: partial
-    details: With O(state=reset) each run starts tracking anew.
+    details: With O(state=reset) each run restarts tracking.
 options:
   state:
     description:
       - V(enabled) switches tracking on. That is refused while there are snapshots, because vSphere then gives wrong
         incremental backups without an error.
-      - V(disabled) switches it off. Change ids of earlier backups are then worthless.
-      - V(reset) switches it off and on with a stun cycle after each, so that all change ids start anew. It is refused
+      - V(disabled) switches it off. Change IDs of earlier backups are then worthless.
+      - V(reset) switches it off and on with a stun cycle after each, so that all change IDs start again. It is refused
         while there are snapshots. The next backup of each disk is a full one.
     type: str
     choices: [enabled, disabled, reset]
@@ -59,7 +59,7 @@ options:
     default: 3600
   force:
     description:
-      - With O(state=reset), remove the marks of restores in place that were cut, once change tracking has started anew.
+      - With O(state=reset), remove the marks of restores in place that were cut, once change tracking has restarted.
         A mark that can't be removed because no change ID proves the reset becomes one that waits for the next reset.
       - Use it only when nothing writes to the disks any more and their content is as you want it. A restore that was
         cut has left a mixture; running it again is what makes the disks whole.
@@ -85,7 +85,7 @@ EXAMPLES = r"""
     password: "{{ vcenter_password }}"
     name: app01
 
-- name: Start anew when the change ids are not to be trusted
+- name: Start again when the change IDs are not to be trusted
   openvadp.backup.vm_change_tracking:
     hostname: vcenter.example.com
     username: backup@vsphere.local
@@ -93,7 +93,7 @@ EXAMPLES = r"""
     name: app01
     state: reset
 
-- name: Start anew after a restore that was cut and is not repeated
+- name: Start again after a restore that was cut and is not repeated
   openvadp.backup.vm_change_tracking:
     hostname: vcenter.example.com
     username: backup@vsphere.local
@@ -120,13 +120,13 @@ change_tracking:
     effective:
       description:
         - Whether changes are really tracked, as far as that can be known.
-        - It is judged so. Tracking is on, and each disk that a snapshot can hold has a change id in the virtual
+        - It is judged so. Tracking is on, and each disk that a snapshot can hold has a change ID in the virtual
           machine's configuration. A virtual machine that is off with tracking on counts as well, as nothing is written
           before tracking begins.
       type: bool
       sample: true
     disks:
-      description: The disks. These change ids show that tracking works; a backup uses those of its snapshot.
+      description: The disks. These change IDs show that tracking works; a backup uses those of its snapshot.
       type: list
       elements: dict
       sample:

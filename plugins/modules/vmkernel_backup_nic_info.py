@@ -36,7 +36,7 @@ options:
     type: list
     elements: str
   datastore:
-    description: Name of a datastore, whose hosts are told. Two of one name are an error.
+    description: Name of a datastore, whose hosts are reported. Two of one name are an error.
     type: str
   datacenter:
     description: Name of the datacenter that datastore and hosts lie in.

@@ -17,7 +17,7 @@ _LEAST_WIDTH = 40
 
 
 def require_results(results: Any, name: str, what: str) -> None:
-    """Refuse input of filter *name* that is no list of dictionaries. :param what: who made them, for the message."""
+    """Refuse input of filter *name* that is not a list of dictionaries. :param what: who made them, for the message."""
     if isinstance(results, (str, bytes, Mapping)) or not all(isinstance(result, Mapping) for result in results):
         raise AnsibleFilterError(f"{name} takes a list of what {what}.")
 

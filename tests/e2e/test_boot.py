@@ -178,7 +178,7 @@ def test_nothing_outlives_a_module_that_is_killed(world: World) -> None:
 
 def test_what_can_not_be_booted_is_refused(world: World) -> None:
     refused: Dict[str, Dict[str, Any]] = {
-        "no regular expression": {"boot_pattern": "("},
+        "not a regular expression": {"boot_pattern": "("},
         "proves nothing": {"boot_pattern": ".*"},
         "boot_timeout is out of range": {"boot_timeout": 0},
         "boot_memory is out of range": {"boot_memory": 1},

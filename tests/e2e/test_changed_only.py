@@ -141,10 +141,10 @@ def test_what_changed_is_written_and_nothing_else(modules: Modules) -> None:
     machine.whole(machine.restore("incremental"))
     machine.power(True)
     modules.track_changes("reset")
-    modules.point("anew")
+    modules.point("again")
     machine.write(2000, 5 * MIB, seed=7)
     machine.power(False)
-    result = machine.restore("anew")
+    result = machine.restore("again")
     written = {key: entry["bytes_written"] for key, entry in result["restored"].items()}
     assert written[2001] == 0 and CLUSTER * 0.9 < written[2000] <= 1.2 * CLUSTER
     machine.power(True)
@@ -201,7 +201,7 @@ def test_the_whole_disk_is_written_where_tracking_does_not_tell(modules: Modules
     machine = Machine(modules)
     modules.point("one")
     machine.power(False)
-    machine.whole(machine.restore("untracked", disks=[{"key": key} for key in BOTH]), "untracked has no change id")
+    machine.whole(machine.restore("untracked", disks=[{"key": key} for key in BOTH]), "untracked has no change ID")
 
     machine.power(True)
     modules.track_changes("reset")

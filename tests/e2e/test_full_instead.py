@@ -97,16 +97,16 @@ def test_change_ids_missing_and_queries_failing(modules: Modules) -> None:
     _reasons(modules.point("one"), "first restore point")
     _write(modules, BOTH, 0, seed=1)
     snapshot = modules.snapshot("two")
-    modules.refused(snapshot, "no change id", "tracking is off")
-    modules.refused(snapshot, "no change id", mode="differential")
-    _reasons(modules.make(snapshot, "two"), "no change id", "tracking is off")
+    modules.refused(snapshot, "no change ID", "tracking is off")
+    modules.refused(snapshot, "no change ID", mode="differential")
+    _reasons(modules.make(snapshot, "two"), "no change ID", "tracking is off")
     modules.remove_snapshot(snapshot)
 
     modules.track_changes()
     _write(modules, BOTH, CLUSTER, seed=2)
     snapshot = modules.snapshot("three")
-    modules.refused(snapshot, "point two has no change id")
-    _reasons(modules.make(snapshot, "three"), "point two has no change id")
+    modules.refused(snapshot, "point two has no change ID")
+    _reasons(modules.make(snapshot, "three"), "point two has no change ID")
     modules.remove_snapshot(snapshot)
 
     # The query fails for one disk: never "nothing changed" (VADP facts 9).
@@ -127,7 +127,7 @@ def test_change_ids_missing_and_queries_failing(modules: Modules) -> None:
 
     modules.track_changes("disabled")
     _write(modules, BOTH, 4 * CLUSTER, seed=5)
-    _reasons(modules.point("six"), "no change id")
+    _reasons(modules.point("six"), "no change ID")
     modules.verify_bytes()
     modules.verify("five")
     modules.clean()
@@ -162,7 +162,7 @@ def test_snapshots_of_others_and_going_back_to_them(modules: Modules, administra
     _reasons(modules.make(snapshot, "four"), "shows point one though three is newer", "reverted")
     modules.remove_snapshot(snapshot)
 
-    # Back again, and enough snapshots to bring the change id past that of point four.
+    # Back again, and enough snapshots to bring the change ID past that of point four.
     _write(modules, BOTH, 0, 5 * MIB, seed=5)
     modules.point("five")
     administrator.revert(theirs)

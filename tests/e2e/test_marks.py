@@ -177,7 +177,7 @@ def test_a_kill_leaves_the_mark_and_what_follows_sees_it(site: Site) -> None:
     assert set(modes(site.b.point("b3")).values()) == {"full"}
     site.write(2000, 20 * MIB, seed=7)
     disks = site.b.point("b4")
-    assert all("did not come to its end" in disk["reason"] for disk in disks.values()), disks
+    assert all("did not finish" in disk["reason"] for disk in disks.values()), disks
     (warning,) = site.b.backups.manifest("app01", "b4")["warnings"]
     assert "may hold a mixture" in warning
     site.b.track_changes("reset")
@@ -240,7 +240,7 @@ def test_a_restore_whose_reset_fails_is_good_and_waits_for_it(site: Site) -> Non
     site.power(False)
     site.call("inject", target="task", name="CreateSnapshot_Task", fault="GenericVmConfigFault", count=1, after=1)
     result = site.restore(site.a, "a1")
-    assert result["changed"] and "was not started anew" in warnings(result), warnings(result)
+    assert result["changed"] and "was not started again" in warnings(result), warnings(result)
     assert set(site.marks.values()) == {"done"}
     site.a.clean()
     # A backup with a foreign snapshot in the way reads all; the role would reset it first.
@@ -364,7 +364,7 @@ def test_a_disk_that_moved_takes_its_mark_along(site: Site, administrator: Admin
     site.a.remove_snapshot(snapshot)
     site.power(True)
     disks = site.a.point("a3")
-    assert "did not come to its end" in disks[moved]["reason"], disks
+    assert "did not finish" in disks[moved]["reason"], disks
 
 
 def test_disks_of_one_uuid_are_read_and_written_in_full(site: Site) -> None:

@@ -133,7 +133,7 @@ def test_a_rollback_by_the_array(world: Callable[[Path], Modules], tmp_path: Pat
     simulator.start()
     held = modules.held
     modules = Modules(simulator, modules.repository)
-    # What raises the number of the change ids above that of the newest point.
+    # What raises the number of the change IDs above that of the newest point.
     for number in range(3):
         modules.remove_snapshot(modules.snapshot(f"other {number}"))
     simulator.write("app01", 2000, 24 * MIB, seed=8, length=65536)

@@ -109,7 +109,7 @@ def test_a_machine_comes_by_https_alone(machines: Machines) -> None:
     for entry in planned["restored"]:
         assert (entry["transport"], entry["method"]) == ("https", "import_lease")
         reasons = "\n".join(entry["transport_reasons"])
-        assert "hotadd: this machine is no virtual machine" in reasons and "nbdssl: VDDK is not there" in reasons, (
+        assert "hotadd: this machine is not a virtual machine" in reasons and "nbdssl: VDDK is not there" in reasons, (
             reasons
         )
         assert "the whole disk crosses the network, compressed" in str(entry["transport_notes"])
@@ -148,7 +148,7 @@ def test_a_disk_that_nothing_can_read_back(machines: Machines) -> None:
     assert not result["failed"], result["msg"]
     assert [(entry["transport"], entry["verified"]) for entry in result["restored"]] == [("https", None)]
     told = str(result["warnings"])
-    assert "Disk 2001 was not read back: not by the datastore" in told and "where a disk is no file" in told, told
+    assert "Disk 2001 was not read back: not by the datastore" in told and "where a disk is not a file" in told, told
     assert machines.simulator.disk("on-vsan", 2001) == machines.modules.held["full"][2001]
 
 

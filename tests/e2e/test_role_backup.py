@@ -194,7 +194,7 @@ def test_change_tracking_that_is_not_reset(simulator: Simulator, backups: Backup
         "inject", target="task", name="CreateSnapshot_Task", fault="GenericVmConfigFault", count=1, after=1
     )
     _restore_in_place(backups, "p1")
-    # What must be incremental fails, and costs no other tool its change ids.
+    # What must be incremental fails, and costs no other tool its change IDs.
     seen = simulator.last_call()
     outcome = backups.run("app01", point="p2", mode="incremental")
     assert outcome.rc != 0 and "was not reset since a restore" in outcome.stdout

@@ -104,7 +104,7 @@ def test_what_a_killed_restore_left_is_no_state_to_go_back_to(modules: Modules) 
     at = simulator.last_call()
     named = {"vm_restore_name": "restore01", "vm_restore_disks": TO_RESTORE01, "point": "p1"}
     message = _restore(modules, safety_point=True, **named).failed().result("fail")["msg"]
-    assert "a restore of point p1 into disk 2000 did not come to its end" in message
+    assert "a restore of point p1 into disk 2000 did not finish" in message
     assert "without vm_restore_safety_point" in message and _changes(modules, at) == []
     assert len(list(modules.repository.glob("vms/*"))) == 1
 

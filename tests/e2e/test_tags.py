@@ -182,7 +182,7 @@ def test_a_privilege_is_missing(tagged: Tagged, privilege: str) -> None:
     told = _warnings(result)
     assert len(told) == 2 and all("HTTP 403" in one and privilege in one for one in told)
     explained = {one["path"]: one["reason"] for one in result["differences"]}
-    assert explained["tags[Backup/daily]"] == "a warning tells of it"
+    assert explained["tags[Backup/daily]"] == "a warning reports it"
 
 
 def test_a_login_that_has_ended_and_a_connection_that_broke(tagged: Tagged, session: Session) -> None:
@@ -210,7 +210,7 @@ def test_no_backup_fails_for_tags(tagged: Tagged) -> None:
         assert told.startswith("The machine's tags are not in the restore point: ") and reason in told
         assert len(_warnings(result)) == 1 and reason in _warnings(result)[0]
     result = tagged.make("untold", point="old")
-    assert result["tags"] == [] and "does not tell the machine's tags" in _warnings(result)[0]
+    assert result["tags"] == [] and "does not report the machine's tags" in _warnings(result)[0]
 
 
 def test_no_restore_fails_for_tags(tagged: Tagged, session: Session) -> None:

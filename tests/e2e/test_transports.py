@@ -309,7 +309,7 @@ def test_a_proxy_outside_and_one_that_is_not_clear(app01: Proxy, snapshot: str) 
     hotadd: Dict[str, Any] = {"transports": ["hotadd"], "disks": ["2001"], "vddk_libdir": NOWHERE}
     app01.control("proxy", identity="none")
     result = app01.export(snapshot, "one", **hotadd)
-    assert result["failed"] and "this machine is no virtual machine of this vCenter" in result["msg"]
+    assert result["failed"] and "this machine is not a virtual machine of this vCenter" in result["msg"]
     assert "no virtual machine there has the hardware UUID" in result["msg"]
     named = app01.export(snapshot, "one", proxy_name="proxy01", **hotadd)
     assert not named["failed"], named

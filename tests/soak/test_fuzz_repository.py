@@ -281,7 +281,7 @@ def mutate(repository: Path, outside: Path, source: random.Random) -> List[str]:
                 said = change_type(path, outside, source)
             done.append(f"{path.relative_to(repository)}: {how}: {said}")
     if source.random() < 0.3 and register(repository):
-        done.append("and all is registered anew")
+        done.append("and all is registered again")
     return done
 
 
@@ -532,7 +532,7 @@ class Case:
             text = json.dumps(shown_deep(result), ensure_ascii=False, default=str)
             text.encode("utf-8")
         except ValueError as error:
-            return None, f"the result can't be told: {error}"
+            return None, f"the result can't be determined: {error}"
         if re.search(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", text):
             return None, f"the result would move the cursor: {text[:300]!r}"
         return result, None

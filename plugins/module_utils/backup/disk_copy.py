@@ -198,7 +198,7 @@ def _begin(plan: DiskPlan, job: CopyJob, layer: Path, hashes: Path) -> HashWrite
 class _Attempt:
     """One try by one transport.
 
-    :param areas: what it has to read; None: all that holds data.
+    :param areas: what it must read; None: all that holds data.
     :param begun: the disk is open, and its bytes may be on their way.
     :param last: no other transport can be tried after it.
     """
@@ -301,7 +301,7 @@ def _read_by(attempt: _Attempt, plan: DiskPlan, job: CopyJob, parts: _Parts, pro
 
 
 class _Left(NamedTuple):
-    """What another transport has to read after one failed."""
+    """What another transport must read after one failed."""
 
     areas: Optional[Extents]
     done: CopyResult
@@ -309,7 +309,7 @@ class _Left(NamedTuple):
 
 
 def _left_to_read(error: VadpError, attempt: _Attempt, plan: DiskPlan, job: CopyJob) -> Optional[_Left]:
-    """What the next transport has to read; None if it was not the transport that failed, and no other would help."""
+    """What the next transport must read; None if it was not the transport that failed, and no other would help."""
     if job.cancel.is_set():
         return None
     if not attempt.begun:
@@ -393,7 +393,7 @@ def _clean(run: Run, intent: int, paths: Sequence[Path]) -> None:
         _remove(paths)
         run.done(intent)
     except (OSError, RepositoryError):
-        # The failure that brought us here is the one to tell.
+        # The failure that brought us here is the one to report.
         return
 
 

@@ -66,7 +66,7 @@ class Source:
 
     :param snapshot: None for a template, and where it does not exist yet (check mode).
     :param verdict: what restores in place have left in the VM, seen after the snapshot was made.
-    :param template: what a template has to stay like until it was read; None for all other VMs.
+    :param template: what a template must stay like until it was read; None for all other VMs.
     :param disks: all that the VM has, not only those that are read.
     :param naming: what the VM says of itself.
     :param foreign: the VM's snapshots but the one that is read. One that a run of ours left is no better than others:
@@ -755,7 +755,7 @@ def _abandon(run: Run, shared: bool) -> None:
         try:
             run.remove()
         except (OSError, RepositoryError):
-            # The failure that brought us here is the one to tell; vadp_recover removes the record.
+            # The failure that brought us here is the one to report; vadp_recover removes the record.
             return
 
 

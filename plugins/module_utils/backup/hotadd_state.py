@@ -58,7 +58,7 @@ def ensure(
 ) -> Dict[str, Any]:
     """Reach the wanted state and return the module's result, ``diff`` included. Check mode makes no changing call.
 
-    :param proxy: None where this machine is no VM of that vCenter.
+    :param proxy: None where this machine is not a VM of that vCenter.
     :param how: how that was found out.
     """
     if proxy is None:

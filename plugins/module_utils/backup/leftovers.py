@@ -3,8 +3,8 @@
 """What crashed runs of this repository left: on this machine, on the VM, in the repository.
 
 A record says where to look, and authorises nothing: copied, planted and old records say the same as true ones. What is
-touched is proved to be ours by vCenter, by the kernel or by the place (proofs 6 to 10); what is not is told, together
-with the command that removes it.
+touched is proved to be ours by vCenter, by the kernel or by the place (proofs 6 to 10). Everything else is reported,
+together with the command that removes it.
 
 The order is that of VADP facts 30: processes, attachments, tasks, snapshots, access, machines, temporary files; a run's
 record goes last, so that a recovery that fails half-way is done again.
@@ -46,7 +46,7 @@ _KILL_SECONDS = 10
 _TASK_SECONDS = 60
 
 # What keeps a run's record. A restore that crashed goes on from its journal (VADP facts 12), prepared access can't be
-# ended without VDDK, a task has to end, and processes are looked at on their own machine only.
+# ended without VDDK, a task must end, and processes are looked at on their own machine only.
 _KEPT_INTENTS = ("access", "restore", "task", "process")
 
 Recovered = Dict[str, Any]
@@ -117,13 +117,13 @@ def recover(
 ) -> Recovery:
     """Remove what runs of this repository left of a VM; idempotent. Under the VM's lock, unless in check mode.
 
-    Runs that are at work are left alone. That they are none of the caller's business is for the caller to say.
+    Runs that are at work are left alone, unless *force* is set.
 
     :param vm: None if the VM is gone: then only this machine, the proxies and the repository are looked at.
     :param check_mode: list only.
     :param device_dir: where attached disks have links by their ids, on this machine.
     :param run_id: what this run left, and no other.
-    :param force: runs that are at work are taken for over.
+    :param force: runs that are at work are treated as over.
     :raises VadpError: something of ours could not be removed.
     """
     result = Recovery()
@@ -384,7 +384,7 @@ def _doubt(looked: Looked, vm: VmRef, snapshot: Snapshot, here: Sequence[Run]) -
         if looked.run_id is not None:
             return None if run_id == looked.run_id else ""
         if any(other.run_id == run_id for other in here):
-            return ""  # its run is at work, or was told of
+            return ""  # its run is at work, or was reported
         return (
             f"{_called(snapshot)} of {vm} carries the marker of this repository, but run {run_id} has no"
             f" record here, so it was left. If that run is over: vadp_recover with run_id={run_id} removes it."
@@ -425,7 +425,7 @@ def _new_machines(looked: Looked) -> None:
                 looked.item("new_vm", removal.name, removal.action)
             elif removal is not None:
                 looked.result.told.append(
-                    f"The virtual machine {removal.name}, which a restore made that did not come to its end, was"
+                    f"The virtual machine {removal.name}, which a restore made that did not finish, was"
                     f" {removal.action}."
                 )
             if removal is None or removal.settled:

@@ -45,7 +45,7 @@ def look(session: Session, vm: VmRef) -> Seen:
 
 
 def before_snapshot(seen: Seen) -> List[Dict[str, Any]]:
-    """The disks whose tracking has to be reset before the snapshot is made: [{key, label, since, reason}]. Pure.
+    """The disks whose tracking must be reset before the snapshot is made: [{key, label, since, reason}]. Pure.
 
     What a restore has left as ``done`` waits for just that. ``since`` is None: a mark tells no time.
     """
@@ -67,11 +67,11 @@ def after_snapshot(vm: VmRef, keys: VmKeys, disks: Sequence[Disk], power_state: 
     """Look at the marks once the snapshot is there. Pure.
 
     :param keys: as they were when the snapshot was made; a template's own.
-    :param disks: all of the virtual machine, with the change ids of the snapshot: a restore into one that is not read
+    :param disks: all of the virtual machine, with the change IDs of the snapshot: a restore into one that is not read
         stands in the way too.
     :param power_state: of the virtual machine; a template is ``poweredOff``.
     :param force: a restore that may be writing was cut: the disks are read as they are.
-    :raises VsphereError: a restore may be writing now. The snapshot has to go, and no point is made.
+    :raises VsphereError: a restore may be writing now. The snapshot must go, and no point is made.
     """
     marks = keys.marks_of(disks)
     full: Dict[int, str] = {}
@@ -86,7 +86,7 @@ def after_snapshot(vm: VmRef, keys: VmKeys, disks: Sequence[Disk], power_state: 
     if writing:
         warnings.append(
             f"{_labels(writing)} of {vm} may hold a mixture: a restore into it (run"
-            f" {', '.join(sorted({marks[disk.key].run_id for disk in writing}))}) did not come to its end. Run that"
+            f" {', '.join(sorted({marks[disk.key].run_id for disk in writing}))}) did not finish. Run that"
             " restore again; if the content is as you want it, use vm_change_tracking with state=reset and force=true"
         )
     if any(mark.state == UNKNOWN for mark in marks.values()):
@@ -99,7 +99,7 @@ def after_snapshot(vm: VmRef, keys: VmKeys, disks: Sequence[Disk], power_state: 
 
 _REASONS = {
     DONE: "its change tracking was not reset since a restore (run {}) wrote to it",
-    WRITING: "a restore into it (run {}) did not come to its end",
+    WRITING: "a restore into it (run {}) did not finish",
     UNKNOWN: "what the virtual machine says of restores into it can't be read",
 }
 

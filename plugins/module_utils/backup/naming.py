@@ -36,7 +36,7 @@ class Naming:
     """What the virtual machine says of itself, and whether it can be told what comes.
 
     :param keys: as the snapshot holds them, or (*from_vm*) as the machine does, where the snapshot's are not filled.
-    :param writes: whether points are named. :param problem: why not, if the user has to know.
+    :param writes: whether points are named. :param problem: why not, if the user must know.
     """
 
     server_uuid: str

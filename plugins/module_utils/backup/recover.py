@@ -152,7 +152,7 @@ def recover_vm(request: RecoverRequest, check_mode: bool) -> Dict[str, Any]:
                 raise NotFoundError(
                     "There is no virtual machine to back up any more",
                     subject=str(vm),
-                    reason="it was half restored, by a restore that did not come to its end, and was removed",
+                    reason="it was half restored, by a restore that did not finish, and was removed",
                     remedy="Run the restore again",
                     details={"recovered": recovery.found},
                 )
@@ -182,7 +182,7 @@ def recover_vm(request: RecoverRequest, check_mode: bool) -> Dict[str, Any]:
 def forget_repository(params: Dict[str, Any], check_mode: bool) -> Dict[str, Any]:
     """``vadp_recover`` with ``forget_repository``: as :func:`recover_vm`, and ``forgotten``, the keys that went.
 
-    :raises InputError: that is no repository's ID. VadpError: the keys can't be read or written.
+    :raises InputError: that is not a repository's ID. VadpError: the keys can't be read or written.
     """
     if params["begin"] or params["repository"] is not None:
         raise InputError(
@@ -199,7 +199,7 @@ def forget_repository(params: Dict[str, Any], check_mode: bool) -> Dict[str, Any
 
 def _doubt_copies(session: Session, store: VmStore, vm: VmRef) -> None:
     """Where the VM names content that is not here, this is a copy or was rolled back: its records may be those of the
-    original's runs, so they are told and not acted upon (proofs 3)."""
+    original's runs, so they are reported and not acted upon (proofs 3)."""
     if not store.runs():
         return
     keys, _version = vm_keys.read(session, vm)
@@ -431,7 +431,7 @@ def _is_removal(item: Dict[str, Any]) -> bool:
 
 
 def _not_trusted(session: Session, store: Optional[VmStore], begun: _About) -> List[Dict[str, Any]]:
-    """Disks whose change tracking has to be reset: the virtual machine says so, or this repository."""
+    """Disks whose change tracking must be reset: the virtual machine says so, or this repository."""
     found = before_snapshot(begun.seen)
     marks = trust.marks(store) if store is not None else []
     if store is not None and marks:

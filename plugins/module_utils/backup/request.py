@@ -47,7 +47,7 @@ class ExportRequest:
     :param vm: the options that name the VM, as :func:`..vsphere.inventory.find_vm` takes them.
     :param snapshot_moid: neither it nor the name is given for a template, which has no snapshots.
     :param run_id: of a run that was begun: it says which snapshot, and which point.
-    :param force: other runs that are at work on the VM are taken for over.
+    :param force: other runs that are at work on the VM are treated as over.
     :param rate_limit: bytes a second, for all disks together.
     :param vm_ids: whether the virtual machine names its points.
     """

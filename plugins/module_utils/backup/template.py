@@ -3,7 +3,7 @@
 """Templates: they have no snapshots, so their base files are read, and nothing may change them meanwhile.
 
 A template's disks are at rest by its nature, until somebody converts it to a virtual machine. What vCenter says of it
-before the copy and after it has to be the same; then all disks were read in one state, as from one snapshot.
+before the copy and after it must be the same; then all disks were read in one state, as from one snapshot.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def check_can_be_read(vm: VmRef, state: VmState) -> None:
 
 
 def without_tracking(disks: List[Disk]) -> List[Disk]:
-    """Its disks may have change ids of a former life; no later point may build upon them."""
+    """Its disks may have change IDs of a former life; no later point may build upon them."""
     return [replace(disk, change_id=None) for disk in disks]
 
 

@@ -445,7 +445,7 @@ class _Copy:
     def settle(self) -> Optional[Extents]:
         """After the source failed: what was copied, so that another source can go on from there.
 
-        All that was sent to the target has to be answered for first: what may or may not be there can't be written
+        All that was sent to the target must be answered for first: what may or may not be there can't be written
         again (a compressed cluster is written once) and is in the hashes already. None if the target does not answer,
         or fails too.
         """

@@ -189,7 +189,7 @@ class Extents:
     def round_out(self, granularity_bytes: int, capacity_bytes: int) -> Extents:
         """Every area grown to multiples of *granularity_bytes*, and cut at *capacity_bytes*.
 
-        The last area may end at a capacity that is no multiple; no other border is odd.
+        The last area may end at a capacity that is not a multiple; no other border is odd.
         """
         size = granularity_bytes
         ranges = (

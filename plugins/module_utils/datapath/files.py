@@ -57,7 +57,7 @@ def open_regular(path: str, *, what: str = "A file can't be used", dir_fd: Optio
     :param what: the message's beginning if it is refused.
     :param dir_fd: what a relative path is relative to.
     :raises FileNotFoundError: there is nothing. OSError: it can't be opened.
-    :raises DamagedError: it is no ordinary file, or everybody may write it.
+    :raises DamagedError: it is not an ordinary file, or everybody may write it.
     """
     # Opening a device may do something already, so the name is looked at first.
     _require_regular(os.stat(path, dir_fd=dir_fd, follow_symlinks=False), path, what)
@@ -65,7 +65,7 @@ def open_regular(path: str, *, what: str = "A file can't be used", dir_fd: Optio
         descriptor = os.open(path, _READ, dir_fd=dir_fd)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO):
-            raise DamagedError(what, subject=path, reason="it is no ordinary file", remedy=_REMEDY) from None
+            raise DamagedError(what, subject=path, reason="it is not an ordinary file", remedy=_REMEDY) from None
         raise
     try:
         _require_regular(os.fstat(descriptor), path, what)
@@ -114,10 +114,12 @@ def _require_regular(status: os.stat_result, path: str, what: str) -> None:
 
 
 def kind_problem(status: os.stat_result) -> Optional[str]:
-    """Why something is no ordinary file, None if it is one."""
+    """Why something is not an ordinary file, None if it is one."""
     if stat.S_ISREG(status.st_mode):
         return None
-    return next((f"it is {kind}, no ordinary file" for fits, kind in _KINDS if fits(status.st_mode)), "it is no file")
+    return next(
+        (f"it is {kind}, not an ordinary file" for fits, kind in _KINDS if fits(status.st_mode)), "it is not a file"
+    )
 
 
 def writers_problem(status: os.stat_result) -> Optional[str]:
@@ -147,11 +149,11 @@ def _integer(digits: str) -> int:
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 def nameless(folder: str, prefix: str) -> int:
-    """The descriptor of a new file that has no name, so that nobody has to remove it, nor can put another there.
+    """The descriptor of a new file that has no name, so that nobody needs to remove it, nor can put another there.
 
     :raises DataPathError: it can't be made.
     """
@@ -197,7 +199,7 @@ class Folder:
     def open(self, name: str) -> Optional[int]:
         """A descriptor to read an ordinary file from, None if there is none.
 
-        :raises DamagedError: it is something else. Anybody may write it: it is no file of a repository.
+        :raises DamagedError: it is something else. Anybody may write it: it is not a file of a repository.
         """
         path = os.path.join(self.path, name)
         status = self.status(name)
@@ -213,7 +215,7 @@ class Folder:
         raise DamagedError("A file can't be used", subject=path, reason=problem)
 
     def unlink(self, name: str) -> None:
-        """Remove a file; one that is gone is no error."""
+        """Remove a file; one that is gone is not an error."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name, dir_fd=self.descriptor)
 
@@ -260,7 +262,7 @@ class Stage:
         return os.open(name, os.O_RDWR | _NEW, PRIVATE, dir_fd=self.descriptor)
 
     def unlink(self, name: str) -> None:
-        """Remove a file; one that is gone is no error."""
+        """Remove a file; one that is gone is not an error."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name, dir_fd=self.descriptor)
 

@@ -207,7 +207,7 @@ def read_hashes(path: str) -> Tuple[Dict[str, Any], Iterator[Piece]]:
             raise _damaged(path, 1, f"its header is not of format {FORMAT}, {ALGORITHM}")
         for name in ("block_bytes", "capacity_bytes"):
             if not _is_count(header.get(name)) or not 0 < header[name] <= _LARGEST[name]:
-                raise _damaged(path, 1, f"{name} is no size")
+                raise _damaged(path, 1, f"{name} is not a size")
     except BaseException:
         stream.close()
         raise
@@ -223,7 +223,7 @@ def read_content_id(path: str) -> Optional[str]:
     pieces.close()  # type: ignore[attr-defined]
     found = header.get("content_id")
     if found is not None and not isinstance(found, str):
-        raise _damaged(path, 1, "content_id is no text")
+        raise _damaged(path, 1, "content_id is not text")
     return found
 
 
@@ -235,10 +235,10 @@ def _read_pieces(path: str, stream: Any, block_bytes: int, capacity_bytes: int) 
             number += 1
             piece = _parse(path, number, line)
             if not isinstance(piece, list) or len(piece) != 3:
-                raise _damaged(path, number, "it is no [offset, length, hex]")
+                raise _damaged(path, number, "it is not [offset, length, hex]")
             offset, length, digest = piece
             if not _is_count(offset) or not _is_count(length) or length == 0:
-                raise _damaged(path, number, "offset or length is no number of bytes")
+                raise _damaged(path, number, "offset or length is not a number of bytes")
             if offset < last_end:
                 raise _damaged(path, number, "the pieces overlap or are not sorted")
             if offset + length > capacity_bytes:
@@ -256,9 +256,9 @@ def parse_piece(path: str, line: bytes, block_bytes: int) -> Piece:
     try:
         offset, length, digest = files.parse(line)
     except (ValueError, TypeError, RecursionError):
-        raise DamagedError(_DAMAGED, subject=path, reason="a line is no [offset, length, hex]") from None
+        raise DamagedError(_DAMAGED, subject=path, reason="a line is not [offset, length, hex]") from None
     if not _is_count(offset) or not _is_count(length) or not 0 < length <= block_bytes - offset % block_bytes:
-        raise DamagedError(_DAMAGED, subject=path, reason="offset or length of a piece is no number of bytes")
+        raise DamagedError(_DAMAGED, subject=path, reason="offset or length of a piece is not a number of bytes")
     if not isinstance(digest, str) or not _HEX.fullmatch(digest):
         raise DamagedError(_DAMAGED, subject=path, reason="the sum of a piece is not 64 hexadecimal digits")
     return offset, length, digest
@@ -274,7 +274,7 @@ def _parse(path: str, number: int, line: str) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError):
-        raise _damaged(path, number, "it is no JSON") from None
+        raise _damaged(path, number, "it is not JSON") from None
 
 
 def _damaged(path: str, number: int, reason: str) -> DamagedError:
@@ -285,7 +285,7 @@ def hash_file(path: str, on_bytes: Optional[Callable[[int], None]] = None) -> st
     """BLAKE3 of a whole file, as hex.
 
     :param on_bytes: called with the size of each piece that was hashed; what it raises ends the reading.
-    :raises DamagedError: the file is missing, or no ordinary file.
+    :raises DamagedError: the file is missing, or not an ordinary file.
     :raises DataPathError: it can't be read.
     """
     hasher = blake3.blake3(max_threads=_HASH_THREADS)

@@ -226,7 +226,7 @@ def _spawn(argv: Sequence[str], env: Optional[Mapping[str, str]] = None, **popen
 
 
 def start_detached(argv: Sequence[str], *, log_path: str, pass_fds: Sequence[int] = ()) -> subprocess.Popen[bytes]:
-    """Start a process that outlives this one, in a session of its own; it has to see to its own end.
+    """Start a process that outlives this one, in a session of its own; it must see to its own end.
 
     :param log_path: appended to; made with mode 0600.
     :param pass_fds: file descriptors that it inherits under the same numbers.
@@ -455,7 +455,7 @@ def tool_result(
     :param what: what fails if the tool does ("The image could not be converted").
     :param subject: the object it works on.
     :param timeout: seconds; then it is killed.
-    :param accept: exit statuses that are no failure.
+    :param accept: exit statuses that are not failures.
     :param on_output: called with each piece of standard output as it comes; ``stdout`` of the result is then empty.
     :param pass_fds: file descriptors that it inherits under the same numbers.
     :raises DataPathError: with the tool's last words.

@@ -20,7 +20,7 @@ _OF_THE_PLAN = ("esxi_hostname", "ip_address", "netmask", "dhcp")
 
 
 def parse_subnet(text: str) -> Any:
-    """``10.20.30.0/24``. :raises InputError: it is no subnet, or has no room for a proxy and a host."""
+    """``10.20.30.0/24``. :raises InputError: it is not a subnet, or has no room for a proxy and a host."""
     remedy = "Give a subnet with its prefix, such as 10.20.30.0/24"
     try:
         network = ipaddress.IPv4Network(text)

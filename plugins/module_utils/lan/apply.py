@@ -663,7 +663,7 @@ def _differs(first: Nic, second: Nic) -> bool:
 
 
 def _result(plan: Plan, nic: Optional[Nic], changed: bool) -> Dict[str, Any]:
-    """What the module tells of a host."""
+    """What the module reports of a host."""
     result: Dict[str, Any] = {
         "host": plan.host.name,
         "changed": changed,

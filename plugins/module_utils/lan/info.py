@@ -125,7 +125,7 @@ def _shared(session: Session, host: HostNetwork, warnings: List[str]) -> List[Tu
             bound = host_storage.iscsi_bound(session, host)
         except PrivilegeError:
             warnings.append(
-                f"{host}: whether NICs in one subnet are bound for iSCSI, which would be well, can't be told without "
-                "the privilege Host.Config.Storage."
+                f"{host}: without the privilege Host.Config.Storage it is not known whether NICs in one subnet are"
+                " bound for iSCSI, which would be well."
             )
     return [(first.device, second.device) for first, second in pairs if may_share(first, second, bound) is None]

@@ -56,7 +56,7 @@ class Step:
 class Plan:
     """What will be done on a host.
 
-    ``nic`` is the NIC that is there already; ``made_port_group`` is a distributed port group that has to be made
+    ``nic`` is the NIC that is there already; ``made_port_group`` is a distributed port group that must be made
     first, for all hosts at once. ``before`` and ``after`` are lines in the words of the options; ``address_check`` says
     whether the address was looked for on the segment.
     """
@@ -259,14 +259,14 @@ def _after(nic: Nic, request: HostRequest) -> Nic:
 
 
 def _check_dv(plan: Plan, world: World) -> None:
-    """:raises InputError: the host is no member of the distributed switch, or the port group is one of uplinks."""
+    """:raises InputError: the host is not a member of the distributed switch, or the port group is one of uplinks."""
     request, host = plan.request, plan.host
     if request.dvswitch is None:
         return
     plan.dv_switch = world.dv_switches[request.dvswitch]
     if not any(one.uuid == plan.dv_switch.uuid for one in host.switches):
         raise InputError(
-            "The host is no member of the distributed switch",
+            "The host is not a member of the distributed switch",
             subject=f"{host}, {plan.dv_switch}",
             remedy="Add the host to the switch with its uplinks first, or use a standard switch (vswitch)",
         )
@@ -412,7 +412,7 @@ def subnet_refusal(host: HostNetwork, own: Nic, others: Sequence[Nic], new: bool
         subject=f"{host}: {name} and {' and '.join(str(one) for one in others)}",
         reason=f"both are in {subnet}, where one routing table picks either of them for what is sent; "
         "backups then fail with NFC_NETWORK_ERROR or NBD_ERR_NETWORK_CONNECT (2338)",
-        remedy=f"{remedy}. allow_shared_subnet: true makes it all the same",
+        remedy=f"{remedy}. allow_shared_subnet: true makes it anyway",
     )
 
 
@@ -443,7 +443,7 @@ def _check_addresses(plan: Plan, world: World) -> None:
 
 
 def _warn(plan: Plan) -> None:
-    """What is no error and rarely meant: MTU above the switch's, another VLAN, a gateway outside."""
+    """What is not an error and rarely meant: MTU above the switch's, another VLAN, a gateway outside."""
     request, host, nic = plan.request, plan.host, sure(plan.expected)
     made = [step.switch for step in plan.steps if step.switch is not None]
     switch = made[0] if made else host.switch(nic.switch) or host.switch(nic.switch, distributed=True)

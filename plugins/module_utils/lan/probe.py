@@ -97,7 +97,7 @@ def _address(option: str, text: str) -> Any:
         raise InputError(
             f"The option {option} can't be used",
             subject=repr(text),
-            reason="it is no IP address",
+            reason="it is not an IP address",
             remedy="Give the address itself, such as 10.20.30.11: a name may lead to another NIC of the host",
         ) from error
 
@@ -331,7 +331,7 @@ def _interface_mtu(name: Optional[str]) -> Optional[int]:
 def _check_mtu(
     request: ProbeRequest, target: Target, asked: int, interface: Optional[str], answer: Answer
 ) -> Tuple[Optional[bool], Finding]:
-    """(holds, does not, or can't be told; why)."""
+    """(holds, does not, or can't be determined; why)."""
     own = _interface_mtu(interface)
     if own is not None and own < asked:
         return False, _too_small_here(interface, own, asked)

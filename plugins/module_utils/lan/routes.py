@@ -69,7 +69,7 @@ def _name(index: int) -> Optional[str]:
 
 
 def interface_of(address: Any) -> Optional[str]:
-    """The interface that has *address* (of ``ipaddress``); None if none has, or it can't be told."""
+    """The interface that has *address* (of ``ipaddress``); None if none has, or it can't be determined."""
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
     try:
         for kind, body in _ask(_GET_ADDRESS, _DUMP, _INTERFACE_ADDRESS.pack(family, 0, 0, 0, 0)):
@@ -100,7 +100,7 @@ def addresses_of(interface: str) -> List[ipaddress.IPv4Interface]:
 def leaves_by(address: Any, source: Any = None) -> Optional[str]:
     """The interface by which packets to *address* leave this machine.
 
-    None if *address* is this machine's own, if there is no way, or if it can't be told.
+    None if *address* is this machine's own, if there is no way, or if it can't be determined.
 
     :param source: the address that they come from, if it is bound to.
     """

@@ -22,7 +22,7 @@ def _refuse(option: str, text: str, reason: str, remedy: str) -> InputError:
 
 
 def parse_netmask(text: str) -> int:
-    """The prefix length of ``255.255.255.0``. :raises InputError: it is no netmask."""
+    """The prefix length of ``255.255.255.0``. :raises InputError: it is not a netmask."""
     remedy = "Give a netmask such as 255.255.255.0, or a prefix in ip_address: 10.20.30.11/24"
     if not _QUAD.fullmatch(text):
         raise _refuse("netmask", text, "it is not four numbers with dots", remedy)
@@ -40,7 +40,7 @@ def parse_netmask(text: str) -> int:
 def _prefix(option: str, text: str, number: str, longest: int) -> int:
     remedy = f"Give a prefix from 1 to {longest} after the address"
     if not re.fullmatch(r"\d{1,3}", number) or not 1 <= int(number) <= longest:
-        raise _refuse(option, text, f"'{number}' is no prefix of a subnet that has other addresses", remedy)
+        raise _refuse(option, text, f"'{number}' is not a prefix of a subnet that has other addresses", remedy)
     return int(number)
 
 
@@ -109,7 +109,7 @@ def check_host_address(option: str, text: str, interface: Any) -> None:
 
 
 def parse_gateway(text: str) -> ipaddress.IPv4Address:
-    """:raises InputError: it is no IPv4 address of a host."""
+    """:raises InputError: it is not an IPv4 address of a host."""
     remedy = "Give an IPv4 address of a router"
     if not _QUAD.fullmatch(text):
         raise _refuse("gateway", text, "it is not four numbers with dots", remedy)

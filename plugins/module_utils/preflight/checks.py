@@ -50,7 +50,7 @@ class Check:
         worse than it has to be or soon will be. ``not_checked``: nobody knows.
     :param subject: what was looked at.
     :param evidence: what was seen.
-    :param remedy: what to do about it; None where nothing has to be done.
+    :param remedy: what to do about it; None where nothing needs to be done.
     """
 
     code: str

@@ -27,7 +27,7 @@ _BY_NFC = ("nbdssl", "nbd")
 class Host:
     """An ESXi host as vCenter shows it.
 
-    :param nics: None where vCenter does not tell.
+    :param nics: None where vCenter does not say.
     """
 
     moid: str
@@ -140,7 +140,7 @@ def _subnets(host: Host) -> Check:
     """Two VMkernel NICs of one stack in one subnet (VADP facts 26)."""
     code = "host_subnets"
     if host.nics is None:
-        return Check(code, NOT_CHECKED, host.name, "vCenter does not tell the host's VMkernel NICs")
+        return Check(code, NOT_CHECKED, host.name, "vCenter does not report the host's VMkernel NICs")
     pairs = overlaps(host.nics)
     if not pairs:
         return Check(code, OK, host.name, "no two VMkernel NICs lie in one subnet")

@@ -257,7 +257,7 @@ def _datastore_space(machine: Machine) -> Iterator[Check]:
         subject = f"datastore {name}"
         store = machine.store_named(readable(name))
         if store is None or store.free_bytes is None:
-            yield Check(code, NOT_CHECKED, subject, "vCenter does not tell how much is free")
+            yield Check(code, NOT_CHECKED, subject, "vCenter does not report how much is free")
             continue
         if not store.accessible:
             yield Check(code, ERROR, subject, "vCenter says it is not accessible", "Look at it in the vSphere client")

@@ -136,7 +136,7 @@ class _Der:
     def inside(self, tag: int) -> _Der:
         found, content = self._element()
         if found != tag:
-            raise ValueError("it is no certificate")
+            raise ValueError("it is not a certificate")
         return _Der(content)
 
     def skip(self) -> None:
@@ -152,7 +152,7 @@ class _Der:
         if tag == 0x17:  # UTCTime: two digits of the year
             text = ("19" if int(text[:2]) >= 50 else "20") + text
         elif tag != 0x18:
-            raise ValueError("it is no certificate")
+            raise ValueError("it is not a certificate")
         moment = datetime.datetime.strptime(text, "%Y%m%d%H%M%SZ")
         return moment.replace(tzinfo=datetime.timezone.utc)
 

@@ -20,7 +20,7 @@ class PreflightRequest:
 
     :param vm: the options that name one VM, as :func:`..vsphere.inventory.find_vm` takes them; None with *vms*.
     :param vms: names of many.
-    :param restores: the targets of restores that shall be possible too.
+    :param restores: the targets of restores that should be possible too.
     """
 
     connection: Connection

@@ -90,7 +90,7 @@ def _vm_result(subject: Subject) -> Dict[str, Any]:
 
 
 def _machines(session: Session, request: PreflightRequest) -> Iterator[Tuple[str, VmRef | VadpError]]:
-    """Each machine that is asked for, or why it is not found. The one that is named by its own options has to be there.
+    """Each machine that is asked for, or why it is not found. The one that is named by its own options must be there.
 
     :raises VadpError: that one is not.
     """
@@ -104,7 +104,7 @@ def _machines(session: Session, request: PreflightRequest) -> Iterator[Tuple[str
     for name in request.vms:
         try:
             found = moids.get(readable(name), [])
-            # Two of a name, and a name that nobody has, are told in the words of the look-up by name.
+            # Two of a name, and a name that nobody has, are reported in the words of the look-up by name.
             yield name, find_vm(session, moid=found[0]) if len(found) == 1 else find_vm(session, name=name)
         except VadpError as error:
             yield name, error
@@ -122,7 +122,7 @@ def _look(session: Session, name: str, found: VmRef | VadpError, request: Prefli
     try:
         subject.planned = plan_disks(session, found, subject.machine.disks, request)
     except (AmbiguousError, NotFoundError) as error:
-        # Which virtual machine this machine is can't be told, or the one that was named is not there.
+        # Which virtual machine this machine is can't be determined, or the one that was named is not there.
         subject.planned = Planned([])
         subject.checks.append(_from_error("proxy", "this machine", error))
     except VadpError as error:
@@ -243,7 +243,7 @@ def _common_checks(
             if planned.proxy_moid is not None:
                 # Destroying a machine deletes the disks of others that are attached to it (proofs 9).
                 words += (
-                    f". Before it is destroyed, vadp_recover with proxy_moid={planned.proxy_moid} has to report that"
+                    f". Before it is destroyed, vadp_recover with proxy_moid={planned.proxy_moid} must report that"
                     " nothing is attached"
                 )
             yield Check("proxy", OK, "this machine", words)
@@ -263,7 +263,7 @@ def _checks(
             machine, planned.disks, request.transports, around.granted, root, planned.proxy_moid, request.restores
         )
     else:
-        yield Check("privileges", NOT_CHECKED, str(machine.vm), f"the server does not tell them: {around.granted}")
+        yield Check("privileges", NOT_CHECKED, str(machine.vm), f"the server does not report them: {around.granted}")
     moids = dict.fromkeys(moid for store in _stores_of(machine) for moid in store.hosts)
     serving = [around.hosts[moid] for moid in moids if moid in around.hosts]
     yield from host_side.host_checks(serving, around.reached, planned.disks, request.nfc_port, _API_PORT)

@@ -129,7 +129,7 @@ class Granted:
 
     @classmethod
     def read(cls, session: Session, entities: Sequence[Any]) -> Granted:
-        """:raises VsphereError: the server does not tell."""
+        """:raises VsphereError: the server does not say."""
         names = sorted({privilege.name for privilege in table.PRIVILEGES})
         try:
             return cls(_ask(session, entities, names), set())
@@ -168,7 +168,7 @@ def privilege_checks(
 ) -> Iterator[Check]:
     """What the user lacks for this machine: for what will be done, and for what could be done instead.
 
-    :param restores: targets of restores that shall be possible too.
+    :param restores: targets of restores that should be possible too.
     """
     subject = str(machine.vm)
     chosen = {outcome.chosen for outcome in outcomes if outcome.chosen}

@@ -65,7 +65,7 @@ def check(repository: Repository, how: str) -> None:
 
 
 def adopt(repository: Repository, how: str) -> List[str]:
-    """Change repository.json, under the repository's lock; the caller opens it anew.
+    """Change repository.json, under the repository's lock; the caller opens it again.
 
     :returns: what was done, in sentences.
     :raises LockedError: a run is at work in what was called a copy. RepositoryError: the proof failed.
@@ -122,7 +122,7 @@ def _make_copy(repository: Repository, place: Place) -> List[str]:
     for path in _listed_here(repository):
         if _is_same_storage(repository, path):
             raise RepositoryError(
-                "This is no copy",
+                "This is not a copy",
                 subject=str(repository.path),
                 reason=f"what is written to it shows in {path}",
                 remedy="It is the same storage by another path: set adopt to another_path",
@@ -155,7 +155,7 @@ def _discard_runs(store: VmStore) -> List[str]:
         raise RepositoryError("The records of runs can't be read", str(folder), error.strerror) from None
     if folder.is_symlink():
         raise DamagedError(
-            "The records of runs are not where they have to be",
+            "The records of runs are not where they must be",
             subject=str(folder),
             reason="it is a link, and what it leads to is not removed",
             remedy="Remove the link",

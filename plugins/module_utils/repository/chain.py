@@ -2,10 +2,10 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 """Which layer a disk's next point gets, and on which points a layer stands. Pure: manifests in, decisions out.
 
-A wrong incremental looks well and is worth nothing, so whatever can't be proved makes a full, and the reason is told
-(VADP facts 3, 4, 9 to 12, 14). The virtual machine itself names the content that its disk had at its last point
-(proofs 16 to 18): a name that is not that of the newest point makes a full, and equality replaces none of the other
-checks.
+A wrong incremental looks well and is worth nothing. So whatever can't be proved makes a full, and the reason is
+reported (VADP facts 3, 4, 9 to 12, 14). The virtual machine itself names the content that its disk had at its last
+point (proofs 16 to 18): a name that is not that of the newest point makes a full, and equality replaces none of the
+other checks.
 """
 
 from __future__ import annotations
@@ -236,9 +236,9 @@ def tracking_obstacle(
     marks: Sequence[Dict[str, Any]],
     revert_excluded: bool = False,
 ) -> Optional[str]:
-    """Why change tracking does not tell what changed on a disk since the point *parent*; None if it does.
+    """Why change tracking does not say what changed on a disk since the point *parent*; None if it does.
 
-    That the snapshot is not older than the parent's shows in the change ids, not in a clock: their number only goes
+    That the snapshot is not older than the parent's shows in the change IDs, not in a clock: their number only goes
     up, and a snapshot that is still there when a newer one is read is a foreign one to that point.
 
     Parameters as of :func:`decide`; *marks* of :func:`.trust.marks`. Whether it is the same disk is not looked at.
@@ -251,9 +251,9 @@ def tracking_obstacle(
     if disk.capacity_bytes != entry["capacity_bytes"]:
         return f"its capacity changed from {entry['capacity_bytes']} to {disk.capacity_bytes} bytes since point {name}"
     if disk.change_id is None:
-        return "the snapshot has no change id of it: change tracking is off, or not yet in effect"
+        return "the snapshot has no change ID of it: change tracking is off, or not yet in effect"
     if entry["change_id"] is None:
-        return f"point {name} has no change id of it"
+        return f"point {name} has no change ID of it"
     reason = _compare_change_ids(entry["change_id"], disk.change_id, name)
     if reason is not None:
         return reason
@@ -281,15 +281,15 @@ def _compare_change_ids(then: str, now: str, point: str) -> Optional[str]:
     """VADP facts 4: opaque, split at the last slash; the same first part, and a number that does not go back."""
     prefix_then, prefix_now = trust.prefix_of(then), trust.prefix_of(now)
     if prefix_then is None or prefix_now is None:
-        return f"a change id has an unknown form ({then!r} at point {point}, {now!r} now)"
+        return f"a change ID has an unknown form ({then!r} at point {point}, {now!r} now)"
     if prefix_then != prefix_now:
         return f"change tracking was reset since point {point}"
     number_then, number_now = then.rpartition("/")[2], now.rpartition("/")[2]
     # isdecimal alone would let through other scripts' digits.
     if not all(number.isascii() and number.isdecimal() for number in (number_then, number_now)):
-        return f"a change id has an unknown form ({then!r} at point {point}, {now!r} now)"
+        return f"a change ID has an unknown form ({then!r} at point {point}, {now!r} now)"
     if int(number_now) < int(number_then):
-        return f"its change id went back, from {number_then} at point {point} to {number_now}"
+        return f"its change ID went back, from {number_then} at point {point} to {number_now}"
     return None
 
 

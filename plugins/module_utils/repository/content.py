@@ -124,7 +124,7 @@ def _merged(below: Dict[str, Any], content_id: Optional[str], layer_blake3: str)
 
 
 def _order_problem(entry: Dict[str, Any], below: Dict[str, Any]) -> Optional[str]:
-    """Change ids only go up (VADP facts 4), so a parent with a later one was made after its child."""
+    """Change IDs only go up (VADP facts 4), so a parent with a later one was made after its child."""
     parent = entry["parent"]
     if entry["mode"] == FULL:
         return None
@@ -133,7 +133,7 @@ def _order_problem(entry: Dict[str, Any], below: Dict[str, Any]) -> Optional[str
     now, then = entry["change_id"], below["change_id"]
     number_now, number_then = _number(now), _number(then)
     if prefix_of(now) != prefix_of(then) or number_now is None or number_then is None or number_then > number_now:
-        return f"point {parent} was made after it: its change id is {then!r}, that of the layer above is {now!r}"
+        return f"point {parent} was made after it: its change ID is {then!r}, that of the layer above is {now!r}"
     return None
 
 

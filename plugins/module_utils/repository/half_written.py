@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""Disks that hold neither what they held nor a restore point: a restore in place of them did not come to its end.
+"""Disks that hold neither what they held nor a restore point: a restore in place of them did not finish.
 
 The record of that restore says so. It lies with the virtual machine that was written, or, where the repository knew
-nothing of that one, with the machine whose point it was. So all have to be looked at.
+nothing of that one, with the machine whose point it was. So all must be looked at.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def describe(entry: Dict[str, Any]) -> str:
     """A disk of :func:`half_written` in words."""
     return (
         f"disk {entry['key']} holds neither what it held nor a restore point: a restore of point {entry['point']} into"
-        " it did not come to its end"
+        " it did not finish"
     )
 
 
@@ -52,7 +52,7 @@ def _in(store: VmStore, vm_uuid: str) -> List[Dict[str, Any]]:
     try:
         runs = store.runs() + store.foreign_runs()
     except RepositoryError:
-        # A damaged record of another machine is told where that one is worked on.
+        # A damaged record of another machine is reported where that one is worked on.
         if store.uuid == vm_uuid.lower():
             raise
         return []

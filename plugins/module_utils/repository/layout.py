@@ -67,8 +67,8 @@ class Repository:
     It can be read from any place. It is written only from one that it lists (proofs 1, 2).
 
     ``format`` is that of repository.json, ``places`` what that lists (none in format 1), ``place`` where it is; None
-    where that can't be told. ``created``: opening it has made it. ``done`` says what adopting it has changed (in check
-    mode, would change), in sentences; ``warnings`` what is odd.
+    where that can't be determined. ``created``: opening it has made it. ``done`` says what adopting it has changed (in
+    check mode, would change), in sentences; ``warnings`` what is odd.
     """
 
     def __init__(self, path: Path, document: Dict[str, Any]) -> None:
@@ -101,7 +101,7 @@ class Repository:
     ) -> Repository:
         """Open a repository.
 
-        :param create: an empty folder becomes a repository (and the repository has to be writable).
+        :param create: an empty folder becomes a repository (and the repository must be writable).
         :param writable: fail now if it must not or can't be written to.
         :param adopt: ``moved``, ``copy`` or ``another_path``: the place is taken into its list (:mod:`.adoption`).
         :param check_mode: nothing is created or adopted; it is looked at as if it had been adopted.
@@ -172,7 +172,7 @@ class Repository:
 
     @property
     def report_only(self) -> bool:
-        """Whether its records are told and not acted upon: they may be those of another copy."""
+        """Whether its records are reported and not acted upon: they may be those of another copy."""
         return not self.listed
 
     @property
@@ -308,7 +308,7 @@ class Repository:
             try:
                 status = os.lstat(str(folder))
             except OSError:
-                return  # what is not there is told where it is used
+                return  # what is not there is reported where it is used
             problem = files.writers_problem(status) if stat.S_ISDIR(status.st_mode) else None
             if problem is not None:
                 raise DamagedError(
@@ -475,7 +475,7 @@ def _create_repository(root: Path, place: Place) -> bool:
     """
     made = False
     try:
-        # What everybody may write is no repository (see inside); an empty folder becomes one that is not so.
+        # What everybody may write is not a repository (see inside); an empty folder becomes one that is not so.
         mode = os.stat(str(root)).st_mode
         if mode & stat.S_IWOTH:
             os.chmod(str(root), stat.S_IMODE(mode) & ~stat.S_IWOTH)

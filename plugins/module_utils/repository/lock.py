@@ -64,7 +64,7 @@ class VmLock:
                 "The VM's lock can't be opened",
                 subject=str(self.path),
                 reason=error.strerror,
-                remedy="The repository has to be writable for the user who runs the backup",
+                remedy="The repository must be writable for the user who runs the backup",
             ) from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -77,7 +77,7 @@ class VmLock:
                 "The VM's lock can't be taken",
                 subject=str(self.path),
                 reason=error.strerror,
-                remedy="The repository's file system has to support locks; on NFS the lock service has to run",
+                remedy="The repository's file system must support locks; on NFS the lock service must run",
             ) from None
         try:
             self._write(descriptor, json.dumps(self._holder(), sort_keys=True) + "\n")

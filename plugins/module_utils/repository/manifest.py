@@ -90,7 +90,7 @@ def check_disk(disk: Any, where: str, version: int = FORMAT) -> None:
     """The shape of a disk's entry in a manifest of that format: raises :class:`ShapeError`."""
     _DISKS[version](disk, where)
     if disk["capacity_bytes"] % 512:
-        raise ShapeError(f"{where}.capacity_bytes", f"is no multiple of 512: {disk['capacity_bytes']}")
+        raise ShapeError(f"{where}.capacity_bytes", f"is not a multiple of 512: {disk['capacity_bytes']}")
     if (disk["mode"] == FULL) != (disk["parent"] is None):
         raise ShapeError(f"{where}.parent", f"is {disk['parent']!r}, and the layer {disk['mode']}")
     if version != FORMAT_WITHOUT_IDS:
@@ -249,7 +249,7 @@ def validate(manifest: Any, path: str) -> Dict[str, Any]:
 def load(path: Path, vm_uuid: Optional[str] = None) -> Dict[str, Any]:
     """Read and check a manifest.
 
-    The file has to hold exactly the bytes that :func:`seal` and the commit wrote: JSON has more than one spelling
+    The file must hold exactly the bytes that :func:`seal` and the commit wrote: JSON has more than one spelling
     of the same value (``\\u00e9``, ``1E3``), so a flipped bit may not change what the document means.
 
     :param vm_uuid: the VM under which it lies; the point's name must be that of the file.
@@ -266,7 +266,7 @@ def load(path: Path, vm_uuid: Optional[str] = None) -> Dict[str, Any]:
         document = files.parse(data)
         spelled = to_json(document)
     except (ValueError, RecursionError) as error:
-        raise _damaged(str(path), f"it is no JSON document of ours ({error})") from None
+        raise _damaged(str(path), f"it is not a JSON document of ours ({error})") from None
     manifest = validate(document, str(path))
     if spelled != data:
         raise _damaged(str(path), "it is not spelled as it was written")

@@ -78,7 +78,7 @@ def moment_of(point: str) -> Optional[datetime]:
         except (ValueError, OverflowError) as error:
             reason = str(error)
     raise InputError(
-        "This is no time that a restore point can be chosen by",
+        "This is not a time that a restore point can be chosen by",
         subject=repr(point)[:200],
         reason=reason,
         remedy="Write it as 2026-11-20T03:00Z or 2026-11-20T03:00:00Z (UTC), or with an offset such as +01:00",
@@ -111,7 +111,7 @@ def check_run_id(value: str) -> str:
     """*value* itself, if it can be the id of a run. InputError otherwise."""
     if not isinstance(value, str) or re.fullmatch(RUN_ID_PATTERN, value) is None:
         raise InputError(
-            "This is no id of a run", subject=repr(value)[:200], remedy="It has 32 random digits of 0-9 and a-f"
+            "This is not an id of a run", subject=repr(value)[:200], remedy="It has 32 random digits of 0-9 and a-f"
         )
     return value
 
@@ -120,6 +120,6 @@ def check_key(key: int) -> int:
     """*key* itself, if it is a device key. InputError otherwise."""
     if not isinstance(key, int) or isinstance(key, bool) or key < 0:
         raise InputError(
-            "This is no device key of a disk", subject=repr(key)[:200], remedy="It is a number, such as 2000"
+            "This is not a device key of a disk", subject=repr(key)[:200], remedy="It is a number, such as 2000"
         )
     return key

@@ -2,10 +2,10 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 """Where a repository lives (proofs 1): which file system, and which folder in it.
 
-A mount point is no place: what is mounted there may be missing, or be another file system. A place is told by what
+A mount point is not a place: what is mounted there may be missing, or be another file system. A place is told by what
 stays the same wherever and however often it is mounted, over restarts too: a network share by its server and export,
 a local file system by its UUID (btrfs: and its subvolume's), and the path inside of it, so that bind mounts do not
-matter. What can't be told so is refused by name.
+matter. What can't be identified this way is refused by name.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class Mount:
 
 
 class UnknownPlace(RepositoryError):
-    """Where a folder lies can't be told by anything that lasts."""
+    """Where a folder lies can't be determined by anything that lasts."""
 
 
 def mounts(mountinfo: Optional[str] = None) -> List[Mount]:
@@ -181,7 +181,7 @@ def _unescaped(escaped: str) -> str:
 def mount_of(path: str) -> Mount:
     """The mount that a folder is on: the kernel's word, not the longest mount point.
 
-    :raises UnknownPlace: /proc does not tell.
+    :raises UnknownPlace: /proc does not say.
     """
     descriptor = _open(path)
     try:
@@ -208,7 +208,7 @@ def _mount_at(descriptor: int, path: str) -> Mount:
 
 def _unknown(path: str, reason: str) -> UnknownPlace:
     return UnknownPlace(
-        "It can't be told which file system the repository is on",
+        "It can't be determined which file system the repository is on",
         subject=path,
         reason=reason,
         remedy="Keep the repository on a file system that has an identity of its own, such as ext4, XFS, btrfs or NFS,"
@@ -297,7 +297,7 @@ def _uuid_by_ioctl(mount: Mount, descriptor: int) -> Optional[str]:
 def _subvolume(descriptor: int, path: str) -> str:
     data = _ioctl(descriptor, _BTRFS_IOC_GET_SUBVOL_INFO, bytes(504))
     if data is None:
-        raise _unknown(path, "the kernel does not tell which subvolume of btrfs it is in")
+        raise _unknown(path, "the kernel does not say which subvolume of btrfs it is in")
     return str(uuid.UUID(bytes=data[296:312]))
 
 
@@ -373,7 +373,7 @@ def this_machine() -> str:
 
 
 def is_other_machine(one: str, other: str) -> Optional[bool]:
-    """Whether two notes of :func:`this_machine` are of different machines; None if that can't be told."""
+    """Whether two notes of :func:`this_machine` are of different machines; None if that can't be determined."""
     known = dict(word.partition(":")[::2] for word in one.split())
     others = dict(word.partition(":")[::2] for word in other.split())
     for name in ("dmi", "id"):

@@ -23,7 +23,7 @@ from .stored import header_problem, stored_problem
 if TYPE_CHECKING:
     from .layout import Repository
 
-_NEW_FACTS = "Name the VM by vm_uuid; its next backup writes the file anew"
+_NEW_FACTS = "Name the VM by vm_uuid; its next backup writes the file again"
 
 
 class VmPoints:
@@ -69,7 +69,7 @@ class VmPoints:
 
     @property
     def report_only(self) -> bool:
-        """Whether what runs left is told and not removed: the place is not listed, or see :meth:`doubt`."""
+        """Whether what runs left is reported and not removed: the place is not listed, or see :meth:`doubt`."""
         return self.repository.report_only or bool(self.doubts)
 
     def doubt(self, reason: str) -> None:
@@ -213,7 +213,7 @@ class VmPoints:
     def points(self) -> List[Dict[str, Any]]:
         """The manifests of all points that can be read, oldest first.
 
-        A damaged one is left out: the others can still be restored and built upon. :meth:`read_points` tells of it.
+        A damaged one is left out: the others can still be restored and built upon. :meth:`read_points` reports it.
         """
         return self.read_points()[0]
 
@@ -225,13 +225,13 @@ class VmPoints:
             return None
 
     def resolve(self, point: str, server_uuid: Optional[str] = None) -> Dict[str, Any]:
-        """The manifest of a point that has to exist.
+        """The manifest of a point that must exist.
 
         :param point: its name, ``latest``, or a time (:func:`moment_of`): the point whose snapshot was taken last
             before it, by the server's clock.
         :param server_uuid: the server that is connected (:attr:`..vsphere.session.Session.server_uuid`); None: none.
             The latest point is meant to be one of it.
-        :raises RepositoryError: there is none, or which is the latest can't be told: points of several servers, or
+        :raises RepositoryError: there is none, or the latest one can't be determined: points of several servers, or
             two of one number. DamagedError: it is damaged, or (without a name) another that may be newer is.
         :raises InputError: a time that is none.
         """
@@ -248,7 +248,9 @@ class VmPoints:
                 )
             return found
         readable, problems = self.read_points()
-        untold = "The latest restore point can't be told" + ("" if moment is None else f" before {format_time(moment)}")
+        untold = "The latest restore point can't be determined" + (
+            "" if moment is None else f" before {format_time(moment)}"
+        )
         if problems:
             newest = newest_before(sequence.of_server(readable, server_uuid) or [], moment)
             shown = None if newest is None else newest["point"]
@@ -278,7 +280,7 @@ class VmPoints:
     ) -> List[Dict[str, Any]]:
         """Those of the points, oldest first, among which the newest is the one that is meant.
 
-        :param untold: the message if it can't be told.
+        :param untold: the message if it can't be determined.
         :raises RepositoryError: two have one number; or several servers occur, and none is connected that has points.
         """
         for number, names in sequence.shared_numbers(readable).items():

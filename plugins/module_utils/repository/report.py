@@ -93,7 +93,7 @@ def _newest(store: VmStore, readable: List[Dict[str, Any]], moment: Optional[dat
     if len(servers) > 1:
         groups = [of_server(readable, server) or [] for server in servers]
     else:
-        store.comparable(readable, "The latest restore point can't be told")
+        store.comparable(readable, "The latest restore point can't be determined")
     found = [newest_before(group, moment) for group in groups]
     kept = [manifest for manifest in found if manifest is not None]
     return [manifest for number, manifest in enumerate(kept) if manifest not in kept[:number]]
@@ -139,7 +139,7 @@ def search(query: Optional[str], points: List[Dict[str, Any]]) -> Any:
 
 
 def verify(store: VmStore, point: str, level: str) -> Dict[str, Any]:
-    """Verify a point: {ok, vm_uuid, vm_name, point, level, problems, disks}; damage is told, not raised.
+    """Verify a point: {ok, vm_uuid, vm_name, point, level, problems, disks}; damage is reported, not raised.
 
     :param point: its name, ``latest``, or a time.
     :raises RepositoryError: there is no such point, or it was written by a newer version.

@@ -224,7 +224,7 @@ class Run:
 
     @property
     def old(self) -> bool:
-        """A record of format 1, which has no deadline and no proof: it is told of, and never acted upon."""
+        """A record of format 1, which has no deadline and no proof: it is reported, and never acted upon."""
         return bool(self.data["format"] == 1)
 
     @property
@@ -398,7 +398,7 @@ class Run:
         try:
             yield
         except BaseException:
-            # The failure that brought us here is the one to tell, also where the record has no room either.
+            # The failure that brought us here is the one to report, also where the record has no room either.
             with suppress(RepositoryError):
                 self.done(intent)
             raise
@@ -411,7 +411,7 @@ class Run:
 
         :param moid: None for a template, which has none.
         :param created: the snapshot's creation time as vCenter tells it, UTC ISO 8601; when a template was changed.
-        :param change_ids: the change id of each disk in the snapshot, by device key; None where it has none.
+        :param change_ids: the change ID of each disk in the snapshot, by device key; None where it has none.
         :param version: of a template's configuration.
         """
         with self._mutex:

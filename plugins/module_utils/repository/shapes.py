@@ -29,7 +29,7 @@ SERVER_PATTERN = r"[0-9a-z][0-9a-z-]{0,63}"
 
 
 class ShapeError(ValueError):
-    """A value is not what it has to be; the message begins with its path in the document."""
+    """A value is not what it must be; the message begins with its path in the document."""
 
     def __init__(self, where: str, problem: str) -> None:
         super().__init__(f"{where or 'document'} {problem}")
@@ -46,7 +46,7 @@ def text(pattern: Optional[str] = None, empty: bool = False) -> Shape:
 
     def check(value: Any, where: str) -> None:
         if not isinstance(value, str):
-            raise ShapeError(where, f"is no string: {_shown(value)}")
+            raise ShapeError(where, f"is not a string: {_shown(value)}")
         if not value and not empty:
             raise ShapeError(where, "is empty")
         if compiled is not None and compiled.fullmatch(value) is None:
@@ -66,7 +66,7 @@ def integer(minimum: int = 0, maximum: int = LARGEST) -> Shape:
 
     def check(value: Any, where: str) -> None:
         if not isinstance(value, int) or isinstance(value, bool):
-            raise ShapeError(where, f"is no integer: {_shown(value)}")
+            raise ShapeError(where, f"is not an integer: {_shown(value)}")
         if value < minimum:
             raise ShapeError(where, f"is {value}, less than {minimum}")
         if value > maximum:
@@ -80,7 +80,7 @@ def number(minimum: float = 0) -> Shape:
 
     def check(value: Any, where: str) -> None:
         if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise ShapeError(where, f"is no number: {_shown(value)}")
+            raise ShapeError(where, f"is not a number: {_shown(value)}")
         if not minimum <= value < float("inf"):
             raise ShapeError(where, f"is out of range: {_shown(value)}")
 
@@ -119,7 +119,7 @@ def list_of(shape: Shape) -> Shape:
 
     def check(value: Any, where: str) -> None:
         if not isinstance(value, list):
-            raise ShapeError(where, f"is no list: {_shown(value)}")
+            raise ShapeError(where, f"is not a list: {_shown(value)}")
         for index, element in enumerate(value):
             shape(element, f"{where}[{index}]")
 
@@ -132,7 +132,7 @@ def mapping(keys: str, shape: Shape) -> Shape:
 
     def check(value: Any, where: str) -> None:
         if not isinstance(value, dict):
-            raise ShapeError(where, f"is no object: {_shown(value)}")
+            raise ShapeError(where, f"is not an object: {_shown(value)}")
         for key, element in value.items():
             if not isinstance(key, str) or compiled.fullmatch(key) is None:
                 raise ShapeError(where, f"has an unexpected key: {_shown(key)}")
@@ -147,7 +147,7 @@ def record(required: Dict[str, Shape], optional: Optional[Dict[str, Shape]] = No
 
     def check(value: Any, where: str) -> None:
         if not isinstance(value, dict):
-            raise ShapeError(where, f"is no object: {_shown(value)}")
+            raise ShapeError(where, f"is not an object: {_shown(value)}")
         for name, shape in required.items():
             if name not in value:
                 raise ShapeError(where, f"lacks {name!r}")
@@ -165,7 +165,7 @@ def time(value: Any, where: str) -> None:
     try:
         parse_time(value)
     except ValueError:
-        raise ShapeError(where, f"is no time: {_shown(value)}") from None
+        raise ShapeError(where, f"is not a time: {_shown(value)}") from None
 
 
 def parse_time(value: str) -> datetime:

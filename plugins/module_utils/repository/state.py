@@ -3,7 +3,7 @@
 """Where this machine keeps lock, record and journal of a restore whose repository can't or must not be written.
 
 That is so for a repository that is mounted read-only, that has format 1, or that lies in a place which it does not
-list: after a disaster it is read there all the same (proofs 4).
+list: after a disaster it is read there anyway (proofs 4).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _problem(folder: Path) -> Optional[str]:
         except OSError as error:
             return f"{path}: {error.strerror}"
         if not stat.S_ISDIR(status.st_mode):
-            return f"{path} is no folder"
+            return f"{path} is not a folder"
         if status.st_uid not in owners:
             return f"{path} belongs to user {status.st_uid}"
         if status.st_mode & 0o022:

@@ -80,7 +80,7 @@ class VmStore(VmPoints):
     def require_lock(self, what: str) -> None:
         """RuntimeError (a defect of the caller) unless this object's lock is held."""
         if self._lock is None or not self._lock.held:
-            raise RuntimeError(f"the VM's lock has to be held to {what}")
+            raise RuntimeError(f"the VM's lock must be held to {what}")
 
     def write_facts(self, facts: Dict[str, Any]) -> None:
         """Write vm.json: name, path, moid, bios_uuid; format, vm_uuid, updated and the counter are added. Under the
@@ -219,7 +219,7 @@ class VmStore(VmPoints):
         return [run for run in self.runs() if self.stranger(run) is None]
 
     def foreign_runs(self) -> List[Run]:
-        """The repository's records where they are told and not acted upon, oldest first; else none."""
+        """The repository's records where they are reported and not acted upon, oldest first; else none."""
         return [] if self.repository.may_write else _runs_in(self._inside("runs"))
 
     def now(self, write: bool = True) -> datetime:
@@ -241,7 +241,7 @@ class VmStore(VmPoints):
 
         :param own: the id of the run that asks.
         :param write: as of :meth:`now`.
-        :param force: it is done all the same. :returns: a sentence for each run that was passed over so.
+        :param force: it is done anyway. :returns: a sentence for each run that was passed over so.
         :raises LockedError: another run is busy.
         """
         now = self.now(write)
@@ -258,7 +258,7 @@ class VmStore(VmPoints):
                 retryable=True,
                 details={"holder": {name: run.data[name] for name in ("run_id", "host", "pid", "deadline")}},
             )
-        return [f"force: {reason}, and it was taken for over." for _run, reason in busy]
+        return [f"force: {reason}, and it was treated as over." for _run, reason in busy]
 
     def run(self, run_id: str) -> Optional[Run]:
         """The run of that id among :meth:`runs`, None if it is over (or never was)."""

@@ -36,7 +36,7 @@ def stored_problem(path: Path, stored: Dict[str, Any]) -> Optional[str]:
 
 
 def header_problem(header: Qcow2Header, capacity_bytes: int, parent_file: Optional[str]) -> Optional[str]:
-    """Why an image is not the layer it has to be, from what its header says; None if nothing is wrong.
+    """Why an image is not the layer it must be, from what its header says; None if nothing is wrong.
 
     :param parent_file: the bare name of the parent's layer; None for a full layer.
     """

@@ -5,7 +5,7 @@
 Once a disk was written by a restore, its changed areas are wrong without any error (VADP facts 12), as they are
 where tracking was switched on over a snapshot (VADP facts 7). So the mark is on the disk before the first write, in
 ``vms/<uuid>/trust.json``, and holds until change tracking was reset and a full restore point was made after that:
-until a full point whose change id has another first part than any that was known when the mark was set.
+until a full point whose change ID has another first part than any that was known when the mark was set.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _TRUST = record(
 
 
 def prefix_of(change_id: Optional[str]) -> Optional[str]:
-    """The part of a change id before the last slash, which names the tracking (VADP facts 4); None without a slash."""
+    """The part of a change ID before the last slash, which names the tracking (VADP facts 4); None without a slash."""
     if not change_id:
         return None
     prefix, slash, number = change_id.rpartition("/")
@@ -101,7 +101,7 @@ def mark(
 
     :param reason: why, as the end of a sentence ("restored from point 20261122T084203Z").
     :param uuid: the disk's own UUID (``backing.uuid``); without it the mark goes by the device key alone.
-    :param change_id: the disk's present change id, where there is one: a full point counts only once its id begins
+    :param change_id: the disk's present change ID, where there is one: a full point counts only once its id begins
         otherwise.
     """
     known = {prefix_of(change_id)}
@@ -153,7 +153,7 @@ def waiting_for_reset(
 ) -> List[Dict[str, Any]]:
     """[{key, label, since, reason}] of the disks whose mark holds as long as change tracking is not reset. Pure.
 
-    Not those of which a reset made other change ids already, or whose tracking is off: a full point will do.
+    Not those of which a reset made other change IDs already, or whose tracking is off: a full point will do.
 
     :param disks: as they are.
     """

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""What of a disk has to be written so that it holds a point again, where change tracking can tell (VADP facts 12).
+"""What of a disk must be written so that it holds a point again, where change tracking can tell (VADP facts 12).
 
 "Now" is a snapshot of ours, which is gone before anything is written. Whatever can't be proved makes a restore of the
-whole disk, and the reason is told. A disk that an earlier restore left half-written is never asked about again: it is
-finished from that restore's journal, or written as a whole.
+whole disk, and the reason is reported. A disk that an earlier restore left half-written is never asked about again: it
+is finished from that restore's journal, or written as a whole.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Changes:
         return differing.joined(_JOINED_SHARE)
 
     def to_keep(self, wanted: Extents) -> Extents:
-        """What the journal has to hold before *wanted* is written."""
+        """What the journal must hold before *wanted* is written."""
         return (self.areas if self.kept is None else self.kept).union(wanted)
 
     def unseen(self, capacity_bytes: int) -> Extents:
@@ -124,7 +124,7 @@ def journal_of(vm: VmRef, point: Point, source: PointDisk, disk: Disk) -> journa
 
 @dataclass(frozen=True)
 class Base:
-    """The point whose change id is asked from: its disk holds the bytes of the point that is restored."""
+    """The point whose change ID is asked from: its disk holds the bytes of the point that is restored."""
 
     manifest: Dict[str, Any]
     entry: Dict[str, Any]
@@ -149,7 +149,7 @@ def plan_changes(session: Session, vm: VmRef, point: Point, store: VmStore, run:
     try:
         found.update(_asked(session, vm, point, store, run, name, unknown, made, bases))
     except BaseException:
-        # What brought us here is what has to be told.
+        # What brought us here is what must be told.
         with suppress(VadpError):
             _remove_snapshots(session, vm, store, run)
         raise
@@ -204,7 +204,7 @@ def _marked(keys: vm_keys.VmKeys, disk: Disk) -> Optional[str]:
     if mark.state == vm_keys.UNKNOWN:
         return "what the virtual machine says of restores into it can't be read"
     if mark.state == vm_keys.WRITING:
-        return f"the virtual machine carries the mark of a restore (run {mark.run_id}) that did not come to its end"
+        return f"the virtual machine carries the mark of a restore (run {mark.run_id}) that did not finish"
     return "its change tracking was not reset since a restore wrote to it"
 
 
@@ -303,10 +303,10 @@ def _interrupted(
 def _untracked(
     point: Point, source: PointDisk, disk: Disk, points: List[Dict[str, Any]], marks: List[Dict[str, Any]]
 ) -> Optional[str]:
-    """What speaks against change tracking before a snapshot shows the disk's change id."""
+    """What speaks against change tracking before a snapshot shows the disk's change ID."""
     then = source.entry["change_id"]
     if then is None:
-        return f"point {point.name} has no change id of it"
+        return f"point {point.name} has no change ID of it"
     same = DiskNow(disk.key, disk.uuid, disk.capacity_bytes, then)
     return tracking_obstacle(same, point.manifest, points, marks)
 

@@ -132,7 +132,7 @@ def _stored_bytes(disk: PointDisk) -> int:
     """What the disk takes without its zeros: every format that is written here leaves them out."""
     text = run_tool(
         ["qemu-img", "measure", "--output=json", "-O", "qcow2", "--image-opts", image.layer_opts(disk.layer)],
-        what="The size of an image file can't be told",
+        what="The size of an image file can't be determined",
         subject=disk.layer,
     )
     return int(json.loads(text)["required"])

@@ -233,7 +233,7 @@ def restore_disk(target: DiskTarget, job: WriteJob) -> Dict[str, Any]:
         name = f"disk '{target.disk.label}' of {job.vm}"
         error.subject = f"{name}: {error.subject}" if error.subject else name
         if not error.remedy and half_written_disks(job.run) and not job.fresh:
-            again = "it writes the whole disk anew" if isinstance(changes, str) else "it goes on from its journal"
+            again = "it writes the whole disk again" if isinstance(changes, str) else "it goes on from its journal"
             error.remedy = f"Run the restore again: {again}. Until then don't power the machine on"
         raise
     finally:
@@ -286,7 +286,7 @@ def _write_disk(
 ) -> _Written:
     """Write the disk by the first transport of its plan that does it, and read it back by the same one.
 
-    Where one fails, the next begins anew: what the first one has written is known to nobody.
+    Where one fails, the next begins again: what the first one has written is known to nobody.
 
     :raises VadpError: none could, or what failed was not the transport.
     """
@@ -380,7 +380,7 @@ def _write_changes(
     if wanted:
         job.proven()
         target = job.protect(target)
-        # The whole list before the first write, and what tells of the journal before the mark: without either, change
+        # The whole list before the first write, and the note of the journal before the mark: without either, change
         # tracking could be asked once more (VADP facts 12).
         kept = journal_of(job.vm, job.point, target.source, target.disk)
         journal.write(job.run, kept, changes.to_keep(wanted))
@@ -522,7 +522,7 @@ def _verify(
 ) -> _Verified:
     """Read back through a second, read-only endpoint (VADP facts 29), so that no cache answers.
 
-    :param areas: what has to hold the point's bytes by now.
+    :param areas: what must hold the point's bytes by now.
     :param sample: of *rest*, which was believed to hold them all the time.
     :raises DataPathError: one of *areas* does not.
     """

@@ -4,9 +4,9 @@
 
 Look (nothing is touched), check the point -> lock -> record the run -> ask what changed, where that is wanted -> look
 again -> mark the disks in the virtual machine, look once more, stop change tracking (marking.py, proofs 12) -> mark
-them in the repository too, as the second line -> write each disk, flush, read it back -> start change tracking anew,
+them in the repository too, as the second line -> write each disk, flush, read it back -> restart change tracking,
 take the marks away -> the run is over. A disk that was half written stays in the run's record; running the restore
-again writes all of it anew, or finishes it from its journal.
+again writes all of it again, or finishes it from its journal.
 """
 
 from __future__ import annotations
@@ -271,7 +271,7 @@ def _disk_obstacles(source: PointDisk, disk: Disk, devices: Dict[int, Any]) -> L
     if source.choice.target_key is None and disk.uuid != source.entry["uuid"]:
         obstacles.append(
             f"it is another disk than the one that was backed up (UUID {disk.uuid}, not {source.entry['uuid']}): if it"
-            f" is the one that shall be written, give disks with key {source.key} and target_key {disk.key}"
+            f" is the one that should be written, give disks with key {source.key} and target_key {disk.key}"
         )
     if source.choice.datastore not in (None, disk.datastore):
         obstacles.append(f"it lies on datastore '{disk.datastore}', not on '{source.choice.datastore}'")

@@ -4,7 +4,7 @@
 
 Whatever is written to a disk from outside spoils its change tracking without a sign, for every repository and every
 product (VADP facts 12). So the disks are marked in the virtual machine itself and the content IDs of all repositories
-go, tracking is off while they are written, and starts anew before the mark is taken away. A kill at any moment leaves
+go, tracking is off while they are written, and starts again before the mark is taken away. A kill at any moment leaves
 the mark.
 """
 
@@ -35,7 +35,7 @@ class Marking:
     :param look_again: looks whether the disks can be written (still). :raises VsphereError: they can't.
     :param seen: what it returned at last.
     :param is_over: whether the run of that ID, whose mark is there, is proved to be over.
-    :param mandatory: nothing else tells of this restore, so that it is refused without the mark.
+    :param mandatory: nothing else reports this restore, so that it is refused without the mark.
     :param warnings: what did not go as it should, once the disks were written.
     :param written: a disk may hold other bytes than before; set by whoever writes.
     :param remains: marks of this restore are in the virtual machine.
@@ -74,7 +74,7 @@ class Marking:
         """Mark the disks, look again, and stop change tracking. Once; later calls do nothing.
 
         :raises ConcurrentChange: something changed the virtual machine since the look. Nothing was written.
-        :raises VsphereError: neither the mark nor unset change ids could be proved, or another restore is at work.
+        :raises VsphereError: neither the mark nor unset change IDs could be proved, or another restore is at work.
         """
         if self.begun:
             return
@@ -84,7 +84,7 @@ class Marking:
         try:
             self.look_again()
             self._stop_tracking()
-            # The stun cycle's snapshot has to be gone.
+            # The stun cycle's snapshot must be gone.
             self.seen = self.look_again()
         except VadpError as error:
             self.undo(error)
@@ -124,7 +124,7 @@ class Marking:
                 " tracking"
             )
         except VadpError:
-            # It may have been carried out all the same; only its absence proves that nothing remains.
+            # It may have been carried out anyway; only its absence proves that nothing remains.
             with suppress(VadpError):
                 keys, _version = vm_keys.read(self.session, self.vm)
                 self.remains = any(self._is_mine(keys, disk) for disk in self.disks)
@@ -151,7 +151,7 @@ class Marking:
             raise VsphereError(
                 "Nothing was written, because nothing would tell of it",
                 subject=str(self.vm),
-                reason=f"the disks could not be marked, and {', '.join(held)} still have change ids",
+                reason=f"the disks could not be marked, and {', '.join(held)} still have change IDs",
                 remedy=_proof_missing(None),
             )
 
@@ -168,7 +168,7 @@ class Marking:
         try:
             after = change_tracking.apply(self.session, self.vm, tracking, steps, description=description)
         except VsphereError:
-            # What brought us here is what has to be told; what can't be removed now stays in the record.
+            # What brought us here is what must be told; what can't be removed now stays in the record.
             with suppress(VadpError):
                 self._remove_snapshots()
                 self.run.done(intent)
@@ -182,7 +182,7 @@ class Marking:
                 remove_snapshot(self.session, self.vm, snapshot)
 
     def undo(self, error: VadpError) -> None:
-        """Nothing was written: tracking goes on, anew, and the marks go. What remains is told with the error."""
+        """Nothing was written: tracking goes on, again, and the marks go. What remains is reported with the error."""
         if not self.begun:
             return
         try:
@@ -200,7 +200,7 @@ class Marking:
     # After the last write
 
     def finish(self) -> None:
-        """Prove that nobody else wrote meanwhile, start tracking anew, and take the marks away.
+        """Prove that nobody else wrote meanwhile, restart tracking, and take the marks away.
 
         What fails after that proof is a warning: the disks hold the point.
 
@@ -215,7 +215,7 @@ class Marking:
             proved = self._start_tracking()
         except VsphereError as error:
             self.warnings.append(
-                f"The disks of {self.vm} hold the point, but their change tracking was not started anew: {error}"
+                f"The disks of {self.vm} hold the point, but their change tracking was not started again: {error}"
             )
         if not self.marked:
             return
@@ -227,8 +227,8 @@ class Marking:
         left = [disk.label for disk in self.disks if disk.key not in proved]
         if left and not self.remains:
             self.warnings.append(
-                f"The marks on {', '.join(left)} of {self.vm} stay, as done: no change id proves that their change"
-                " tracking began anew. The next backup resets it first, or reads them in full"
+                f"The marks on {', '.join(left)} of {self.vm} stay, as done: no change ID proves that their change"
+                " tracking restarted. The next backup resets it first, or reads them in full"
             )
 
     def _stays(self, error: VadpError) -> str:
@@ -310,7 +310,7 @@ def check_marks(
             "Another restore may be at work on the same disks, and nothing was written",
             subject=str(vm),
             reason=f"{', '.join(held)} carry the mark of run {runs}, which this repository does not know to be over",
-            remedy="Wait for it. If it was cut, run again with force=true, which writes these disks anew",
+            remedy="Wait for it. If it was cut, run again with force=true, which writes these disks again",
             details={"runs": sorted({mark.run_id for mark in held.values()})},
         )
 

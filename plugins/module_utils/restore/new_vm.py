@@ -269,7 +269,7 @@ def _tag(session: Session, saved: _Saved, request: RestoreRequest, vm: Optional[
         return tags.Restored([], [])
     held = tags.saved_tags(saved.facts)
     if held is None and session.is_vcenter:
-        return tags.Restored([], ["The restore point does not tell the machine's tags, so the new one has none"])
+        return tags.Restored([], ["The restore point does not report the machine's tags, so the new one has none"])
     return tags.restore(session, held or [], vm, name)
 
 
@@ -336,7 +336,7 @@ def _check_identity(session: Session, original: Optional[VmRef], saved: _Saved, 
             remedy="Set mac_addresses to new, leave power_on out, or power the other machine off",
         )
     return [
-        f"{original} is there too: addresses that vCenter chose it chooses anew, those that a user set are the same on"
+        f"{original} is there too: addresses that vCenter chose it chooses again, those that a user set are the same on"
         " both machines. Set mac_addresses to new if both shall run"
     ]
 
@@ -684,7 +684,7 @@ class _Restore:
                 vm = new_machine.find(self.session, self.planned.wishes.instance_uuid, self.planned.place.folder)
             if vm is None and self.leased and isinstance(error, ConnectionLostError):
                 # It may still be in the making. The record stays for the next run, which looks again.
-                error.remedy = _with(error.remedy, "If it was made all the same, vSphere removes it within minutes")
+                error.remedy = _with(error.remedy, "If it was made anyway, vSphere removes it within minutes")
                 return False
             if vm is None and known is not None:
                 error.remedy = _with(error.remedy, "The machine that was half restored was removed")

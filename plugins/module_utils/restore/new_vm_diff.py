@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""How a new machine's configuration differs from the one it was made of, and which of that has to be so."""
+"""How a new machine's configuration differs from the one it was made of, and which of that must be so."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DISKS = "disks"
 NAME = "name"
 TAGS = "tags"
 
-_TOLD = "a warning tells of it"
+_TOLD = "a warning reports it"
 
 _DEVICE = r"hardware\.device\[\d+\]\."
 
@@ -49,7 +49,7 @@ MUST_DIFFER: Tuple[Rule, ...] = (
         "its own state",
     ),
     Rule(r"(cpuAffinity|memoryAffinity)\b.*", "it names processors of one host"),
-    Rule(r"changeTrackingEnabled", "change tracking starts anew with the first backup"),
+    Rule(r"changeTrackingEnabled", "change tracking restarts with the first backup"),
     Rule(r"template", "a template comes back as a virtual machine"),
     Rule(r"(keyId|managedBy)\b.*", "neither keys nor the rights of an extension are in a backup"),
     Rule(
@@ -85,7 +85,7 @@ MUST_DIFFER: Tuple[Rule, ...] = (
 
 @dataclass(frozen=True)
 class Difference:
-    """A field of two configurations. :param reason: why it has to differ; None: it should not."""
+    """A field of two configurations. :param reason: why it must differ; None: it should not."""
 
     path: str
     before: Any
@@ -116,7 +116,7 @@ def differences(saved: Any, made: Any, asked: Collection[str], told: Collection[
 
 
 def tag_differences(saved: Sequence[Tag], attached: Sequence[Tag], asked: Collection[str]) -> List[Difference]:
-    """The tags that the new machine does not have; unless that was asked for, a warning tells of each."""
+    """The tags that the new machine does not have; unless that was asked for, a warning reports each."""
     names = {tag[:2] for tag in attached}
     paths = [f"tags[{tag.path}]" for tag in saved if tag[:2] not in names]
     return [Difference(path, "attached", None, _reason(path, asked, ()) or _TOLD) for path in paths]

@@ -4,7 +4,7 @@
 
 The new machine is the old one again: hardware version, firmware, controllers, network cards, advanced settings, the PCI
 slots that a guest names its cards by. What belongs to one host, one vCenter or one set of files stays behind; what a
-user may miss of it is told in a warning.
+user may miss of it is reported in a warning.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ _STATE_OF_TOOLS = ("toolsVersion", "toolsInstallType", "pendingCustomization", "
 #: Advanced settings that the server or a guest's tools write for one machine on one host: pattern -> why.
 LEFT_SETTINGS: Tuple[Tuple[str, str], ...] = (
     (r"nvram", "the file is named after the new machine"),
-    (r"(scsi|sata|nvme|ide)\d+:\d+\..*|ctkEnabled", "it tells of disk files that stay behind, or of their tracking"),
+    (r"(scsi|sata|nvme|ide)\d+:\d+\..*|ctkEnabled", "it names disk files that stay behind, or their tracking"),
     (r"openvadp\..*", "what backups noted on the old machine is not true of the new one"),
     (r"uuid\..*|vc\.uuid|viv\.moid|vm\.genid|vm\.genidX", "it is the identity of the machine that was backed up"),
     (r"ethernet\d+\.(generatedAddress.*|address.*)", "the network card itself carries its address"),
@@ -149,7 +149,7 @@ class Wishes:
 
 @dataclass
 class NewMachine:
-    """What :func:`design` makes: the specification, and what the user has to know."""
+    """What :func:`design` makes: the specification, and what the user must know."""
 
     spec: Any
     warnings: List[str] = field(default_factory=list)

@@ -50,7 +50,7 @@ _OTHER, _LINUX, _LINUX_64 = 1, 36, 101
 _LINUX_NAMES = re.compile(
     r"linux|debian|ubuntu|rhel|centos|fedora|suse|sles|oracle|rocky|alma|amazon|photon|coreos", re.I
 )
-# The order of CIM's schema, which an Item's elements have to keep.
+# The order of CIM's schema, which an Item's elements must keep.
 _ITEM_ORDER = (
     "Address",
     "AddressOnParent",
@@ -243,7 +243,7 @@ def _items(
         parent = instances.get(place.get("controllerKey"))
         if parent is None:
             raise InputError(
-                "The saved configuration does not tell which controller a disk is attached to",
+                "The saved configuration does not say which controller a disk is attached to",
                 subject=f"disk {disk.key} ('{disk.label}')",
                 remedy="Use another format",
             )

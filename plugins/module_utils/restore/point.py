@@ -69,7 +69,7 @@ def open_connected(request: RestoreRequest, stack: contextlib.ExitStack) -> Tupl
     """:func:`open_point` for a restore into a virtual machine, and the session, which *stack* ends.
 
     A named point is looked for before the login. ``latest`` is meant to be the newest of the server (proofs 22), so
-    that has to be known first.
+    that must be known first.
     """
     if request.connection is None:
         raise RuntimeError("a connection is needed")
@@ -154,7 +154,7 @@ def require_intact(
 ) -> None:
     """Check every file that the wanted disks stand on: present, of the size and with the hash that were recorded.
 
-    :param shown: progress is told once this is set; None: from the beginning.
+    :param shown: progress is reported once this is set; None: from the beginning.
     :param stop: when set, the check ends without a result.
     :raises DamagedError: with all that is wrong; a damaged point is not restored.
     """

@@ -38,7 +38,7 @@ class DiskChoice:
 
     :param key: its device key in the restore point.
     :param target_key: device key of the disk that is written, if that is another one (in_place).
-    :param datastore: the disk that is written has to lie there (in_place), or is made there (new_vm).
+    :param datastore: the disk that is written must lie there (in_place), or is made there (new_vm).
     :param format: of this disk's image file (file).
     :param provisioning: of the disk that is made (new_vm).
     """
@@ -69,7 +69,7 @@ class RestoreRequest:
 
     :param vm: the options that name the VM to write to, as :func:`..vsphere.inventory.find_vm` takes them.
     :param rate_limit: bytes a second, for in_place and new_vm.
-    :param force: other runs that are at work on the VM are taken for over, and marks of restores count for nothing.
+    :param force: other runs that are at work on the VM are treated as over, and marks of restores count for nothing.
     :param safety_run_id: nothing is overwritten unless this run has made a point of the VM, for in_place.
     :param cluster: this and what follows is of the new machine, for new_vm.
     """
@@ -169,7 +169,7 @@ class RestoreRequest:
             self._check_new_vm()
 
     def _check_not_new(self) -> None:
-        """What describes a new machine means nothing for another target, and is no typing error to pass over."""
+        """What describes a new machine means nothing for another target, and is not a typing error to pass over."""
         plain = RestoreRequest(repository=self.repository)
         names = (
             "cluster",

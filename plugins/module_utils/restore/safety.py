@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""The way back: before a restore overwrites a disk, the repository has to hold what the disk held.
+"""The way back: before a restore overwrites a disk, the repository must hold what the disk held.
 
 It is proved here, by the module that writes. A task of a role that fails is passed over where errors are ignored.
 """

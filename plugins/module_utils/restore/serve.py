@@ -5,7 +5,7 @@
 One qemu-nbd a disk, under a shell that clears up when they have ended; coreutils' timeout ends each. Who serves at a
 place holds the lock ``<place>.lock``, by a descriptor that the shell and all its children inherit: as long as one of
 them lives, the kernel says so, whatever was killed. What is served stands in ``<place>/serving.json``, written before
-the start, so that a rerun finds it: the same and whole, it stays; anything else of it is ended and begun anew.
+the start, so that a rerun finds it: the same and whole, it stays; anything else of it is ended and begun again.
 """
 
 from __future__ import annotations
@@ -85,14 +85,16 @@ class ServeRequest:
         for name in ("socket_dir", "tls_certificates", "overlay_dir"):
             path = getattr(self, name)
             if path is not None and not os.path.isabs(path):
-                raise InputError(f"The option {name} is no absolute path", subject=path, remedy="Give the whole path")
+                raise InputError(
+                    f"The option {name} is not an absolute path", subject=path, remedy="Give the whole path"
+                )
         if self.address is None:
             return
         try:
             ipaddress.ip_address(self.address)
         except ValueError:
             raise InputError(
-                "The option address is no IP address",
+                "The option address is not an IP address",
                 subject=self.address,
                 remedy="Give an address of this machine that the server listens on",
             ) from None
@@ -292,7 +294,7 @@ def _require_there(store: VmStore, manifest: Dict[str, Any], disks: List[Dict[st
 def _identity(
     store: VmStore, request: ServeRequest, manifest: Dict[str, Any], disks: List[Dict[str, Any]]
 ) -> Dict[str, Any]:
-    """What has to be the same for a server to stay."""
+    """What must be the same for a server to stay."""
     return {
         "repository": str(store.repository.path),
         "vm_uuid": store.uuid,
@@ -365,7 +367,7 @@ def _require_socket_places(request: ServeRequest, served: List[Dict[str, Any]], 
             raise InputError(
                 "There is something at a socket's place",
                 subject=path,
-                reason="somebody listens on it" if is_listening(path) else "it is no socket",
+                reason="somebody listens on it" if is_listening(path) else "it is not a socket",
                 remedy="Choose another socket_dir",
             )
 

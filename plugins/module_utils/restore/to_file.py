@@ -115,7 +115,7 @@ def _holds(found: int, path: str, image_format: str, disk: PointDisk) -> bool:
             return False
         return image.compare(disk.layer, path, b_format=image_format, b_descriptor=found)
     except DataPathError:
-        # The point was found intact, so it is the file that is no image of this format.
+        # The point was found intact, so it is the file that is not an image of this format.
         return False
 
 

@@ -7,8 +7,8 @@ a disk shows only when it is open, so until then the disk counts for every host 
 served first: nobody overtakes somebody who waits for a host that both may need, so nobody waits for ever.
 
 The state is one file in a private folder, under the folder's lock. Whoever waits looks again and again whether its turn
-has come: nobody has to wake it up, so nothing hangs if somebody dies. An entry counts as long as its process lives, and
-then as long as the server that this process started may outlive it. File and folder go with the last entry.
+has come: nobody needs to wake it up, so nothing hangs if somebody dies. An entry counts as long as its process lives,
+and then as long as the server that this process started may outlive it. File and folder go with the last entry.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Slot:
     def opened(self, endpoint: Endpoint) -> None:
         """The disk is served by *endpoint*, from whose log the serving host is learnt while it is read.
 
-        VDDK opens the disk anew for each client of the endpoint, and vCenter then chooses the host anew: what the log
+        VDDK opens the disk again for each client of the endpoint, and vCenter then chooses the host again: what the log
         says up to now does not count.
         """
         if len(self.hosts) > 1:

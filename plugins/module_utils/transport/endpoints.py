@@ -332,7 +332,7 @@ def mode_used(log_text: str) -> Optional[str]:
 def _first_connection(child: Child, socket: Path, subject: str, log: Path, timeout: int) -> int:
     """Open the disk once and return its size. What may pass by itself is tried again (VADP facts 19).
 
-    With each open vCenter chooses the serving host anew: one that enters maintenance mode is not chosen again.
+    With each open vCenter chooses the serving host again: one that enters maintenance mode is not chosen again.
     """
     deadline = time.monotonic() + timeout
     for retry in range(min(_OPEN_RETRIES, retries_within(timeout))):

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""What the planner has to know, of vCenter and of this machine: only what the listed transports need, in few calls."""
+"""What the planner must know, of vCenter and of this machine: only what the listed transports need, in few calls."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ _IMPORTING = ("VApp.Import",)
 
 
 def disk_facts(session: Session, vm: VmRef, disks: Sequence[Disk]) -> Dict[int, DiskFacts]:
-    """What the planner has to know of disks of one VM, by device key: two calls.
+    """What the planner must know of disks of one VM, by device key: two calls.
 
     :param disks: of the snapshot's configuration, or of the VM's.
     """
@@ -185,14 +185,14 @@ def proxy_facts(
     pool: Any = None,
     needs_named_library: bool = True,
 ) -> ProxyFacts:
-    """What the planner has to know of this machine and of the user.
+    """What the planner must know of this machine and of the user.
 
     :param request: has the options of doc fragment ``transport`` as attributes.
     :param disks: of :func:`disk_facts`; only their LUNs are looked at closely.
     :param pool: the resource pool that a new machine goes into.
-    :param needs_named_library: whether a VDDK that is named has to be there. Without one, disks are read whole by
+    :param needs_named_library: whether a VDDK that is named must be there. Without one, disks are read whole by
         slower ways: nobody who names one means that.
-    :raises AmbiguousError: which VM this machine is can't be told; only where hotadd is listed.
+    :raises AmbiguousError: which VM this machine is can't be determined; only where hotadd is listed.
     :raises TransportError: the VDDK that is named can't be used.
     """
     transports = request.transports
@@ -303,7 +303,7 @@ def _missing_privileges(
     direction: str,
     pool: Any = None,
 ) -> Dict[str, Tuple[str, ...]]:
-    """What the user lacks, by transport or method: one call. Nothing where the server does not tell."""
+    """What the user lacks, by transport or method: one call. Nothing where the server does not say."""
     using_vddk = _READING if direction == READ else _WRITING
     on_vm: Dict[str, Tuple[str, ...]] = {}
     if any(name in transports for name in VDDK_TRANSPORTS):

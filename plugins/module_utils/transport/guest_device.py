@@ -109,7 +109,7 @@ def read_bytes(path: str) -> bytes:
 
 
 def uuid_digits(disk_uuid: Optional[str]) -> Optional[str]:
-    """``6000C29e-8a1f-...`` as the 32 lower-case digits that links are named by; None if it is no UUID."""
+    """``6000C29e-8a1f-...`` as the 32 lower-case digits that links are named by; None if it is not a UUID."""
     digits = re.sub(r"[\s-]", "", disk_uuid or "").lower()
     return digits if re.fullmatch(r"[0-9a-f]{32}", digits) else None
 

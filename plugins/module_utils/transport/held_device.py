@@ -150,14 +150,14 @@ class HeldDevice:
                 # A file in the place of a device can't be asked; what sysfs tells is all there is.
                 capacity = facts.st_size
             else:
-                return "it is no block device"
+                return "it is not a block device"
         except OSError as error:
-            return f"it does not tell what it is: {error.strerror or error}"
+            return f"it does not say what it is: {error.strerror or error}"
         if capacity != self._capacity_bytes:
             return f"it has {capacity} bytes, the disk has {self._capacity_bytes}"
         known = named_disk(sysfs_dir, self._guest.name)
         if known != self._guest:
-            return f"what sysfs tells of {self._guest.name} has changed: {known} instead of {self._guest}"
+            return f"what sysfs says of {self._guest.name} has changed: {known} instead of {self._guest}"
         if stat.S_ISBLK(facts.st_mode):
             number = read_bytes(os.path.join(sysfs_dir, "class", "block", self._guest.name, "dev")).strip().decode()
             if number != f"{os.major(facts.st_rdev)}:{os.minor(facts.st_rdev)}":

@@ -110,7 +110,7 @@ def attach(
     :param access: ``read`` or ``write``.
     :param record: called with what is about to be attached, for each disk that is not attached yet, and with what
         became known of it afterwards.
-    :param timeout: seconds in which the devices have to appear.
+    :param timeout: seconds in which the devices must appear.
     :param fresh: refuse what is attached already, instead of using it.
     :param patience: how long another disk of the same UUID is waited for; without it not at all.
     :returns: in the order of *disks*.
@@ -154,7 +154,7 @@ def _attach(job: _Job) -> List[Attachment]:
         for item in found[len(there) :]:
             _check_guard(item, job.proxy, job.sysfs_dir)
     except BaseException as error:
-        # This failure is the one to tell.
+        # This failure is the one to report.
         try:
             detach(
                 job.session,
@@ -262,7 +262,7 @@ def detach(
     shows as it was attached: the device key, the file and the UUID.
 
     :param device_dir: None if the proxy is another machine.
-    :param timeout: seconds in which the devices have to go.
+    :param timeout: seconds in which the devices must go.
     :raises VadpError: a disk is in use on this machine, or vCenter refused.
     """
     if not attachments:
@@ -275,7 +275,7 @@ def detach(
         try:
             _delete_devices(devices, attachments, proxy, sysfs_dir, timeout)
         except TransportError as error:
-            # The disk has to be detached all the same, or its snapshot can't be removed.
+            # The disk must be detached anyway, or its snapshot can't be removed.
             problem = error
     with lock_of(proxy):
         _remove(session, proxy, attachments)

@@ -315,7 +315,7 @@ def plan_attach(
     fresh: bool = False,
     avoid: Collection[int] = (),
 ) -> Plan:
-    """What has to be attached, and where. Touches nothing.
+    """What must be attached, and where. Touches nothing.
 
     :param guests: the disks that this machine's kernel knows.
     :param avoid: units that are not taken.

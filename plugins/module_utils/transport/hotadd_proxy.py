@@ -184,7 +184,7 @@ def is_elsewhere(session: Session, proxy: VmRef, sysfs_dir: str) -> bool:
 
 
 def _here(session: Session, sysfs_dir: str) -> Optional[VmRef]:
-    """The virtual machine that this machine is; None where that can't be told."""
+    """The virtual machine that this machine is; None where that can't be determined."""
     try:
         return ProxyIdentity.find(session, sysfs_dir=sysfs_dir)[0]
     except AmbiguousError:

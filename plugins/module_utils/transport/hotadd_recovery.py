@@ -90,7 +90,7 @@ def _left(identity: str, reason: str) -> Dict[str, Any]:
 
 
 def _proxy_of(session: Session, intent: Dict[str, Any]) -> Optional[VmRef]:
-    """The proxy that a record names, if vCenter has it; under another moid where it was registered anew."""
+    """The proxy that a record names, if vCenter has it; under another moid where it was registered again."""
     uuid = intent.get("proxy_uuid")
     try:
         proxy = find_vm(session, moid=str(intent["proxy_moid"]))

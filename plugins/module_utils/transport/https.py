@@ -202,7 +202,7 @@ def _check_base(session: Session, vm: VmRef, disk: Disk) -> None:
         text = response.read(_DESCRIPTOR_BYTES).decode("utf-8", "replace")
     reason = None
     if not text.startswith("# Disk DescriptorFile"):
-        reason = "what the server sends for it is no descriptor of a disk"
+        reason = "what the server sends for it is not a descriptor of a disk"
     elif re.search(r'^\s*createType\s*=\s*"(?!vmfs"|vmfsThin")', text, re.M):
         kind = re.search(r'^\s*createType\s*=\s*"([^"]*)"', text, re.M)
         reason = f"it is of the type {kind.group(1) if kind else '?'}, not a base disk on VMFS or NFS"
@@ -431,7 +431,7 @@ def open_lease(
         with image.serve(str(stage), run_dir=run_dir, format="vmdk", connections=4) as child:
             yield _endpoint(child.uri, Path(child.log_path), disk.capacity_bytes, disk, child, BY_LEASE)
     except BaseException:
-        # The failure that brought us here is the one to tell; what can't be removed now stays in the run's record.
+        # The failure that brought us here is the one to report; what can't be removed now stays in the run's record.
         with contextlib.suppress(OSError, RepositoryError):
             _unlink(stage)
             run.done(intent)
@@ -831,7 +831,7 @@ def tls_for(session: Session, address: Any) -> Tls:
     except ValueError:
         port = 0
     if url.scheme != "https" or not url.hostname or not port:
-        raise TransportError("The lease's address can't be used", subject=address.key, reason="it is no HTTPS")
+        raise TransportError("The lease's address can't be used", subject=address.key, reason="it is not HTTPS")
     host = connection.hostname if own else url.hostname
     pinned = _pinned(address)
     if pinned is None and own and not connection.validate_certs and not connection.thumbprint:
@@ -879,9 +879,9 @@ def check_stream(path: Path, capacity_bytes: int) -> None:
         marker, footer, end = (stream.read(_SECTOR) for _unused in range(3))
     reason = None
     if magic != _MAGIC or version not in (1, 2, 3):
-        reason = "it is no VMDK"
+        reason = "it is not a VMDK"
     elif flags & _COMPRESSED_WITH_MARKERS != _COMPRESSED_WITH_MARKERS or '"streamOptimized"' not in descriptor:
-        reason = "it is no stream-optimised VMDK"
+        reason = "it is not a stream-optimised VMDK"
     elif "parentFileNameHint" in descriptor or not re.search(r"^parentCID\s*=\s*ffffffff", descriptor, re.M | re.I):
         reason = "it stands on another file"
     elif capacity * _SECTOR != capacity_bytes:

@@ -257,7 +257,7 @@ def _by_attaching(context: OpenContext, disk: Disk, writable: bool, last: bool) 
         raise TransportError(
             "The disk can't be hot-added",
             subject=disk.file,
-            reason="this machine is no virtual machine of this vCenter",
+            reason="this machine is not a virtual machine of this vCenter",
         )
     return open_hotadd(
         context.session,

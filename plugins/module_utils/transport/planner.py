@@ -245,7 +245,7 @@ def _privileges(proxy: ProxyFacts, name: str) -> List[str]:
 
 
 def _hosts(disk: DiskFacts) -> List[str]:
-    """At least one host has to be able to serve the disk."""
+    """At least one host must be able to serve the disk."""
     datastore = disk.datastore
     if datastore is None or not datastore.hosts or any(host.usable for host in datastore.hosts):
         return []
@@ -369,7 +369,7 @@ def _attachable(disk: DiskFacts, proxy: ProxyFacts) -> List[str]:
         return ["HotAdd needs vCenter, and this is a direct login to an ESXi host"]
     machine = proxy.vm
     if machine is None:
-        return [f"this machine is no virtual machine of this vCenter{': ' * bool(proxy.identity)}{proxy.identity}"]
+        return [f"this machine is not a virtual machine of this vCenter{': ' * bool(proxy.identity)}{proxy.identity}"]
     if disk.vm is None or disk.datastore is None:
         return ["where the disk lies is not known"]
     reasons = []
@@ -455,7 +455,7 @@ def _folder(disk: DiskFacts, proxy: ProxyFacts) -> List[str]:
     if disk.chained:
         reasons.append("the disk has a snapshot chain, and its base file is old")
     if datastore is not None and datastore.kind not in _FILES_ARE_WHOLE:
-        reasons.append(f"datastore '{datastore.name}' is {datastore.kind}, where a disk is no file")
+        reasons.append(f"datastore '{datastore.name}' is {datastore.kind}, where a disk is not a file")
     if "curl" not in proxy.plugins:
         reasons.append("nbdkit's curl plugin is not installed")
     return reasons

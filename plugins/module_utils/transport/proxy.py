@@ -15,7 +15,7 @@ from ..libraries import vim
 from ..vsphere.inventory import VmRef, find_vm
 from ..vsphere.session import Session
 
-_REMEDY = "Name the proxy by proxy_moid, or set proxy_physical if it is no virtual machine of this vCenter"
+_REMEDY = "Name the proxy by proxy_moid, or set proxy_physical if it is not a virtual machine of this vCenter"
 
 
 class ProxyIdentity:
@@ -79,7 +79,7 @@ def _recognise(session: Session, sysfs: Path) -> Tuple[Optional[VmRef], str]:
     vendor = _read(identity / "sys_vendor")
     if "vmware" not in vendor.lower():
         maker = (
-            f"its hardware is of {vendor}, not of VMware" if vendor else f"{sysfs} does not tell whose hardware it is"
+            f"its hardware is of {vendor}, not of VMware" if vendor else f"{sysfs} does not say whose hardware it is"
         )
         return None, f"{maker}, and its UUID can't be read"
     addresses = _addresses(sysfs)
@@ -132,7 +132,7 @@ def _by_uuid(session: Session, value: str) -> List[Any]:
 
 
 def _addresses(sysfs: Path) -> Set[str]:
-    """Addresses of the network cards, lower case; that of the loopback is no address."""
+    """Addresses of the network cards, lower case; that of the loopback is not an address."""
     folder = sysfs / "class" / "net"
     try:
         names = os.listdir(str(folder))
@@ -163,7 +163,7 @@ def _only(session: Session, machines: Sequence[Any], how: str) -> Optional[VmRef
         return find_vm(session, moid=next(iter(moids)))
     found = [find_vm(session, moid=moid) for moid in sorted(moids)]
     raise AmbiguousError(
-        "Which virtual machine the proxy is can't be told",
+        "Which virtual machine the proxy is can't be determined",
         subject=how,
         reason=", ".join(f"{vm.path} ({vm.moid})" for vm in found),
         remedy=_REMEDY,

@@ -31,7 +31,7 @@ def check_transport_options(request: Any) -> None:
         ("device_dir", request.device_dir, DEVICE_DIR),
         ("sysfs_dir", request.sysfs_dir, SYSFS_DIR),
     ):
-        # A machine without disks has no /dev/disk/by-id; what somebody wrote has to be there.
+        # A machine without disks has no /dev/disk/by-id; what somebody wrote must be there.
         problem = "it is not an absolute path" if not os.path.isabs(path) else None
         if path != default:
             problem = problem or path_problem(path, FOLDER)

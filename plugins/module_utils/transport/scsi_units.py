@@ -35,7 +35,7 @@ class NewController(NamedTuple):
 
 @dataclass(frozen=True)
 class Placement:
-    """Places for disks, and the controllers that have to be added for them."""
+    """Places for disks, and the controllers that must be added for them."""
 
     slots: List[Slot]
     controllers: List[NewController]

@@ -311,7 +311,7 @@ def _own_folders(usual: Path) -> List[Path]:
     try:
         names = sorted(os.listdir(str(usual.parent)))
     except OSError:
-        return []  # what is wrong is told where a folder is made
+        return []  # what is wrong is reported where a folder is made
     for name in names:
         path = usual.parent / name
         if name.startswith(f"{usual.name}-"):
@@ -384,7 +384,7 @@ def _cannot_load(libdir: str) -> TransportError:
 
 
 def _foreign_machine(library: Path) -> Optional[str]:
-    """Why *library* is no library for this kind of machine, from its ELF header; None if it is one."""
+    """Why *library* is not a library for this kind of machine, from its ELF header; None if it is one."""
     try:
         with library.open("rb") as stream:
             header = stream.read(20)

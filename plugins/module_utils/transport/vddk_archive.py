@@ -51,11 +51,11 @@ def install(archive: Optional[str], checksum: str, dest: str, *, check_mode: boo
     :param archive: path of the tar archive; None is enough where *dest* holds what came out of it already.
     :param checksum: SHA-256 of the archive.
     :raises InputError: the checksum, the archive or the folder make no sense; nothing was touched.
-    :raises TransportError: what was unpacked is no library that nbdkit's plugin can load; *dest* is as it was.
+    :raises TransportError: what was unpacked is not a library that nbdkit's plugin can load; *dest* is as it was.
     """
     checksum = checksum.lower()
     if not re.fullmatch(r"[0-9a-f]{64}", checksum):
-        raise InputError("The checksum is no SHA-256", subject=checksum, reason="it is not 64 hexadecimal digits")
+        raise InputError("The checksum is not a SHA-256", subject=checksum, reason="it is not 64 hexadecimal digits")
     target = Path(dest)
     _check_dest(target)
     if installed_checksum(target) == checksum:
@@ -88,7 +88,7 @@ def install(archive: Optional[str], checksum: str, dest: str, *, check_mode: boo
 
 
 def installed_checksum(dest: Path) -> Optional[str]:
-    """SHA-256 of the archive that *dest* was made of; None if it is no folder of ours."""
+    """SHA-256 of the archive that *dest* was made of; None if it is not a folder of ours."""
     try:
         return (dest / MARKER).read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError):
@@ -98,7 +98,9 @@ def installed_checksum(dest: Path) -> Optional[str]:
 def _check_dest(dest: Path) -> None:
     """VDDK brings its own libcrypto and libstdc++: no other program may find them (VADP facts 38)."""
     if not dest.is_absolute() or len(dest.parts) < 3 or ".." in dest.parts:
-        raise InputError("VDDK can't be put there", subject=str(dest), reason="it is no absolute path below a folder")
+        raise InputError(
+            "VDDK can't be put there", subject=str(dest), reason="it is not an absolute path below a folder"
+        )
     if dest.is_symlink() or (dest.exists() and not dest.is_dir()):
         raise InputError("VDDK can't be put there", subject=str(dest), reason="it is there and no folder")
     if dest.is_dir() and os.listdir(dest) and installed_checksum(dest) is None:
@@ -146,7 +148,7 @@ def _copy_verified(archive: str, checksum: str, copy: IO[bytes]) -> None:
         descriptor = os.open(archive, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(descriptor, "rb") as stream:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise InputError("The archive can't be read", subject=archive, reason="it is no ordinary file")
+                raise InputError("The archive can't be read", subject=archive, reason="it is not an ordinary file")
             for piece in iter(lambda: stream.read(_COPY_BYTES), b""):
                 digest.update(piece)
                 copy.write(piece)
@@ -212,7 +214,7 @@ def _check_members(archive: str, members: List[tarfile.TarInfo]) -> str:
         raise InputError(
             "The archive is refused",
             subject=archive,
-            reason="it holds no libvixDiskLib.so.*, so it is no VDDK for Linux",
+            reason="it holds no libvixDiskLib.so.*, so it is not a VDDK for Linux",
         )
     best = sorted(folders, key=lambda folder: (posixpath.basename(folder) != "lib64", len(folder), folder))[0]
     return posixpath.dirname(best) or "."

@@ -96,7 +96,7 @@ _INDEPENDENT = (
     "Set the disk to dependent while the machine is off, or back it up by other means; it is skipped meanwhile"
 )
 
-# In the order in which causes of the same certainty are told: what one can act on first.
+# In the order in which causes of the same certainty are reported: what one can act on first.
 _CAUSES = (
     Cause(
         "shared_subnet",
@@ -276,7 +276,7 @@ _CAUSES = (
     ),
     Cause(
         "allocation_query",
-        "the ESXi host does not tell which blocks of the disk are allocated",
+        "the ESXi host does not report which blocks of the disk are allocated",
         "Nothing is lost: a full reads the whole disk then. If reading fails too, read hostd.log of the ESXi host",
         "hostd.log of the ESXi host at that time",
     ),
@@ -633,7 +633,7 @@ _TEXTS: List[Tuple[Pattern[str], Optional[int], _Meaning]] = [
         ),
         None,
         _Meaning(
-            "the ESXi host does not tell which blocks of the disk are allocated",
+            "the ESXi host does not report which blocks of the disk are allocated",
             CAUSES["allocation_query"].remedy,
             True,
             "allocation_query",
@@ -773,7 +773,7 @@ class Sign(NamedTuple):
 
 
 def is_trouble(line: str) -> bool:
-    """Whether a line of any product's log tells of something that went wrong."""
+    """Whether a line of any product's log reports something that went wrong."""
     lower = line.lower()
     # Nearly all lines of a log end here, and a search for plain words is much quicker than the expression.
     if not any(word in lower for word in _TROUBLE_WORDS):

@@ -21,7 +21,7 @@ BEGIN_SECONDS = 600.0
 TRANSFER_SECONDS = 120.0
 
 _MIB = 1 << 20
-# Transfers of disks: so much has to come within the time that a single byte may take.
+# Transfers of disks: so much must come within the time that a single byte may take.
 _LEAST_BYTES = 64 << 10
 
 
@@ -38,7 +38,7 @@ class Limits(NamedTuple):
     :param bytes: with its headers.
     :param begin_seconds: until its first byte.
     :param transfer_seconds: from its first byte to its last. None: as long as it likes, but for
-    :param stall_seconds: within which 64 KiB have to come, if *transfer_seconds* is None.
+    :param stall_seconds: within which 64 KiB must come, if *transfer_seconds* is None.
     """
 
     bytes: int = 64 * _MIB
@@ -146,5 +146,5 @@ class _Bounded(io.RawIOBase):
         if self._count == 0:
             return AnswerRefused(f"no answer within {self._limits.begin_seconds:g} s")
         if self._limits.transfer_seconds is not None:
-            return AnswerRefused(f"the answer did not come to its end within {self._limits.transfer_seconds:g} s")
+            return AnswerRefused(f"the answer did not finish within {self._limits.transfer_seconds:g} s")
         return AnswerRefused(f"less than {_LEAST_BYTES} bytes came within {self._limits.stall_seconds:g} s")

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""Changed block tracking of a virtual machine: on, off, and started anew (VADP facts 7 and 8).
+"""Changed block tracking of a virtual machine: on, off, and started again (VADP facts 7 and 8).
 
 A restore in place leaves a mark in the virtual machine (proofs 11). One that says ``writing`` belongs to a restore that
 is at work, or was cut: tracking is not started then, unless that is forced. One that says ``done`` waits for a reset.
@@ -30,7 +30,7 @@ _PURPOSE = "change tracking"
 class Tracking:
     """Change tracking of a virtual machine as it is.
 
-    ``effective``: it is switched on, and either each disk that a snapshot can hold carries a change id in the virtual
+    ``effective``: it is switched on, and either each disk that a snapshot can hold carries a change ID in the virtual
     machine's configuration, or the virtual machine is off and so writes nothing before tracking begins.
     ``snapshots`` are those of others, ``leftovers`` temporary ones of this module that a crash left. ``vm_state`` is
     what both were read with.
@@ -158,7 +158,7 @@ def apply(
     """Carry out the steps of :func:`plan` and return what came of it.
 
     :param description: of the snapshots of stun cycles, of :func:`stun_description`.
-    :raises VsphereError: a step failed, or a reset did not change the change ids.
+    :raises VsphereError: a step failed, or a reset did not change the change IDs.
     """
     for step in steps:
         if step == "clean":
@@ -195,7 +195,7 @@ def disable(session: Session, vm: VmRef, activate: bool = True, timeout: float =
 
 
 def reset(session: Session, vm: VmRef, timeout: float = 3600) -> bool:
-    """Start tracking anew: all change ids of before are worthless, and the next backup of each disk is full."""
+    """Start tracking again: all change IDs of before are worthless, and the next backup of each disk is full."""
     return _reach(session, vm, "reset", True, timeout)
 
 
@@ -225,7 +225,7 @@ def _stun(session: Session, vm: VmRef, known: VmState, timeout: float, descripti
 
 
 def _check_reset(vm: VmRef, before: Tracking, after: Tracking) -> None:
-    """A reset gives every disk a change id with another first part (VADP facts 4)."""
+    """A reset gives every disk a change ID with another first part (VADP facts 4)."""
     old = {disk.key: disk.change_id.rpartition("/")[0] for disk in before.disks if disk.change_id}
     same = [
         disk.label for disk in after.disks if disk.change_id and disk.change_id.rpartition("/")[0] == old.get(disk.key)
@@ -234,7 +234,7 @@ def _check_reset(vm: VmRef, before: Tracking, after: Tracking) -> None:
         raise VsphereError(
             "Change tracking was not reset",
             subject=str(vm),
-            reason=f"the change ids of {', '.join(same)} begin as before",
+            reason=f"the change IDs of {', '.join(same)} begin as before",
             remedy="Switch it off, power the virtual machine off and on, and switch it on",
         )
 
@@ -272,7 +272,7 @@ def ensure(
     }
     warnings = []
     if wanted == "reset":
-        result["diff"]["after"] += "change ids start anew: the next backup of each disk is a full one\n"
+        result["diff"]["after"] += "change IDs start again: the next backup of each disk is a full one\n"
         if not check_mode and (marks or not keys.readable):
             marks, warnings = _settle(session, vm, before, after, force)
     result["change_tracking"]["marks"] = _told(after.disks, marks)
@@ -366,7 +366,7 @@ def _settle(session: Session, vm: VmRef, before: Tracking, after: Tracking, forc
     warnings = []
     if left:
         labels = ", ".join(f"'{disk.label}'" for disk in after.disks if disk.key in left)
-        why = "no change id proves that their tracking began anew, so the next backup reads them in full"
+        why = "no change ID proves that their tracking restarted, so the next backup reads them in full"
         if any(mark.state != vm_keys.DONE for mark in left.values()):
             why = "a restore into them was cut: run it again, or use force=true if their content is as you want it"
         warnings.append(f"The marks on disks {labels} of {vm} stay: {why}.")
@@ -374,7 +374,7 @@ def _settle(session: Session, vm: VmRef, before: Tracking, after: Tracking, forc
 
 
 def _predict(before: Tracking, steps: List[str]) -> Tracking:
-    """What :func:`apply` would come to, as far as it can be known: new change ids can't."""
+    """What :func:`apply` would come to, as far as it can be known: new change IDs can't."""
     after = replace(before, leftovers=[] if "clean" in steps else before.leftovers)
     if "enable" in steps or "disable" in steps:
         after.enabled = "enable" in steps

@@ -18,7 +18,7 @@ def skew_seconds(session: Session) -> float:
 
     The answer to a login holds the server's time; another call is made where it does not.
 
-    :raises VsphereError: the server does not tell.
+    :raises VsphereError: the server does not say.
     """
     if session.login_time is not None:
         return skew(*session.login_time)
@@ -37,7 +37,7 @@ def skew(theirs: Any, before: datetime.datetime, after: datetime.datetime) -> fl
 
 
 def warning(session: Session) -> Optional[str]:
-    """What is wrong with the clocks, for people; None where nothing is that they have to know."""
+    """What is wrong with the clocks, for people; None where nothing is wrong."""
     seconds = skew_seconds(session)
     if abs(seconds) <= WARNING_SECONDS:
         return None

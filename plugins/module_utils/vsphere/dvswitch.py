@@ -186,7 +186,7 @@ def destroy_port_group(session: Session, group: DvPortGroup, timeout: float) -> 
 
 
 def set_pool(session: Session, switch: DvSwitch, pool: Pool, timeout: float) -> None:
-    """Give a pool new values. The switch's version is read anew for every try: somebody else may change it, too."""
+    """Give a pool new values. The switch's version is read again for every try: somebody else may change it, too."""
     kinds = vim.DistributedVirtualSwitch.HostInfrastructureTrafficResource
     wanted = kinds(
         key=pool.key,

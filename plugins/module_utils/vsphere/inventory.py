@@ -284,7 +284,7 @@ def _reference(obj: Any, props: Dict[str, Any], known: Dict[str, Tuple[Any, Dict
         above, above_props = known[upper._moId]
         upper = above_props.get("parent") or above_props.get("parentFolder") or above_props.get("parentVApp")
         if upper is None and isinstance(above, vim.Folder):
-            break  # the root folder is no part of a path
+            break  # the root folder is not a part of a path
         parts.append(above_props.get("name") or above._moId)
         if isinstance(above, vim.Datacenter):
             datacenter = parts[-1]

@@ -300,7 +300,7 @@ def remove_failed(
 def remove_leftover(
     session: Session, intent: Mapping[str, Any], mark: Tuple[str, str], server_uuid: Optional[str], check_mode: bool
 ) -> Optional[Removal]:
-    """What a restore that did not come to its end left of a new machine, as its intent says and vCenter proves.
+    """What a restore that did not finish left of a new machine, as its intent says and vCenter proves.
 
     :param intent: an intent ``restore`` with ``target`` new_vm; see :func:`remove_made` for the rest.
     :returns: None if there is no such machine.
@@ -318,7 +318,7 @@ def remove_leftover(
     try:
         rest = remove_failed(session, intent, mark, server_uuid, leased, check_mode)
     except NotOurs as error:
-        # Whatever is in use, or has lost its mark, is nobody's of ours any more: it is told of once.
+        # Whatever is in use, or has lost its mark, is nobody's of ours any more: it is reported once.
         used = bool(error.details["used"])
         return Removal(name, f"left: {error.reason}. {error.remedy}", settled=used)
     action = "removed" + (f"; these files stay: {', '.join(rest)}" if rest else "")

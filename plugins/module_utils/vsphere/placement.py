@@ -25,7 +25,7 @@ class Wanted:
     """What is asked for, and what was: the second of each pair is used where the first is None.
 
     :param home: datastore of the machine's own files.
-    :param datastores: bytes that each datastore has to have room for, by name.
+    :param datastores: bytes that each datastore must have room for, by name.
     :param networks: names of networks.
     """
 
@@ -182,7 +182,7 @@ class _Look:
         while above is not None and above._moId in known:
             _obj, values = known[above._moId]
             above = values["parent"]
-            if above is not None:  # the root folder is no part of a path
+            if above is not None:  # the root folder is not a part of a path
                 parts.append(str(values["name"]))
         return "/" + "/".join(reversed(parts))
 

@@ -134,7 +134,7 @@ class RestSession:
             try:
                 return json.loads(body.decode("utf-8"), parse_int=_integer) if body else None
             except (ValueError, RecursionError) as error:
-                raise self.error(VsphereError, "the REST API's answer is no JSON", status) from error
+                raise self.error(VsphereError, "the REST API's answer is not JSON", status) from error
         kinds = {401: AuthenticationError, 403: PrivilegeError, 404: NotFoundError}
         words = _words(body)
         reason = f"the REST API refused it, HTTP {status}" + (f": {words}" if words else "")

@@ -157,7 +157,7 @@ def colons(digest: str) -> str:
 
 
 class ConnectFailure(OSError):
-    """No connection was made, so nothing was sent. ``error`` is what to tell the user."""
+    """No connection was made, so nothing was sent. ``error`` is what to report to the user."""
 
     def __init__(self, error: VsphereError) -> None:
         super().__init__(str(error))
@@ -788,7 +788,7 @@ class Session:
 
 def _may_repeat(fault: Any, args: Sequence[Any]) -> bool:
     """Whether a busy object is all that was in the way. Who asks for a change of just one version of the configuration
-    has to look again when there is another one (VADP facts 54)."""
+    must look again when there is another one (VADP facts 54)."""
     if isinstance(fault, vim.fault.ConcurrentAccess) and any(getattr(arg, "changeVersion", None) for arg in args):
         return False
     return faults.is_busy(fault)

@@ -79,7 +79,7 @@ def _present(session: Session, vm: VmRef, wanted: Wanted, check_mode: bool) -> D
         quiesce = snapshots.plan_quiesce(vm, wanted.quiesce, state.power_state, state.tools_running)
         disks = [disk.to_dict() for disk in disks_of(state.devices)]
         for disk in disks:
-            # Only the snapshot's change id counts, and there is none yet (VADP facts 3).
+            # Only the snapshot's change ID counts, and there is none yet (VADP facts 3).
             disk["change_id"] = None
         predicted = {
             "moid": None,

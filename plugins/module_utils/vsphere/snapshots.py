@@ -236,7 +236,7 @@ def pick_snapshot(
 
 
 def snapshot_disks(session: Session, snapshot: Snapshot) -> List[Disk]:
-    """The disks as the snapshot holds them: its paths, change ids and device keys (VADP facts 3, 14)."""
+    """The disks as the snapshot holds them: its paths, change IDs and device keys (VADP facts 3, 14)."""
     return snapshot_config(session, snapshot)[0]
 
 
@@ -417,7 +417,7 @@ def _created_meanwhile(
     A name proves nothing, for others may use it at the same moment. With our marker the description names the run;
     without one there must have been one task alone that makes a snapshot, and it must have made this one.
 
-    :raises AmbiguousError: somebody made a snapshot, and it can't be told who.
+    :raises AmbiguousError: somebody made a snapshot, and it can't be determined who.
     """
     known_tasks = {task._moId for task in before.recent_tasks}
     known_snapshots = {snapshot.moid for snapshot in before.snapshots}
@@ -455,7 +455,7 @@ def remove_snapshot(
 ) -> bool:
     """Remove a snapshot and all that is left of it (VADP facts 15). One that is gone already is fine.
 
-    :param consolidate: merge the delta files; without it they stay, and that is no error.
+    :param consolidate: merge the delta files; without it they stay, and that is not an error.
     :returns: whether the disks had to be consolidated in a step of their own.
     :raises TaskError: the snapshot is still in the tree, or its delta files can't be merged.
     """
@@ -558,7 +558,7 @@ def consolidation_state(session: Session, vm: VmRef, renew: bool = False) -> Tup
 
 
 def what_is_left(session: Session, vm: VmRef, renew: bool = False) -> Tuple[List[Snapshot], bool, List[str]]:
-    """The tree, and :func:`consolidation_state`; one call unless the list of files has to be renewed."""
+    """The tree, and :func:`consolidation_state`; one call unless the list of files must be renewed."""
     tree, needed, leftover = _consolidation_facts(session, vm)
     if renew and leftover and not needed:
         session.call(

@@ -90,7 +90,7 @@ def save(session: Session, vm: VmRef) -> Saved:
 
 
 def saved_tags(facts: Dict[str, Any]) -> Optional[List[Tag]]:
-    """The tags in a saved configuration; None if it does not tell them."""
+    """The tags in a saved configuration; None if it does not report them."""
     held = facts.get("tags")
     if held is None:
         return None

@@ -3,7 +3,7 @@
 """The keys that a VM carries for us in ``config.extraConfig`` (VADP facts 53 and 54; proofs 10, 11, 16, 20).
 
 =============================================  =======================================================================
-``openvadp.mark.<disk uuid>``                  ``1:<vm uuid>:<run id>:writing|done:<first part of the change id>``
+``openvadp.mark.<disk uuid>``                  ``1:<vm uuid>:<run id>:writing|done:<first part of the change ID>``
 ``openvadp.id.<repository id>.<disk uuid>``    ``1:<vm uuid>:<content id>``
 ``openvadp.new.<repository id>``               ``<run id>``, of a machine that a restore makes
 =============================================  =======================================================================
@@ -47,7 +47,7 @@ _NO_FIRST_PART = "-"
 
 
 class ConcurrentChange(VsphereError):
-    """The configuration is not the one that was read: read it again, and decide anew."""
+    """The configuration is not the one that was read: read it again, and decide again."""
 
 
 # Names and values
@@ -59,17 +59,17 @@ def is_ours(key: str) -> bool:
 
 
 def mark_key(disk_uuid: str) -> str:
-    """The name of the mark on a disk. :raises InputError: that is no UUID."""
+    """The name of the mark on a disk. :raises InputError: that is not a UUID."""
     return _MARK + _part(disk_uuid, "disk UUID")
 
 
 def id_key(repository_id: str, disk_uuid: str) -> str:
-    """The name of what a repository's newest point of a disk is. :raises InputError: one of both is no UUID."""
+    """The name of what a repository's newest point of a disk is. :raises InputError: one of both is not a UUID."""
     return f"{_ID}{_part(repository_id, 'repository ID')}.{_part(disk_uuid, 'disk UUID')}"
 
 
 def new_key(repository_id: str) -> str:
-    """The name of what a restore puts on a machine that it makes. :raises InputError: that is no UUID."""
+    """The name of what a restore puts on a machine that it makes. :raises InputError: that is not a UUID."""
     return _NEW + _part(repository_id, "repository ID")
 
 
@@ -81,7 +81,7 @@ def _part(text: str, what: str) -> str:
 
 
 def first_part(change_id: Optional[str]) -> Optional[str]:
-    """What names the tracking in a change id (VADP facts 4), as it stands in a mark; None where there is none.
+    """What names the tracking in a change ID (VADP facts 4), as it stands in a mark; None where there is none.
 
     A first part that does not fit into a value is told by its hash: it is only ever compared.
     """
@@ -109,7 +109,7 @@ def mark_value(vm_instance_uuid: str, run_id: str, state: str, change_id: Option
 def id_value(vm_instance_uuid: str, content_id: str) -> str:
     """The value that names the content of a disk's newest point."""
     if not _CONTENT_ID.fullmatch(content_id):
-        raise ValueError(f"{content_id!r} is no content ID")
+        raise ValueError(f"{content_id!r} is not a content ID")
     return _checked(f"{FORMAT}:{_part(vm_instance_uuid, 'instance UUID')}:{content_id}")
 
 
@@ -312,7 +312,7 @@ def write(
 
     :param change_version: of the configuration that was read; nothing is written if it is another one by now.
     :returns: the version that the configuration has now.
-    :raises ConcurrentChange: the configuration is another one by now: read it again and decide anew.
+    :raises ConcurrentChange: the configuration is another one by now: read it again and decide again.
     :raises PrivilegeError: the user lacks ``VirtualMachine.Config.AdvancedConfig``.
     :raises VsphereError: it failed, or the keys are not what was written.
     """
@@ -425,7 +425,7 @@ def update(
     attempts: int = 5,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Tuple[VmKeys, str]:
-    """Read, decide, write, and begin anew where the configuration changed in between.
+    """Read, decide, write, and begin again where the configuration changed in between.
 
     :param decide: what to write, from the keys as they are; nothing is written where it returns nothing. What it
         raises ends it.

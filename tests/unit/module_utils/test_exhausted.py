@@ -111,4 +111,4 @@ def test_a_full_folder_is_passed_over(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("options", [{"path": "/r\udcff\udcfe"}, {"names": ["x", "\udcff"]}])
 def test_a_path_that_is_no_text_is_refused(options: Dict[str, Any]) -> None:
     result = run("return dict(changed=False)", **options)
-    assert result["failed"] and "no UTF-8" in result["msg"] and "\\xff" in result["msg"], result
+    assert result["failed"] and "not UTF-8" in result["msg"] and "\\xff" in result["msg"], result

@@ -77,7 +77,7 @@ class Probe:
         self._problem: Optional[str] = None
 
     def start(self) -> None:
-        """Begin, if it has to be known at all."""
+        """Begin, if it must be known at all."""
         if self.wanted == TCG:
             return
         self._problem = obstacle()

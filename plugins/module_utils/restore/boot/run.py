@@ -100,7 +100,7 @@ class BootRequest:
                 matches_nothing = re.compile(self.boot_pattern).match("") is not None
             except (re.error, RecursionError, OverflowError) as error:
                 raise InputError(
-                    "The option boot_pattern is no regular expression", subject=self.boot_pattern, reason=str(error)
+                    "The option boot_pattern is not a regular expression", subject=self.boot_pattern, reason=str(error)
                 ) from None
             if matches_nothing:
                 raise InputError(
@@ -110,11 +110,11 @@ class BootRequest:
                     remedy="Give words that only a guest that has booted prints, such as 'login:'",
                 )
         if not os.path.isabs(self.boot_overlay_dir):
-            raise InputError("The option boot_overlay_dir is no absolute path", subject=self.boot_overlay_dir)
+            raise InputError("The option boot_overlay_dir is not an absolute path", subject=self.boot_overlay_dir)
 
     @property
     def steady_seconds(self) -> Optional[int]:
-        """How long the screen has to stay as it is; None if that proves nothing."""
+        """How long the screen must stay as it is; None if that proves nothing."""
         if self.boot_screen_seconds is None and self.boot_pattern is None and not self.boot_agent:
             return _SCREEN_SECONDS
         return self.boot_screen_seconds
@@ -143,7 +143,7 @@ class _Plan:
 def verify_by_boot(request: BootRequest, check_mode: bool) -> Dict[str, Any]:
     """Check a point as level structure does, then boot it.
 
-    :param check_mode: the point is checked, and what would be booted is told.
+    :param check_mode: the point is checked, and what would be booted is reported.
     :returns: as :func:`..repository.report.verify`, with ``boot``; None there if the point was not fit to be booted.
     """
     repository = Repository.open(request.repository)

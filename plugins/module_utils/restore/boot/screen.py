@@ -83,7 +83,7 @@ def read_ppm(path: str) -> Screen:
         pixels = data[found.end() :]
         if len(pixels) == width * height * 3:
             return Screen(width, height, pixels)
-    raise DataPathError("The guest's screen can't be read", subject=path, reason="it is no picture of qemu's")
+    raise DataPathError("The guest's screen can't be read", subject=path, reason="it is not a picture of qemu's")
 
 
 class Steady:
@@ -99,12 +99,12 @@ class Steady:
 
     def look(self, screen: Screen, now: float) -> bool:
         """Take in what is on the screen now; whether that has been so for long enough, and is something."""
-        # Always compared with the first of them: what creeps along is no steady screen.
+        # Always compared with the first of them: what creeps along is not a steady screen.
         if screen.blank or not screen.same_as(self._first):
             self._first, self._since = (None if screen.blank else screen), now
             return False
         return now - self._since >= self.seconds
 
     def reset(self) -> None:
-        """The machine begins anew."""
+        """The machine begins again."""
         self._first = None

@@ -333,6 +333,10 @@ class Agent:
             self._files.append((system, node, info))
         self._say(file=entry)
 
+    @property
+    def found_files(self) -> int:
+        return len(self._files)
+
     def skipped(self, volume: int, path: str, reason: str, askable: bool = False) -> None:
         """Tell a file that can't be had.
 

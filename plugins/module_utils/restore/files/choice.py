@@ -2,9 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 """Which reader reads which volume: dissect where it can, and libguestfs what is left.
 
-dissect is there at once and checks each block; libguestfs has to boot a virtual machine first. So that is only started
+dissect is there at once and checks each block; libguestfs must boot a virtual machine first. So that is only started
 for a volume on which a file system begins that dissect does not read, or fails on, or which is named and unknown, for
-one whose log has to be replayed, and for files that dissect refuses and Linux is known to read right.
+one whose log must be replayed, and for files that dissect refuses and Linux is known to read right.
 """
 
 from __future__ import annotations

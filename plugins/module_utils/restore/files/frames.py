@@ -39,7 +39,7 @@ def encode(kind: bytes, payload: bytes) -> bytes:
 
 
 def encode_json(document: Dict[str, Any]) -> bytes:
-    """A frame with an object; names that are no Unicode go through as surrogates."""
+    """A frame with an object; names that are not Unicode go through as surrogates."""
     return encode(JSON, json.dumps(document).encode("ascii"))
 
 
@@ -52,7 +52,7 @@ class FrameReader:
     """The frames of a pipe.
 
     :param descriptor: the pipe's end; it stays the caller's.
-    :param timeout: seconds within which each frame has to come.
+    :param timeout: seconds within which each frame must come.
     :param deadline: by the monotonic clock, for all of them.
     """
 

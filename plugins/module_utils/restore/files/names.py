@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 """Names of files of another machine, in whatever encoding they are.
 
-Inside, a name is text in which bytes that are no UTF-8 stand as surrogates, as Python has file names.
+Inside, a name is text in which bytes that are not UTF-8 stand as surrogates, as Python has file names.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ def encoded(name: str) -> bytes:
 
 
 def shown(path: str) -> str:
-    """A path for people and for JSON: what is no text, or would move the cursor, stands as ``\\xNN`` or ``\\n``."""
+    """A path for people and for JSON: what is not text, or would move the cursor, stands as ``\\xNN`` or ``\\n``."""
     return escaped(encoded(path).decode("utf-8", "surrogateescape"))
 
 
 def path_fields(path: str) -> Dict[str, str]:
-    """``path`` of a result, and ``path_base64``, its very bytes, where ``path`` does not tell them."""
+    """``path`` of a result, and ``path_base64``, its very bytes, where ``path`` does not report them."""
     text = shown(path)
     fields = {"path": text}
     if text != path:

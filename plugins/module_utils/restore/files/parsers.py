@@ -16,7 +16,7 @@ _ERRORS = ("dissect.btrfs",)
 
 
 def missing() -> List[str]:
-    """What has to be installed before dissect can be used here; empty if nothing is missing."""
+    """What must be installed before dissect can be used here; empty if nothing is missing."""
     if sys.version_info < PYTHON:
         return ["Python 3.10 or newer"]
     return [package for name, package in PACKAGES.items() if not _there(name)]

@@ -31,7 +31,7 @@ class Step(NamedTuple):
 
 
 def parts_of(pattern: str) -> List[str]:
-    """The names of a pattern. :raises InputError: it is no absolute path, or leaves the root."""
+    """The names of a pattern. :raises InputError: it is not an absolute path, or leaves the root."""
     if not pattern.startswith("/"):
         raise InputError(
             "A path is not absolute", subject=repr(pattern), remedy="Begin it with /, also for a Windows volume"

@@ -112,7 +112,7 @@ class Member(NamedTuple):
 
 
 def not_a_volume(entry: Partition) -> Optional[Tuple[str, str]]:
-    """(type, why) of a partition that is no volume of its own, by its type; None if it may be one."""
+    """(type, why) of a partition that is not a volume of its own, by its type; None if it may be one."""
     if entry.kind in _MBR_VOLUMES or entry.kind in _GPT_VOLUMES:
         return None
     name = _MBR_NAMES.get(entry.kind) or _GPT_NAMES.get(entry.kind)

@@ -83,4 +83,4 @@ class FilesRequest:
                 )
         for name, number in (("limit", self.limit), ("io_timeout", self.io_timeout), ("timeout", self.timeout)):
             if number < 1:
-                raise InputError(f"The option {name} has to be at least 1", subject=str(number))
+                raise InputError(f"The option {name} must be at least 1", subject=str(number))

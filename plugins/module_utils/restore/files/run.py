@@ -338,7 +338,7 @@ class _Restore:
             if there == FREE:
                 todo.append(entry)
             elif there == OTHER_KIND:
-                blocked.append(f"{self._destination.shown(entry.path)} is no {entry.kind}")
+                blocked.append(f"{self._destination.shown(entry.path)} is not a {entry.kind}")
             else:
                 try:
                     if self._is_same(entry):

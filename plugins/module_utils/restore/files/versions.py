@@ -25,7 +25,7 @@ class _Look:
     """What was found in one point.
 
     :param searched: names of the volumes that were searched.
-    :param skipped: places that can't be told about, nor can what lies below them.
+    :param skipped: places of which nothing is known, nor of what lies below them.
     """
 
     versions: Dict[_Place, Tuple[Any, Dict[str, Any]]] = field(default_factory=dict)

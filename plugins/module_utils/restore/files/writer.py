@@ -50,7 +50,7 @@ def steps_of(path: str) -> List[bytes]:
 class Destination:
     """The folder that files go to. A context manager.
 
-    :param path: it has to exist, and may itself be a symbolic link: who named it knows.
+    :param path: it must exist, and may itself be a symbolic link: who named it knows.
     :raises InputError: it can't be used.
     """
 
@@ -141,7 +141,7 @@ class Destination:
             descriptor = os.open(name, _READ, dir_fd=folder)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
-            raise OSError(errno.EINVAL, "it is no ordinary file")
+            raise OSError(errno.EINVAL, "it is not an ordinary file")
         return descriptor
 
     @contextlib.contextmanager

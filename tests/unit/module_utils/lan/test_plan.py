@@ -261,7 +261,7 @@ def test_another_stack_may_be_in_the_subnet():
         ({"portgroup": None}, "port group is not named"),
         ({"vswitch": "vSwitch1", "portgroup": "Backup"}, "on another switch"),
         ({"portgroup": "Management Network"}, "has a VMkernel NIC already"),
-        ({"dvswitch": "Other", "portgroup": "B"}, "no member"),
+        ({"dvswitch": "Other", "portgroup": "B"}, "not a member"),
         ({"dvswitch": "DSwitch0", "portgroup": "up"}, "uplinks"),
         ({"portgroup": "Backup", "address": "10.0.0.9/24"}, "vmk3 of host 'esx02'"),
     ],

@@ -29,7 +29,7 @@ def params(**changed):
     [
         ({"targets": []}, "No host is named"),
         ({"targets": [{"host": "a", "address": "esx01"}]}, "another NIC"),
-        ({"source_address": "10.20.30.5/24"}, "no IP address"),
+        ({"source_address": "10.20.30.5/24"}, "not an IP address"),
         ({"source_address": "fd00::1"}, "is IPv6"),
         ({"mtu": 1279}, "1280 to 9190"),
         ({"mtu": 9191}, "1280 to 9190"),

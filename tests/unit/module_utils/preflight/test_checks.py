@@ -112,7 +112,7 @@ OURS = '{"by": "openvadp.backup", "repository_id": "r", "run_id": "1", "point": 
         ({"free": 1 << 30}, "datastore_space", "ok", "free"),
         ({"free": 500 << 20}, "datastore_space", "warning", "a tenth"),
         ({"free": 50 << 20}, "datastore_space", "error", "no room"),
-        ({"free": None}, "datastore_space", "not_checked", "does not tell"),
+        ({"free": None}, "datastore_space", "not_checked", "does not report"),
     ],
 )
 def test_each_finding(changed: Dict[str, Any], code: str, severity: str, words: str) -> None:

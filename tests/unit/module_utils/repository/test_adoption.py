@@ -245,7 +245,7 @@ def test_what_is_no_copy_is_not_made_one(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(places, "seen_here", lambda place: [str(other)] if place.path == "/another/name" else real(place))
         before = tree(world.repository.path)
-        with pytest.raises(RepositoryError, match="no copy.*another_path"):
+        with pytest.raises(RepositoryError, match="not a copy.*another_path"):
             Repository.open(str(world.repository.path), adopt="copy")
         assert len(list(world.store.path.glob("runs/*.json"))) == 1
         assert description(world.repository.path) == json.loads(before["repository.json"][1])

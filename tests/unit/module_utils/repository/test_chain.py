@@ -124,8 +124,8 @@ OBSTACLES = {
     "replaced": (now(uuid="6000C29b"), POINTS, {}, "replaced.*another"),
     "no uuid": (now(uuid=None), [point("full", 1, uuid=None)], {}, "no UUID"),
     "grown": (now(capacity_bytes=2 * CAPACITY), POINTS, {}, "capacity changed from 1048576 to 2097152"),
-    "no id now": (now(change_id=None), POINTS, {}, "no change id of it: change tracking is off"),
-    "no id then": (now(), [*POINTS, point("last", 5, "full", change_id=None)], {}, "point last has no change id"),
+    "no id now": (now(change_id=None), POINTS, {}, "no change ID of it: change tracking is off"),
+    "no id then": (now(), [*POINTS, point("last", 5, "full", change_id=None)], {}, "point last has no change ID"),
     "reset": (now(change_id=f"{OTHER_PREFIX}/9"), POINTS, {}, "reset since point another"),
     "back": (now(change_id=f"{PREFIX}/3"), POINTS, {}, "went back, from 4 at point another to 3"),
     "by number": (now(change_id=f"{PREFIX}/10"), [point("full", 1, change_id=f"{PREFIX}/11")], {}, "went back"),
@@ -254,7 +254,7 @@ def test_marks_are_kept_and_go_with_the_commit_of_a_full(world: World) -> None:
         ({}, [point("after", 9)], True),  # a full one, by the tracking that is not to be trusted
         ({}, [point("after", 1, change_id=f"{OTHER_PREFIX}/1")], False),  # settled
         ({"change_id": f"{OTHER_PREFIX}/1"}, [], False),  # reset already: the next full settles it
-        ({"change_id": None}, [], False),  # off: turned on, it begins with new change ids
+        ({"change_id": None}, [], False),  # off: turned on, it begins with new change IDs
         ({"uuid": "another disk"}, [], False),
         ({"key": 2001}, [], False),
     ],

@@ -42,7 +42,7 @@ MERGED = {"content_id": content_id("p1"), "layer_blake3s": ["2" * 64, "0" * 64]}
         (dict(CHILD, parent_content_id=None), PARENT, "is not the one that it was made upon"),
         (CHILD, old(PARENT), "is not the one that it was made upon"),
         (old(CHILD), old(PARENT), None),
-        # Change ids go up: what has a later one was made later, and nothing can stand on it.
+        # Change IDs go up: what has a later one was made later, and nothing can stand on it.
         (old(CHILD), old(dict(PARENT, change_id=f"{PREFIX}/3")), "was made after it"),
         (old(CHILD), old(dict(PARENT, change_id="52 00-11/1")), "was made after it"),
         (old(CHILD), old(dict(PARENT, change_id=None)), "was made after it"),
@@ -128,7 +128,7 @@ def test_what_points_of_format_1_stand_on_is_written_down_once(world: World) -> 
     written = pins.read_bytes()
     assert json.loads(written)["disks"][str(KEY)]["parent"] == "mon" and not world.store.pins_path("sun").exists()
     assert world.store.point_names() == ["mon", "sun", "tue"] and world.store.part_files() == []
-    # Change ids show nothing here: the layer alone was replaced, and its manifest agrees.
+    # Change IDs show nothing here: the layer alone was replaced, and its manifest agrees.
     layer, path = world.store.layer_path(KEY, "mon"), world.store.manifest_path("mon")
     document = json.loads(path.read_bytes())
     document["disks"][0]["layer"]["blake3"] = "1" * 64

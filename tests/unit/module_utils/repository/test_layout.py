@@ -97,7 +97,7 @@ def test_two_who_create_a_repository_agree_on_its_id(tmp_path: Path) -> None:
         ('{"format": 2, "id": "00000000-0000-0000-0000-000000000001"}', DamagedError, "lacks 'places'"),
         ('{"format": 1}', DamagedError, "lacks 'id'"),
         ('{"format": true, "id": "00000000-0000-0000-0000-000000000001"}', DamagedError, "format"),
-        ("[]", DamagedError, "no object"),
+        ("[]", DamagedError, "not an object"),
         ("", DamagedError, "damaged"),
     ],
 )

@@ -85,7 +85,7 @@ def test_info(held: World, call: Call) -> None:
     ):
         assert [point["point"] for point in call(restore_point_info, point=moment)["points"]] == names
     assert call(restore_point_verify, vm_name="app01", point="2026-11-22T08:44Z")["point"] == "zulu"
-    assert "no time" in call(restore_point_info, point="2026-11-22T08:44")["msg"]
+    assert "not a time" in call(restore_point_info, point="2026-11-22T08:44")["msg"]
     assert "can't be applied" in call(restore_point_info, query="[?")["msg"]
     assert "no such virtual machine" in call(restore_point_info, vm_name="app02")["msg"]
     assert "can't be the name" in call(restore_point_info, point="../x")["msg"]
@@ -127,7 +127,11 @@ def test_verify_tells_damage_and_fails_unless_told_not_to(held: World, call: Cal
     )
     flip(held.store.manifest_path("alpha"), 100)
     told = call(restore_point_verify, vm_uuid=UUID, fail_on_damage=False)
-    assert told["ok"] is False and "latest restore point can't be told" in told["problems"][0] and told["disks"] == []
+    assert (
+        told["ok"] is False
+        and "latest restore point can't be determined" in told["problems"][0]
+        and told["disks"] == []
+    )
     # Neither a missing point nor a missing VM is damage.
     for options in ({"vm_uuid": UUID, "point": "nothing"}, {"vm_name": "app02"}):
         assert call(restore_point_verify, fail_on_damage=False, **options)["failed"]

@@ -63,5 +63,5 @@ def test_a_time_means_the_newest_point_before_it(world: World) -> None:
         world.store.resolve("2026-11-22T08:43:03Z")
     # What is damaged might be the one that is meant.
     world.store.manifest_path("alpha").write_text("{}")
-    with pytest.raises(DamagedError, match="can't be told before 2026-11-22T08:44:03Z.*can be read is zulu"):
+    with pytest.raises(DamagedError, match="can't be determined before 2026-11-22T08:44:03Z.*can be read is zulu"):
         world.store.resolve("2026-11-22T08:44:03Z")

@@ -134,7 +134,7 @@ def test_a_run_is_found_by_its_id_alone(store: VmStore) -> None:
     assert (found.uuid, same.run_id) == (UUID, run.run_id)
     with pytest.raises(RepositoryError, match="no record of this run"):
         store.repository.find_run(new_run_id())
-    with pytest.raises(InputError, match="no id of a run"):
+    with pytest.raises(InputError, match="not an id of a run"):
         store.repository.find_run("../../x")
 
 

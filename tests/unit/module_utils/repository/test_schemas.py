@@ -148,7 +148,7 @@ def test_messages_name_the_place() -> None:
     for change, words in (
         ({"disks": []}, "disks is empty"),
         ({"disks": [disk_entry("p1"), disk_entry("p1")]}, r"disks\[1\]\.key occurs twice"),
-        ({"disks": [disk_entry("p1", capacity_bytes=513)]}, r"disks\[0\]\.capacity_bytes is no multiple of 512"),
+        ({"disks": [disk_entry("p1", capacity_bytes=513)]}, r"disks\[0\]\.capacity_bytes is not a multiple of 512"),
         ({"disks": [disk_entry("p1", mode="incremental", parent="p1", parent_content_id=None)]}, r"\.parent is 'p1'"),
         ({"disks": [disk_entry("p1", parent_content_id="0" * 32)]}, "parent_content_id is there, and no parent is"),
         (
@@ -172,7 +172,7 @@ def test_messages_name_the_place() -> None:
         ({"server_uuid": "A"}, "server_uuid has an unexpected form"),
         ({"disks": [disk_entry("p1", seconds=float("inf"))]}, r"not JSON compliant|disks\[0\]\.seconds"),
         ({"snapshot": {}}, "snapshot lacks 'moid'"),
-        ({"started": "2026-13-22T08:42:03Z"}, "started is no time"),
+        ({"started": "2026-13-22T08:42:03Z"}, "started is not a time"),
         ({"nvram": {"file": "../../x", "size_bytes": 1, "blake3": "0" * 64}}, "nvram.file is"),
     ):
         with pytest.raises((RepositoryError, ValueError), match=words):

@@ -271,7 +271,7 @@ def test_anything_else_is_told(path):
 def test_what_a_warning_told_of_is_explained():
     saved = config(device.VirtualSerialPort(key=9000, yieldOnPoll=True))
     found = new_vm_diff.differences(saved, config(), set(), {9000})
-    assert found and {one.reason for one in found} == {"a warning tells of it", "the server numbers devices"}
+    assert found and {one.reason for one in found} == {"a warning reports it", "the server numbers devices"}
 
 
 def test_the_page_has_the_written_list():

@@ -242,7 +242,7 @@ def test_an_ova_is_its_owners_alone_and_a_pipe_at_its_place_is_refused(world: An
     assert path.stat().st_mode & 0o777 == 0o600
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(InputError, match="no ordinary file"):
+    with pytest.raises(InputError, match="not an ordinary file"):
         restore(world, dest, overwrite=True)
 
 

@@ -257,10 +257,10 @@ def test_what_can_not_be_served_is_refused(served: Serve, world: Any, short: Pat
         "no folder for the sockets": {"socket_dir": str(short / "absent")},
         "too long": {"socket_dir": str(short / ("x" * 100))},
         "timeout is out of range": {"timeout": 0},
-        "no IP address": {"address": "localhost"},
-        "no absolute path": {"socket_dir": "here"},
+        "not an IP address": {"address": "localhost"},
+        "not an absolute path": {"socket_dir": "here"},
         "No overlay can be made": {"writable_overlay": True, "overlay_dir": str(short / "absent")},
-        "no socket": {"socket_dir": str(short / "file")},
+        "not a socket": {"socket_dir": str(short / "file")},
     }
     (short / ("x" * 100)).mkdir()
     (short / "file").mkdir()

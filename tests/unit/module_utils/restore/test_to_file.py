@@ -140,7 +140,7 @@ def test_other_content_is_replaced_with_consent_only(world: Any, dest: Path, dis
     assert restore(world, dest, overwrite=True)["changed"] and path.read_bytes() == disk
     path.unlink()
     path.symlink_to(dest.parent / "elsewhere")
-    with pytest.raises(InputError, match="no ordinary file"):
+    with pytest.raises(InputError, match="not an ordinary file"):
         restore(world, dest, overwrite=True)
 
 
@@ -310,7 +310,7 @@ def test_names_that_another_user_swaps_meanwhile_lead_nowhere(
 
 def test_a_pipe_at_an_images_place_is_refused(world: Any, dest: Path, disk: bytes) -> None:
     os.mkfifo(dest / "app01-hard-disk-1-2000.raw")
-    with pytest.raises(InputError, match="no ordinary file"):
+    with pytest.raises(InputError, match="not an ordinary file"):
         restore(world, dest, overwrite=True)
 
 

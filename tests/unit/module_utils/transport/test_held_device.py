@@ -44,7 +44,7 @@ def test_the_device_is_held_as_long_as_it_is_the_same(machine: Machine) -> None:
         ):
             before = path.read_text()
             path.write_text(text)
-            with pytest.raises(TransportError, match="what sysfs tells of sdb has changed"):
+            with pytest.raises(TransportError, match="what sysfs says of sdb has changed"):
                 device.check(sysfs)
             path.write_text(before)
         device.check(sysfs)
@@ -64,7 +64,7 @@ def test_what_is_no_device_or_is_gone_is_not_taken(machine: Machine) -> None:
     with pytest.raises(TransportError, match="No such file"):
         take(machine)
     os.mkfifo(machine.dev / "sdb")
-    with pytest.raises(TransportError, match="no block device"):
+    with pytest.raises(TransportError, match="not a block device"):
         take(machine)
 
 
@@ -127,7 +127,7 @@ def test_a_block_device_is_asked_itself(machine: Machine, monkeypatch: pytest.Mo
         take(machine)
     assert not is_dead(str(machine.dev / "sdb"))
     monkeypatch.setattr(held_device.fcntl, "ioctl", answering(b"", host=1))
-    with pytest.raises(TransportError, match="does not tell what it is"):
+    with pytest.raises(TransportError, match="does not say what it is"):
         take(machine)
     assert is_dead(str(machine.dev / "sdb"))
     # A node of another device than the kernel's.
@@ -140,5 +140,5 @@ def test_a_block_device_is_asked_itself(machine: Machine, monkeypatch: pytest.Mo
 def test_a_block_device_that_is_no_scsi_disk_is_not_taken(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel's own answer: a plain file knows no SG_IO."""
     monkeypatch.setattr(held_device, "_status", lambda _descriptor: _Block)
-    with pytest.raises(TransportError, match="does not tell what it is"):
+    with pytest.raises(TransportError, match="does not say what it is"):
         take(machine)

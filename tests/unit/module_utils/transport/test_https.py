@@ -163,7 +163,7 @@ def test_the_server_itself_is_verified_as_ever() -> None:
     "url", ["http://*/nfc/1/a.vmdk", "https:///nfc", "https://esx01:99999/nfc", "file:///etc/passwd"]
 )
 def test_an_address_that_makes_no_sense_is_refused(url: str) -> None:
-    with pytest.raises(TransportError, match="no HTTPS"):
+    with pytest.raises(TransportError, match="not HTTPS"):
         https.tls_for(_session(), _address("a", url=url))
 
 
@@ -216,9 +216,9 @@ def test_a_stream_that_ends_early_is_no_stream(tmp_path: Path, cut: int) -> None
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"magic": 0x564D4457}, "no VMDK"),
-        ({"flags": 3}, "no stream-optimised"),
-        ({"text": 'createType="monolithicFlat"'}, "no stream-optimised"),
+        ({"magic": 0x564D4457}, "not a VMDK"),
+        ({"flags": 3}, "not a stream-optimised"),
+        ({"text": 'createType="monolithicFlat"'}, "not a stream-optimised"),
         ({"text": 'createType="streamOptimized"\nparentFileNameHint="/etc/passwd"'}, "another file"),
         ({"capacity": CAPACITY + 512}, "bytes, the snapshot says"),
         ({"capacity": 0}, "bytes, the snapshot says"),

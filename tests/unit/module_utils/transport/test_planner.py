@@ -126,7 +126,7 @@ READING = [
     Case("hotadd", disk(), proxy(vddk=None, vddk_problem=NO_VDDK, plugins=frozenset()), NO_VDDK),
     Case("hotadd", disk(), proxy(plugins=frozenset()), method="vddk"),
     Case("hotadd", disk(), proxy(is_vcenter=False), "needs vCenter, and this is a direct login to an ESXi host"),
-    Case("hotadd", disk(), proxy(vm=None, identity="proxy_physical says so"), "no virtual machine of this vCenter"),
+    Case("hotadd", disk(), proxy(vm=None, identity="proxy_physical says so"), "not a virtual machine of this vCenter"),
     Case("hotadd", disk(), proxy(vm=None, identity="proxy_physical says so"), "proxy_physical says so"),
     Case(
         "hotadd", disk(), proxy(vm_datacenter_moid="datacenter-21"), "'proxy01' is in another datacenter than 'app01'"
@@ -198,7 +198,7 @@ READING = [
     Case("https", disk(vm_template=True, **OFF), PROXY, method="folder"),
     Case("https", disk(vm_template=True, **OFF), proxy(plugins=frozenset()), "nbdkit's curl plugin is not installed"),
     Case("https", disk(vm_template=True, chained=True, **OFF), PROXY, "its base file is old"),
-    Case("https", disk(vm_template=True, datastore=store("vsan"), **OFF), PROXY, "is vsan, where a disk is no file"),
+    Case("https", disk(vm_template=True, datastore=store("vsan"), **OFF), PROXY, "is vsan, where a disk is not a file"),
     Case("https", disk(vm_template=True, datastore=store("vsan"), **OFF), PROXY, "has no snapshot to export"),
     Case("https", disk(encrypted=True), PROXY, "its files are ciphertext"),
     Case("https", disk(), proxy(missing_privileges={"export_lease": ("VApp.Export",)}), "privilege VApp.Export"),

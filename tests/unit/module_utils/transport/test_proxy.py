@@ -60,7 +60,7 @@ def _sysfs(folder: Path, **files: str) -> str:
         ({"sys_vendor": "VMware, Inc.", "address": "00:50:56:9A:00:01"}, [], 1, "its network addresses"),
         ({"sys_vendor": "VMware, Inc.", "address": "00:00:00:00:00:00"}, [], 0, "neither its UUID"),
         ({"sys_vendor": "Example", "address": "00:50:56:9a:00:01"}, [], 0, "not of VMware"),
-        ({"product_uuid": "Not Settable"}, [], 0, "does not tell whose hardware it is"),
+        ({"product_uuid": "Not Settable"}, [], 0, "does not say whose hardware it is"),
     ],
 )
 def test_what_is_looked_for(tmp_path: Path, files: Dict[str, str], asked: list, searched: int, words: str) -> None:

@@ -520,7 +520,7 @@ def test_without_a_change_id_nothing_proves_a_reset(session, vm, machine, stub):
     key = marked(machine, vm_keys.WRITING)
     result = change_tracking.ensure(session, vm, "reset", True, 600, False, force=True)
     assert machine.settings[key].split(":")[3] == "done"
-    assert result["change_tracking"]["marks"][0]["state"] == "done" and "no change id proves" in result["warnings"][0]
+    assert result["change_tracking"]["marks"][0]["state"] == "done" and "no change ID proves" in result["warnings"][0]
     assert tracking(session, vm, "reset")["warnings"] and machine.settings[key].split(":")[3] == "done"
 
 

@@ -59,7 +59,7 @@ def test_a_picture_of_qemus_becomes_a_png(tmp_path: Path) -> None:
     assert rows == b"".join(b"\0" + pixels[row * 15 : row * 15 + 15] for row in range(3))
     for bad in (b"", b"P6\n5 3\n255\n" + pixels[:-1], b"P5\n1 1\n255\n\0", b"P6\n99999 99999\n255\n"):
         path.write_bytes(bad)
-        with pytest.raises(DataPathError, match="no picture"):
+        with pytest.raises(DataPathError, match="not a picture"):
             read_ppm(str(path))
     with pytest.raises(DataPathError, match="can't be read"):
         read_ppm(str(tmp_path / "absent"))

@@ -87,7 +87,7 @@ def test_what_is_written_is_synced_and_nothing_else(disk: Any, monkeypatch: pyte
 
 def test_what_is_of_another_kind_is_never_replaced(disk: Any) -> None:
     (disk.dest / "etc" / "hosts").mkdir(parents=True)
-    with pytest.raises(InputError, match="is no file"):
+    with pytest.raises(InputError, match="is not a file"):
         disk.restore("/etc", overwrite=True)
     assert os.listdir(disk.dest / "etc") == ["hosts"]
 
