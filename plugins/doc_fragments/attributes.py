@@ -7,7 +7,7 @@ class ModuleDocFragment:
     DOCUMENTATION = r"""
 attributes:
   check_mode:
-    description: Can run in C(check_mode) and tell what would change without changing anything.
+    description: Can run in C(check_mode) and report what would change without changing anything.
   diff_mode:
     description: Returns what has changed, or would change in C(check_mode), when in C(--diff) mode.
   idempotent:

@@ -45,7 +45,7 @@ options:
       - Name of the virtual machine that this machine is, for V(hotadd).
       - If none of O(proxy_name), O(proxy_uuid), O(proxy_moid) and O(proxy_physical) is given, it is recognised by its
         hardware's UUID or serial number, without root by the addresses of its network cards. Where none fits, it is
-        taken for a machine outside of that vCenter; two that fit are an error.
+        treated as a machine outside of that vCenter; two that fit are an error.
     type: str
   proxy_uuid:
     description: BIOS UUID of the virtual machine that this machine is.

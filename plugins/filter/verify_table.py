@@ -74,7 +74,7 @@ def verify_table(results: Sequence[Mapping[str, Any]], width: int = 140) -> List
                 below += fold(f"wrong: {disk_name(disk)}: {problem}", width)
         boot = result.get("boot")
         for problem in result.get("problems") or []:
-            # How it did not boot is told below.
+            # How it did not boot is shown below.
             if not (isinstance(boot, Mapping) and problem.startswith("it did not boot")):
                 below += fold(f"wrong: {point}: {problem}", width)
         if isinstance(boot, Mapping):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: backup_lan_probe
-short_description: Prove from the proxy that the backup NICs of ESXi hosts are reached as they shall be
+short_description: Prove from the proxy that the backup NICs of ESXi hosts are reached as they should be
 version_added: 0.1.0
 description:
   - Runs on the backup proxy and needs no vCenter. For each host it opens a TCP connection to the NFC port of the backup
@@ -75,7 +75,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 proven:
-  description: Whether all targets were reached as they shall be. An MTU that could not be checked does not count.
+  description: Whether all targets were reached as they should be. An MTU that could not be checked does not count.
   returned: success
   type: bool
   sample: true
@@ -124,7 +124,7 @@ targets:
           type: int
           sample: 9000
         ok:
-          description: Whether they came back; null if not asked for, or if it could not be told.
+          description: Whether they came back; null if not asked for, or if it could not be determined.
           type: bool
           sample: true
         reason:

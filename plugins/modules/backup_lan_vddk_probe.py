@@ -10,9 +10,9 @@ version_added: 0.1.0
 description:
   - Runs on the backup proxy. It opens a disk of a virtual machine through VDDK, for reading and by C(nbdssl), and looks
     in VDDK's log for the address that vCenter handed out for the ESXi host.
-  - This is what M(openvadp.backup.backup_lan_probe) can't tell, as a host greets on each of its VMkernel NICs, tagged
+  - This is what M(openvadp.backup.backup_lan_probe) can't show, as a host greets on each of its VMkernel NICs, tagged
     for backup or not.
-  - The virtual machine has to be off and without snapshots, or a template. Its own host then serves the disk, so one
+  - The virtual machine must be off and without snapshots, or a template. Its own host then serves the disk, so one
     virtual machine proves one host.
   - An address that is not the backup NIC's does not fail the module; use RV(proven).
 author:

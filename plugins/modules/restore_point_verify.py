@@ -23,7 +23,7 @@ attributes:
   check_mode:
     support: full
     details: This module changes nothing, so it does the same in check mode. With O(level=boot) the point is checked,
-      and RV(boot) tells what would be booted.
+      and RV(boot) says what would be booted.
   diff_mode:
     support: N/A
     details: This module changes nothing.
@@ -40,7 +40,7 @@ options:
   level:
     description:
       - V(structure) compares each file with its hash, which finds every changed bit, and checks that the images are
-        sound and form the chain that the manifests tell.
+        sound and form the chain that the manifests describe.
       - V(data) also reads each layer as a restore does, and compares it with the hashes that were taken from what the
         disk held. It also finds what was written wrongly in the first place.
       - V(boot) does what V(structure) does, and then boots the point in qemu, with all its disks, on this machine. The
@@ -66,7 +66,7 @@ options:
     default: false
   boot_screen_seconds:
     description:
-      - A guest has booted when its screen has not been blank and has stayed the same for so many seconds, but for a
+      - A guest has booted when its screen has not been blank and has stayed the same for so many seconds, except a
         cursor. This is a weaker proof than the others, for a guest that hangs with a message shows the same.
       - If it is not given, and neither are O(boot_pattern) and O(boot_agent), it is 30.
     type: int

@@ -15,7 +15,7 @@ description:
     first one did not finish.
   - A template has no snapshots, so its disks themselves are read, always in full and by transport V(https) alone. If it
     was changed or converted before the last byte was read, the module fails and no point appears.
-  - A disk that a restore left half written is read as it is, with a warning that stands in the manifest too.
+  - A disk that a restore left half written is read as it is, with a warning that is in the manifest too.
   - The module runs on the machine that holds the repository (the backup proxy), and keeps the virtual machine locked
     against other runs there.
 author:

@@ -193,7 +193,7 @@ options:
   changed_only:
     description:
       - Whether only what changed since the point is written, with O(target=in_place).
-      - Change tracking tells the areas that changed, by a snapshot that is made and removed before anything is written.
+      - Change tracking says which areas changed, by a snapshot that is made and removed before anything is written.
         They are compared with the point, and what differs is written. Where a random sample of them differs nearly all
         over, they are written without further comparison, and RV(restored[].reason) says so. All the rest of the disk
         is believed to be as it was, and O(verify) compares a sample of it; if that is not good enough, use
@@ -475,7 +475,7 @@ restored:
         - Bytes written, zeros included; for an image file what it takes on its file system, for a disk that came by
           transport V(https) what was sent.
         - With O(changed_only=true) at most an eighth more than what differed, since what lies close together is written
-          as one; or what change tracking told, where a sample of it differed nearly all over.
+          as one; or what change tracking reported, where a sample of it differed nearly all over.
       type: int
       sample: 4187593113
     seconds:

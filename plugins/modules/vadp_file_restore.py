@@ -21,7 +21,7 @@ description:
   - All files are written into a hidden folder in O(dest) and get their places when the last one is complete. If
     anything fails before, nothing is there. No name or link of the image leads outside O(dest).
   - Symbolic links are restored as links and never followed here. In O(paths), links of the guest on the way to a file
-    are followed within its volume. Devices, pipes and sockets are skipped, and told in RV(skipped_files).
+    are followed within its volume. Devices, pipes and sockets are skipped, and reported in RV(skipped_files).
 author:
   - openvadp maintainers (@openvadp)
 extends_documentation_fragment:
@@ -63,7 +63,7 @@ options:
   versions:
     description:
       - Whether all restore points of the virtual machine are searched, and not O(point) alone. It takes O(list=true).
-      - RV(files) then has an element for each version of each file, and tells which points hold it. A version is
+      - RV(files) then has an element for each version of each file, and says which points hold it. A version is
         another one if its type, size, time of the last change or target differs, or with O(checksums) its content. A
         change that left size and time as they were is seen with O(checksums) only.
       - A point that can't be searched is reported in RV(points), with a warning. O(limit) holds for each point,
@@ -71,7 +71,7 @@ options:
     type: bool
     default: false
   checksums:
-    description: Whether O(list=true) also tells the SHA-256 of each file, which reads all of it.
+    description: Whether O(list=true) also returns the SHA-256 of each file, which reads all of it.
     type: bool
     default: false
   query:
@@ -90,7 +90,7 @@ options:
     default: []
   volumes:
     description:
-      - The volumes that are searched, each by its name, label or UUID as RV(volumes) tells them. Empty means all that
+      - The volumes that are searched, each by its name, label or UUID as in RV(volumes). Empty means all that
         can be read, without those that are searched only by their names (RV(volumes[].only_by_name)).
       - If the same path exists on two of them, this must name the one that is meant.
     type: list
@@ -102,8 +102,8 @@ options:
         small virtual machine by libguestfs, in which Linux mounts them; it takes seconds with KVM, without it a minute
         or two.
       - V(auto) takes dissect, and libguestfs for each volume that dissect knows and does not read, or fails on, or
-        whose log has to be replayed (RV(volumes[].clean)), and for files that dissect refuses and Linux is known to
-        read right. Which volumes those are can be narrowed by O(volumes). RV(volumes[].reader) tells which it was.
+        whose log must be replayed (RV(volumes[].clean)), and for files that dissect refuses and Linux is known to
+        read right. Which volumes those are can be narrowed by O(volumes). RV(volumes[].reader) says which it was.
       - With O(versions=true) only dissect reads.
     type: str
     choices: [auto, dissect, guestfish]
@@ -129,7 +129,7 @@ options:
   fail_on_skipped:
     description:
       - Whether the restore fails, and writes nothing, if any selected file can't be restored.
-      - Otherwise the others are restored, and RV(skipped_files) and a warning tell which were not.
+      - Otherwise the others are restored, and RV(skipped_files) and a warning say which were not.
     type: bool
     default: false
   limit:
@@ -159,7 +159,7 @@ notes:
     libguestfs replays those of XFS and btrfs, on an overlay that is thrown away. Only Windows replays that of NTFS, and
     FAT has none. Where a file system is not known to be clean after that, the newest changes may be missing, and files
     that had just changed may hold other bytes. RV(volumes[].clean) and a warning say so.
-  - The times of FAT are local times of the guest; they are taken for UTC.
+  - The times of FAT are local times of the guest; they are read as UTC.
 seealso:
   - module: openvadp.backup.vadp_disk_restore
 """

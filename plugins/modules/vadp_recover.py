@@ -150,7 +150,7 @@ options:
     type: path
   proxy_name:
     description:
-      - Name of a proxy's virtual machine. Then nothing is recovered; the module tells, in RV(attached) and
+      - Name of a proxy's virtual machine. Then nothing is recovered; the module reports, in RV(attached) and
         RV(announced), which disks of other virtual machines vCenter shows attached to it, and which the records of this
         repository say may be attached to it at any moment, over all virtual machines of the repository.
       - Ask this before a proxy is destroyed, from a playbook that destroys it too. Destroying a virtual machine deletes
@@ -422,7 +422,7 @@ run:
           type: str
           sample: Hard disk 1
         since:
-          description: Since when, in UTC; null where the virtual machine says it, whose mark tells no time.
+          description: Since when, in UTC; null where the virtual machine says it, whose mark has no time.
           type: str
           sample: '2026-11-22T08:42:03Z'
         reason:

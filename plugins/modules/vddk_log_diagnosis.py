@@ -150,7 +150,7 @@ lines:
   type: int
   sample: 10
 error_lines:
-  description: How many of them tell of something that went wrong.
+  description: How many of them report something that went wrong.
   returned: success
   type: int
   sample: 9

@@ -185,7 +185,7 @@ notes:
     C(DVPortgroup.Create) and C(DVPortgroup.Delete) (it is removed again where no host came to use it).
   - To know whether a NIC is bound to an iSCSI adapter takes C(Host.Config.Storage), on hosts that have one. Without it
     a NIC that is not tagged counts as bound. So does one where the server of an NFS datastore can't be resolved.
-  - ESXi knows the service since version 7.0. An older host is told as failed.
+  - ESXi knows the service since version 7.0. An older host is reported as failed.
   - The address is looked for in the network first where the machine that runs the module is in that subnet.
     RV(vmkernel_nic.address_check) says whether it was.
 seealso:

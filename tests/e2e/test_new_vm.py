@@ -389,7 +389,7 @@ def test_an_original_that_is_gone_comes_back_under_its_own_name(machines: NewMac
     assert machines.control.call("tags", vm="app01") == TAGS[:1]
     assert "Tag 'web' of category 'Owner' was not restored: vCenter shows no such category" in str(result["warnings"])
     lost = {one["path"]: one["reason"] for one in result["differences"] if one["path"].startswith("tags")}
-    assert lost == {"tags[Owner/web]": "a warning tells of it"}
+    assert lost == {"tags[Owner/web]": "a warning reports it"}
     assert result["vm"]["path"] == f"{FOLDER}/app01"
     assert machines.simulator.vm("app01")["power_state"] == "poweredOn"
     copy = machines.administrator.config(result["vm"]["moid"])
