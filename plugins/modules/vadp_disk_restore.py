@@ -198,7 +198,7 @@ options:
         over, they are written without further comparison, and RV(restored[].reason) says so. All the rest of the disk
         is believed to be as it was, and O(verify) compares a sample of it; if that is not good enough, use
         O(verify=full) or O(changed_only=false).
-      - The virtual machine has to name this point, or one that was built upon it, as its newest in this repository; a
+      - The virtual machine must name this point, or one that was built upon it, as its newest in this repository; a
         backup writes that name (C(openvadp.id.<repository ID>.<disk UUID>) in the advanced settings). Without it the
         disk may have been restored from elsewhere, reverted or rolled back, and is written as a whole.
       - A disk is written as a whole, and RV(restored[].reason) says why, where change tracking can't tell. That is, if

@@ -54,7 +54,7 @@ MUST_DIFFER: Tuple[Rule, ...] = (
     Rule(r"(keyId|managedBy)\b.*", "neither keys nor the rights of an extension are in a backup"),
     Rule(
         r"tools\.(toolsVersion|toolsInstallType|lastInstallInfo\b.*|pendingCustomization|customizationKeyId)",
-        "the guest tells it again",
+        "the guest reports it again",
     ),
     Rule(r"flags\.(snapshotLocked|snapshotDisabled|faultToleranceType|recordReplayEnabled)", "the server sets it"),
     Rule(r"(npiv\w+|scheduledHardwareUpgradeInfo)\b.*", "names on the storage network and plans are of one machine"),
