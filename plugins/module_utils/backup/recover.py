@@ -148,24 +148,11 @@ def recover_vm(request: RecoverRequest, check_mode: bool) -> Dict[str, Any]:
                 _end(store, ending)
             recovery = _recover(session, store, vm, request, ending)
             warnings = told + store.doubts + warnings + recovery.told
-            if request.begin and any(_is_removal(item) for item in recovery.found):
-                raise NotFoundError(
-                    "There is no virtual machine to back up any more",
-                    subject=str(vm),
-                    reason="it was half restored, by a restore that did not finish, and was removed",
-                    remedy="Run the restore again",
-                    details={"recovered": recovery.found},
-                )
+            if request.begin:
+                _require_still_there(vm, recovery)
             run: Optional[Dict[str, Any]] = None
-            if begun is not None and vm is not None:
-                if recovery.found:
-                    begun = _About(vm, look(session, vm))
-                run = begin_run(session, store, begun, request.point, request.run_id)
-                if request.access and not run["complete"] and not vm.template:
-                    begun_run = store.run(run["id"])
-                    if begun_run is not None:
-                        with _removed_if_it_fails(begun_run):  # what can't be recorded is not prepared
-                            run["access"] = access.prepare(session, begun_run, vm, request.vddk_libdir)
+            if begun is not None:
+                run = _begin(session, store, begun, request, looked_before=not recovery.found)
             elif facts is not None:
                 run = dict(facts, **_proof(session, store, vm, str(ending), facts))
             begins = begun is not None and run is not None and not run["complete"]
@@ -195,6 +182,32 @@ def forget_repository(params: Dict[str, Any], check_mode: bool) -> Dict[str, Any
         vm = find_vm(session, **vm_selection(params))
         keys = naming.forget_repository(session, vm, repository_id, check_mode)
     return {"changed": bool(keys), "recovered": [], "run": None, "warnings": [], "forgotten": keys}
+
+
+def _require_still_there(vm: Optional[VmRef], recovery: Recovery) -> None:
+    """:raises NotFoundError: the recovery has removed the machine, which a restore had made by half."""
+    if any(_is_removal(item) for item in recovery.found):
+        raise NotFoundError(
+            "There is no virtual machine to back up any more",
+            subject=str(vm),
+            reason="it was half restored, by a restore that did not finish, and was removed",
+            remedy="Run the restore again",
+            details={"recovered": recovery.found},
+        )
+
+
+def _begin(
+    session: Session, store: VmStore, about: _About, request: RecoverRequest, looked_before: bool
+) -> Dict[str, Any]:
+    """Begin the run. :param looked_before: nothing was changed since the machine was looked at."""
+    if not looked_before:
+        about = _About(about.vm, look(session, about.vm))
+    run = begin_run(session, store, about, request.point, request.run_id)
+    begun = store.run(run["id"]) if request.access and not run["complete"] and not about.vm.template else None
+    if begun is not None:
+        with _removed_if_it_fails(begun):  # what can't be recorded is not prepared
+            run["access"] = access.prepare(session, begun, about.vm, request.vddk_libdir)
+    return run
 
 
 def _doubt_copies(session: Session, store: VmStore, vm: VmRef) -> None:

@@ -691,13 +691,21 @@ class _Restore:
         if vm is None:
             return self._undone(last)
         if last and self.request.on_failure == KEEP and not self.leased:
-            error.remedy = _with(error.remedy, f"{vm} is kept, as on_failure says, and is not whole")
-            try:
-                self._release(vm)
-            except VadpError as left:
-                error.remedy = _with(error.remedy, f"{left.what}: remove that advanced setting")
-            self._over()
+            self._keep(vm, error)
             return False
+        return self._remove(vm, error) and self._undone(last)
+
+    def _keep(self, vm: VmRef, error: VadpError) -> None:
+        """Leave a machine that is not whole to the user, as on_failure says."""
+        error.remedy = _with(error.remedy, f"{vm} is kept, as on_failure says, and is not whole")
+        try:
+            self._release(vm)
+        except VadpError as left:
+            error.remedy = _with(error.remedy, f"{left.what}: remove that advanced setting")
+        self._over()
+
+    def _remove(self, vm: VmRef, error: VadpError) -> bool:
+        """Remove a machine that is half restored; the error tells what came of it. :returns: whether it has gone."""
         with suppress(VadpError):
             # Where its making was not told to us, only now it can be recorded what it is.
             if self._recorded().get("vm_moid") != vm.moid:
@@ -724,7 +732,7 @@ class _Restore:
             return False
         stay = f", but these files of it stay: {', '.join(rest)}" if rest else ""
         error.remedy = _with(error.remedy, f"The machine that was half restored was removed{stay}")
-        return self._undone(last)
+        return True
 
     def _undone(self, last: bool) -> bool:
         if last:

@@ -9,7 +9,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
 from ..datapath.progress import DiskProgress, Progress
 from ..errors import DamagedError, DataPathError, InputError, LockedError, RepositoryError
@@ -80,6 +80,19 @@ def open_connected(request: RestoreRequest, stack: contextlib.ExitStack) -> Tupl
     return open_point(request, session.server_uuid), session
 
 
+def require_disks(store: VmStore, manifest: Dict[str, Any], keys: Iterable[int]) -> None:
+    """:raises InputError: a device key is not one of the point's disks."""
+    unknown = [key for key in keys if disk_of(manifest, key) is None]
+    if unknown:
+        known = ", ".join(f"{disk['key']} ('{disk['label']}')" for disk in manifest["disks"])
+        raise InputError(
+            "The restore point holds no such disk",
+            subject=f"{', '.join(map(str, unknown))} at point {manifest['point']} of {store.shown}",
+            reason=f"it holds {known}",
+            remedy="Name disks of the point by their device keys",
+        )
+
+
 def open_point(request: RestoreRequest, server_uuid: Optional[str] = None) -> Point:
     """Find the point and its disks; nothing is read but manifests.
 
@@ -91,15 +104,7 @@ def open_point(request: RestoreRequest, server_uuid: Optional[str] = None) -> Po
     store = repository.find_vm(vm_uuid=request.vm_uuid, vm_name=request.vm_name)
     manifest = store.resolve(request.point, server_uuid)
     choices = {choice.key: choice for choice in request.disks}
-    unknown = [key for key in choices if disk_of(manifest, key) is None]
-    if unknown:
-        known = ", ".join(f"{disk['key']} ('{disk['label']}')" for disk in manifest["disks"])
-        raise InputError(
-            "The restore point holds no such disk",
-            subject=f"{', '.join(map(str, unknown))} at point {manifest['point']} of {store.shown}",
-            reason=f"it holds {known}",
-            remedy="Name disks of the point by their device keys",
-        )
+    require_disks(store, manifest, choices)
     disks = [
         PointDisk(
             choice=choices.get(disk["key"], DiskChoice(disk["key"])),

@@ -35,10 +35,10 @@ from ..errors import DamagedError, DataPathError, InputError, check_range
 from ..named import FOLDER, path_problem
 from ..repository.layout import Repository
 from ..repository.store import VmStore
-from ..repository.manifest import disk_of
 from ..repository.shapes import format_time, parse_time
 from ..repository.verify import missing_problems
 from ..transport.vddk import private_folder
+from .point import require_disks
 
 PRESENT = "present"
 ABSENT = "absent"
@@ -269,14 +269,7 @@ def _begin(place: _Place, store: VmStore, request: ServeRequest, check_mode: boo
 
 
 def _wanted(manifest: Dict[str, Any], request: ServeRequest, store: VmStore) -> List[Dict[str, Any]]:
-    unknown = [key for key in request.disks if disk_of(manifest, key) is None]
-    if unknown:
-        known = ", ".join(f"{disk['key']} ('{disk['label']}')" for disk in manifest["disks"])
-        raise InputError(
-            "The restore point holds no such disk",
-            subject=f"{', '.join(map(str, unknown))} at point {manifest['point']} of {store.shown}",
-            reason=f"it holds {known}",
-        )
+    require_disks(store, manifest, request.disks)
     return [disk for disk in manifest["disks"] if not request.disks or disk["key"] in request.disks]
 
 

@@ -157,10 +157,7 @@ def verify_by_boot(request: BootRequest, check_mode: bool) -> Dict[str, Any]:
     with ExitStack() as stack:
         if not check_mode:
             stack.enter_context(store.boot_lock(new_run_id()))
-            RuntimeDir.leftovers(store.boot_name, remove=True)
-            for path in store.boot_part_files():
-                with contextlib.suppress(FileNotFoundError):
-                    path.unlink()
+            _clear_leftovers(store)
         run_dir = stack.enter_context(RuntimeDir(store.boot_name))
         probe = Probe(request.boot_accelerator, program, run_dir.path)
         stack.callback(probe.stop)
@@ -172,41 +169,56 @@ def verify_by_boot(request: BootRequest, check_mode: bool) -> Dict[str, Any]:
             return result
         plan = stack.enter_context(_planned(store, result["point"], request, run_dir.path))
         accelerator, why = probe.result()
-        boot: Dict[str, Any] = {
-            "booted": None,
-            "by": None,
-            "reason": "check mode: it would be booted",
-            "accelerator": accelerator,
-            "accelerator_reason": why,
-            "firmware": plan.machine.firmware,
-            "memory_mb": plan.machine.memory_mb,
-            "cpus": plan.machine.cpus,
-            "disks": [{"key": key, "bus": bus} for key, bus in plan.machine.buses.items()],
-            "notes": plan.machine.notes,
-            "resets": 0,
-            "seconds": 0.0,
-            "screenshot": None,
-            "serial_log": None,
-        }
-        result["boot"] = boot
-        if check_mode:
-            return result
-        outcome = _boot(program, plan, accelerator, request, run_dir.path)
-        screenshot = None if outcome.screen is None else outcome.screen.png()
-        store.keep_evidence(result["point"], screenshot, outcome.serial_log)
-        boot.update(
-            booted=outcome.by is not None,
-            by=outcome.by,
-            reason=outcome.reason,
-            resets=outcome.resets,
-            seconds=round(outcome.seconds, 3),
-            screenshot=None if screenshot is None else str(store.screenshot_path(result["point"])),
-            serial_log=str(store.serial_log_path(result["point"])),
-        )
-        if outcome.by is None:
-            result["ok"] = False
-            result["problems"] = [*result["problems"], f"it did not boot: {outcome.reason}"]
+        result["boot"] = _not_yet(plan.machine, accelerator, why)
+        if not check_mode:
+            _note(store, result, _boot(program, plan, accelerator, request, run_dir.path))
     return result
+
+
+def _clear_leftovers(store: VmStore) -> None:
+    """What a boot that was killed left."""
+    RuntimeDir.leftovers(store.boot_name, remove=True)
+    for path in store.boot_part_files():
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+
+
+def _not_yet(machine: Machine, accelerator: str, why: str) -> Dict[str, Any]:
+    """``boot`` of the result before anything is started."""
+    return {
+        "booted": None,
+        "by": None,
+        "reason": "check mode: it would be booted",
+        "accelerator": accelerator,
+        "accelerator_reason": why,
+        "firmware": machine.firmware,
+        "memory_mb": machine.memory_mb,
+        "cpus": machine.cpus,
+        "disks": [{"key": key, "bus": bus} for key, bus in machine.buses.items()],
+        "notes": machine.notes,
+        "resets": 0,
+        "seconds": 0.0,
+        "screenshot": None,
+        "serial_log": None,
+    }
+
+
+def _note(store: VmStore, result: Dict[str, Any], outcome: Outcome) -> None:
+    """Keep the evidence, and complete the result."""
+    screenshot = None if outcome.screen is None else outcome.screen.png()
+    store.keep_evidence(result["point"], screenshot, outcome.serial_log)
+    result["boot"].update(
+        booted=outcome.by is not None,
+        by=outcome.by,
+        reason=outcome.reason,
+        resets=outcome.resets,
+        seconds=round(outcome.seconds, 3),
+        screenshot=None if screenshot is None else str(store.screenshot_path(result["point"])),
+        serial_log=str(store.serial_log_path(result["point"])),
+    )
+    if outcome.by is None:
+        result["ok"] = False
+        result["problems"] = [*result["problems"], f"it did not boot: {outcome.reason}"]
 
 
 def not_booted(result: Dict[str, Any]) -> BootError:

@@ -23,9 +23,8 @@ from ...errors import DamagedError, DataPathError, InputError, RepositoryError
 from ...repository.chain import chain_of
 from ...repository.layout import Repository
 from ...repository.store import VmStore
-from ...repository.manifest import disk_of
 from ...repository.verify import missing_problems
-from ..point import Point, PointDisk, checked_beside
+from ..point import Point, PointDisk, checked_beside, require_disks
 from ..request import DiskChoice
 from .appliance import remove_sockets
 from .choice import make_reader
@@ -114,15 +113,7 @@ def source_of(
     :param points: all of the VM.
     :raises VadpError: as :func:`open_source`.
     """
-    unknown = [key for key in request.disks if disk_of(manifest, key) is None]
-    if unknown:
-        known = ", ".join(f"{disk['key']} ('{disk['label']}')" for disk in manifest["disks"])
-        raise InputError(
-            "The restore point holds no such disk",
-            subject=f"{', '.join(map(str, unknown))} at point {manifest['point']} of {store.shown}",
-            reason=f"it holds {known}",
-            remedy="Name disks of the point by their device keys",
-        )
+    require_disks(store, manifest, request.disks)
     wanted = [disk for disk in manifest["disks"] if not request.disks or disk["key"] in request.disks]
     problems = missing_problems(store, dict(manifest, disks=wanted))
     if problems:
