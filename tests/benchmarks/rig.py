@@ -79,6 +79,10 @@ def timed(work: Callable[[], Any]) -> float:
     return time.monotonic() - begun
 
 
+def _track(session: Session, vm: VmRef, wanted: str) -> None:
+    change_tracking.ensure(session, vm, wanted, activate=True, timeout=3600, check_mode=False)
+
+
 class Rig:
     """A running simulator, its VM with *gib* GiB of data on a disk of twice the size, and a folder for what is made."""
 
@@ -107,7 +111,7 @@ class Rig:
         say(f"disk of {self.capacity_bytes} bytes with {gib} GiB of data: {time.monotonic() - begun:.1f} s")
         self.session = self._stack.enter_context(Session.connect(self.connection))
         self.vm = find_vm(self.session, name=VM)
-        change_tracking.enable(self.session, self.vm)
+        _track(self.session, self.vm, "enabled")
 
     def close(self) -> None:
         """End the simulator."""
@@ -141,7 +145,7 @@ class Rig:
         """Make an empty disk of another VM a large one, with change tracking on."""
         self.simulator.control.call("grow_disk", vm=name, disk=key, capacity_bytes=capacity_bytes)
         vm = find_vm(self.session, name=name)
-        change_tracking.enable(self.session, vm)
+        _track(self.session, vm, "enabled")
         return vm
 
     def allocation_queries(self) -> int:
@@ -261,7 +265,7 @@ class Rig:
 
     def reset_tracking(self) -> None:
         """What a restore wrote is no longer held against the disk once a full point follows."""
-        change_tracking.reset(self.session, self.vm)
+        _track(self.session, self.vm, "reset")
 
     # Files
 

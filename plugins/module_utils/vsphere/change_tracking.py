@@ -184,28 +184,6 @@ def apply(
     return after
 
 
-def enable(session: Session, vm: VmRef, activate: bool = True, timeout: float = 3600) -> bool:
-    """Switch tracking on. :returns: whether anything was changed."""
-    return _reach(session, vm, "enabled", activate, timeout)
-
-
-def disable(session: Session, vm: VmRef, activate: bool = True, timeout: float = 3600) -> bool:
-    """Switch tracking off. :returns: whether anything was changed."""
-    return _reach(session, vm, "disabled", activate, timeout)
-
-
-def reset(session: Session, vm: VmRef, timeout: float = 3600) -> bool:
-    """Start tracking again: all change IDs of before are worthless, and the next backup of each disk is full."""
-    return _reach(session, vm, "reset", True, timeout)
-
-
-def _reach(session: Session, vm: VmRef, wanted: str, activate: bool, timeout: float) -> bool:
-    tracking = state(session, vm)
-    steps = plan(vm, tracking, wanted, activate)
-    apply(session, vm, tracking, steps, timeout)
-    return bool(steps)
-
-
 def _switch(session: Session, vm: VmRef, on: bool, timeout: float) -> None:
     session.run_task(
         vm.obj.ReconfigVM_Task,
