@@ -27,7 +27,7 @@ _REMEDIES = {
     errno.ENOTCONN: "Mount its file system again",
     errno.ENAMETOOLONG: "Use shorter names",
     errno.ENODEV: "Look whether the device is still there",
-    errno.ETXTBSY: "Try again when nobody uses it",
+    errno.ETXTBSY: "Try again when it is not in use",
 }
 _MEMORY = "Raise the limit of memory or address space (ulimit -v), or work on fewer disks at a time (parallel_disks)"
 

@@ -133,7 +133,7 @@ def test_a_new_machine_is_the_old_one_but_for_what_must_differ(machines: NewMach
         assert machines.held(f"copy-{point}") == machines.modules.held[point]
         assert [entry["verified"] for entry in result["restored"]] == [True, True, True]
     told = "\n".join(str(one) for one in result["warnings"])
-    for word in ("VirtualSerialPort", "VirtualUSB", "Set mac_addresses to new if both shall run"):
+    for word in ("VirtualSerialPort", "VirtualUSB", "Set mac_addresses to new if both are to run"):
         assert word in told, told
     assert "configuration differs" not in told, told
     copy = machines.administrator.config(result["vm"]["moid"])

@@ -227,7 +227,7 @@ def _processes(looked: Looked) -> None:
         hosts = sorted({str(run.data["host"]) for run in elsewhere})
         count = len({run.run_id for run in elsewhere})
         looked.result.told.append(
-            f"{count} runs of other machines ({', '.join(hosts[:5])}) wait for a recovery there, as was told before."
+            f"{count} runs of other machines ({', '.join(hosts[:5])}) wait for a recovery there, as reported before."
         )
 
 

@@ -97,7 +97,7 @@ def _records(path: str) -> Tuple[List[Record], List[str]]:
         try:
             runs = store.runs()
         except VadpError as error:
-            warnings.append(f"What {store.uuid} has attached is told by vCenter alone: {error}")
+            warnings.append(f"What {store.uuid} has attached is known from vCenter alone: {error}")
             continue
         for run in runs:
             for intent in run.intents("attachment"):

@@ -166,6 +166,6 @@ def changes_since(session: Session, vm: VmRef, before: TemplateState) -> Optiona
         "The template was changed while it was read",
         subject=str(vm),
         reason="; ".join(reasons),
-        remedy="Run again when nobody changes it",
+        remedy="Run again when it is not being changed",
         retryable=True,
     )

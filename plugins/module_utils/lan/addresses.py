@@ -239,7 +239,7 @@ def choose_hosts(facts: Sequence[Mapping[str, Any]], names: Sequence[str], clust
             raise InputError(
                 "There is no such host",
                 subject=f"'{name}'",
-                remedy="Give the name or address under which the host stands in vCenter's inventory",
+                remedy="Give the name or address under which the host is in vCenter's inventory",
             )
         chosen.append(by_name[name.lower()])
     for cluster in clusters:

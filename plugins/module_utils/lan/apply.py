@@ -630,7 +630,7 @@ def _route(gateway: str) -> Any:
 def _update(nic: Nic, target: Target, whole: bool = False) -> Any:
     """What brings *nic* to *target*; what is the same is not sent.
 
-    :param whole: *target* is all of the NIC: without an address it shall have none.
+    :param whole: *target* is all of the NIC: without an address it must have none.
     """
     spec = vim.host.VirtualNic.Specification()
     v4 = False

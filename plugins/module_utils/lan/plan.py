@@ -28,7 +28,7 @@ def sure(value: Optional[T]) -> T:
 
 @dataclass(frozen=True)
 class Target:
-    """How the NIC shall be: what is made, or what an existing one gets. None is left as it is."""
+    """How the NIC should be: what is made, or what an existing one gets. None is left as it is."""
 
     dhcp: bool = False
     ip: Optional[str] = None

@@ -42,7 +42,7 @@ MTU_PATH = "mtu_path"
 
 _SHARED_SUBNET = (
     "if that host has two VMkernel NICs in this subnet, its answers leave by the other one: "
-    "vmkernel_backup_nic_info tells (shared_subnets), and a subnet of its own for the backup NIC mends it"
+    "vmkernel_backup_nic_info shows (shared_subnets), and a subnet of its own for the backup NIC fixes it"
 )
 
 
@@ -396,5 +396,5 @@ def _lost(asked: int, how: str, answer: Answer) -> Finding:
 
 
 def unproven(results: Sequence[Dict[str, Any]]) -> List[str]:
-    """The hosts of which something was not as it shall be."""
+    """The hosts of which something was not as it should be."""
     return [result["host"] for result in results if not result["proven"]]

@@ -197,7 +197,7 @@ def _snapshots(machine: Machine) -> Iterator[Check]:
             ERROR,
             subject,
             f"it stands on {state.current_depth} snapshots, and {MAX_CHAIN} is the limit: no further one is possible",
-            "Remove snapshots that nobody needs",
+            "Remove snapshots that are not needed",
         )
     ours = [item for item in state.snapshots if item.marker is not None]
     foreign = [item for item in state.snapshots if item.marker is None]
@@ -218,7 +218,7 @@ def _snapshots(machine: Machine) -> Iterator[Check]:
             subject,
             f"snapshots of others are there: {listed}. The next backup after one of them is a full one unless nobody"
             " went back to it, and the machine's disks grow beside it",
-            "Remove those that nobody needs",
+            "Remove those that are not needed",
         )
     if not state.snapshots:
         yield Check(code, OK, subject, "there are none")
@@ -300,7 +300,7 @@ def transport_checks(machine: Machine, outcomes: Sequence[DiskOutcome]) -> Itera
 def leftovers(machine: Machine, others: Optional[Mapping[str, Mapping[str, Any]]], unread: int = 0) -> Iterator[Check]:
     """Disks of this machine that are attached to another one (VADP facts 30).
 
-    A linked clone stands on a file of this machine by right: there it is a parent. A disk that was hot-added is the
+    A linked clone may stand on a file of this machine: there it is a parent. A disk that was hot-added is the
     file itself, or a redo log that stands directly on it.
 
     :param others: moid -> OTHER_PATHS of the machines on the same datastores; None where they could not be read.

@@ -80,7 +80,7 @@ def read_description(root: Path) -> Dict[str, Any]:
         root / REPOSITORY_FILE,
         "The repository's description is damaged",
         check_description,
-        "Restore the file from a copy: its id stands in every manifest as repository_id",
+        "Restore the file from a copy: its ID is in every manifest as repository_id",
         REPOSITORY_FORMAT,
     )
 

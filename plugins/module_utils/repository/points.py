@@ -289,7 +289,7 @@ class VmPoints:
                 subject=self.shown,
                 reason=f"points {' and '.join(names)} have the same number, {number}: folders of several repositories"
                 " were put together here",
-                remedy="Name the point; and take apart what was put together, so that the order can be told again",
+                remedy="Name the point; and take apart what was put together, so that the order is known again",
             )
         found = sequence.of_server(readable, server_uuid)
         if found is None:

@@ -370,7 +370,7 @@ class VmStore(VmPoints):
             else:
                 continue
             raise RepositoryError(
-                "The restore point is none of its own", subject=f"{sealed['point']} of {self.shown}", reason=problem
+                "The restore point does not belong here", subject=f"{sealed['point']} of {self.shown}", reason=problem
             )
 
     def _check_stored(self, path: Path, stored: Dict[str, Any]) -> None:

@@ -372,7 +372,7 @@ def _predicted(
     entries = []
     for target in targets:
         changes = known.get(target.disk.key)
-        reason = "what changed since the point would be written, unless change tracking turns out not to tell"
+        reason = "what changed since the point would be written, unless change tracking turns out not to know it"
         if isinstance(changes, Changes):
             reason = "an interrupted restore of it would be finished from its journal"
         elif changes is not None:

@@ -149,7 +149,7 @@ class Marking:
         held = [disk.label for disk in self._ours(after) if disk.change_id is not None]
         if held and not self.marked:
             raise VsphereError(
-                "Nothing was written, because nothing would tell of it",
+                "Nothing was written, because nothing would record it",
                 subject=str(self.vm),
                 reason=f"the disks could not be marked, and {', '.join(held)} still have change IDs",
                 remedy=_proof_missing(None),

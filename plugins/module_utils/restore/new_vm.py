@@ -309,7 +309,7 @@ def _check_name(session: Session, name: str, request: RestoreRequest) -> List[st
             "There is a virtual machine of this name already, and nothing was touched",
             subject=name,
             reason=", ".join(taken),
-            remedy="Give another name; or set allow_duplicate_name, and another folder, if two shall have it",
+            remedy="Give another name; or set allow_duplicate_name, and another folder, if two should have it",
             details={"matches": taken},
         )
     return [f"There is another virtual machine '{name}': {', '.join(taken)}"]
@@ -337,7 +337,7 @@ def _check_identity(session: Session, original: Optional[VmRef], saved: _Saved, 
         )
     return [
         f"{original} is there too: addresses that vCenter chose it chooses again, those that a user set are the same on"
-        " both machines. Set mac_addresses to new if both shall run"
+        " both machines. Set mac_addresses to new if both are to run"
     ]
 
 

@@ -199,7 +199,7 @@ def obstacles(config: Any, wishes_vtpm: str) -> List[str]:
     if wishes_vtpm == REFUSE and any(kind_of(device) == "VirtualTPM" for device in config.hardware.device):
         found.append(
             "it has a virtual TPM, whose content is worth nothing without its key provider and is in no backup: set"
-            " vtpm to drop if the machine shall come back without it (a guest that is sealed to it asks for its"
+            " vtpm to drop if the machine should come back without it (a guest that is sealed to it asks for its"
             " recovery key)"
         )
     return found

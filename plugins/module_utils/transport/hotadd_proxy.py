@@ -111,7 +111,7 @@ def reconfigure(
     :raises ConcurrentChange: it has another one; nothing was done.
     """
     if not spec.changeVersion:
-        raise TransportError(what, subject=subject, reason="vCenter tells no version of the proxy's configuration")
+        raise TransportError(what, subject=subject, reason="vCenter reports no version of the proxy's configuration")
     try:
         compare_and_set(session, proxy, spec, what=what, timeout=_TASK_TIMEOUT, done=done)
     except VsphereError as error:

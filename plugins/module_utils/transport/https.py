@@ -279,7 +279,7 @@ def _check_name(connection: Connection, certificate: Path) -> None:
             "The server's certificate can't be verified by nbdkit's curl plugin",
             subject=connection.address,
             reason=error.verify_message or str(error),
-            remedy="Set hostname to a name that stands in the certificate, or use another transport",
+            remedy="Set hostname to a name that is in the certificate, or use another transport",
         ) from error
     except OSError as error:
         raise TransportError(

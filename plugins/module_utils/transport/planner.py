@@ -392,7 +392,7 @@ def _attachable(disk: DiskFacts, proxy: ProxyFacts) -> List[str]:
 def _hotadd_notes(disk: DiskFacts, proxy: ProxyFacts) -> List[str]:
     notes = []
     if disk.controller in ("sata", "nvme"):
-        notes.append(f"nobody documents whether a disk of a {disk.controller.upper()} controller can be hot-added")
+        notes.append(f"it is not documented whether a disk of a {disk.controller.upper()} controller can be hot-added")
     machine, vm, datastore = proxy.vm, disk.vm, disk.datastore
     if machine is None or vm is None or datastore is None:
         return notes
@@ -559,7 +559,7 @@ def _leased(one: Plan, why: str) -> Plan:
     raise TransportError(
         "The disks of the new machine can't be written by one transport",
         reason=f"{why}; this one can't be written by it",
-        remedy="Make one of the transports work for all disks: the reasons stand in the plan of check mode",
+        remedy="Make one of the transports work for all disks: the reasons are in the plan of check mode",
     )
 
 

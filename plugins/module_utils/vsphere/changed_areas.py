@@ -56,7 +56,7 @@ def query_changed_areas(
         if following < capacity_bytes and areas < _PAGE_AREAS and page.length < _PAGE_BYTES:
             poor += 1
         if found > _MOST_AREAS or poor > _POOR_PAGES:
-            problem = problem or f"its pages have no end ({found} areas, {poor} pages that tell nearly nothing)"
+            problem = problem or f"its pages have no end ({found} areas, {poor} pages that say nearly nothing)"
         if problem:
             raise _contradiction(subject, offset, problem)
         for area in page.changedArea:

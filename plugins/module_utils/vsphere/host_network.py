@@ -203,7 +203,7 @@ def pick(hosts: Sequence[HostNetwork], name: str) -> HostNetwork:
         "There is no such host",
         subject=f"'{name}'",
         reason=reason or "no host that this user may see has that name",
-        remedy="Give the name or address under which the host stands in vCenter's inventory",
+        remedy="Give the name or address under which the host is in vCenter's inventory",
     )
 
 

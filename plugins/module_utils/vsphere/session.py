@@ -285,7 +285,7 @@ def _certificate_error(
         error = beside
     if error.verify_code in _OTHER_NAME:
         what = "The server's certificate carries another name"
-        remedy = "Set hostname to a name that stands in the certificate"
+        remedy = "Set hostname to a name that is in the certificate"
     elif error.verify_code in (9, 10):  # not yet valid, has expired
         what = "The server's certificate is out of its time"
         remedy = "Renew the certificate of the server, or set this machine's clock"

@@ -303,7 +303,7 @@ def check_can_snapshot(vm: VmRef, state: VmState) -> None:
             "No further snapshot is possible",
             subject=str(vm),
             reason=f"the virtual machine stands on {state.current_depth} snapshots, and {MAX_CHAIN} is the limit",
-            remedy="Remove snapshots that nobody needs",
+            remedy="Remove snapshots that are not needed",
         )
 
 
@@ -437,7 +437,7 @@ def _created_meanwhile(
             "It is not known whose snapshot there is",
             subject=f"{', '.join(map(str, same))} of {vm}",
             reason="the connection was lost while ours was being made, and another was made at the same time",
-            remedy="Look at the virtual machine in the vSphere client; remove what nobody needs, then run again",
+            remedy="Look at the virtual machine in the vSphere client; remove what is not needed, then run again",
         )
     return same[0].moid if same else None
 

@@ -321,7 +321,7 @@ def write(
             raise ValueError(f"{key}={value!r} is not ours to write")
     if not change_version:
         # Without it the server would not compare anything.
-        raise VsphereError(what, subject=str(vm), reason="the server tells no version of its configuration")
+        raise VsphereError(what, subject=str(vm), reason="the server reports no version of its configuration")
     options = [vim.option.OptionValue(key=key, value=value) for key, value in sorted(changes.items())]
     spec = vim.vm.ConfigSpec(changeVersion=change_version, extraConfig=options)
 
