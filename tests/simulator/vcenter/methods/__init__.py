@@ -31,6 +31,7 @@ MODULES = (
     "leases",
     "machines",
     "networks",
+    "pools",
     "reconfigure",
     "search",
     "session",

@@ -13,7 +13,7 @@ from typing import Any
 from pyVmomi import vim, vmodl
 
 from .. import disks, vmspec
-from ..inventory import Cluster, Folder, Host, ResourcePool, VirtualApp, VirtualMachine, datastore_of
+from ..inventory import Cluster, Folder, Host, VirtualMachine, datastore_of
 from ..model import Entity
 from ..services import Task
 from . import Context, find_object, method, reconfigure
@@ -78,14 +78,6 @@ def outside_of_vapps(context: Context, pool: Any) -> None:
     """:raises vmodl.fault.InvalidArgument: a machine of a vApp lies in no folder."""
     if context.simulator.inventory.get(pool._moId).vapp is not None:
         raise vmodl.fault.InvalidArgument(invalidProperty="pool")
-
-
-@method("ResourcePool", "CreateChildVM_Task", changing=True)
-def create_child_vm(context: Context, pool: ResourcePool, config: Any, host: Any) -> Any:
-    if not isinstance(pool, VirtualApp):
-        raise vmodl.fault.NotSupported()
-    make = maker(context, pool.machines_folder, config, pool.ref, host)
-    return context.simulator.tasks.start(context, context.method, pool, lambda task: make().ref)
 
 
 @method("Folder", "CreateVM_Task", changing=True)
