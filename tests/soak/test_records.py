@@ -109,13 +109,7 @@ def _intent(source: random.Random, around: Surroundings) -> Dict[str, Any]:
             "moid": source.choice([around.theirs, None, "snapshot-1"]),
             "server_uuid": source.choice([_server(around), None, "other"]),
         },
-        "attachment": {
-            "proxy_moid": source.choice([around.victim.moid, around.machine.moid, "vm-9999"]),
-            "file": source.choice([disk["path"] for disk in around.victim.state["disks"]]),
-            "disk_uuid": "6000C29e-0000-0000-0000-000000000000",
-            "vm_moid": around.machine.moid,
-            "access": source.choice(["read", "write"]),
-        },
+        "attachment": _attachment(source, around),
         "access": {"vm_moid": around.machine.moid, "identity": source.choice(["openvadp x", "somebody else"])},
         "temporary_file": {
             "key": 2000,
@@ -141,6 +135,27 @@ def _intent(source: random.Random, around: Surroundings) -> Dict[str, Any]:
         "task": {"task": source.choice(["task-1", "task-99999"]), "failed": "x", "server_uuid": _server(around)},
     }
     return {"what": kind, **fields[kind]}
+
+
+def _attachment(source: random.Random, around: Surroundings) -> Dict[str, Any]:
+    """A disk that a machine has of its own, as vCenter shows it, said to be attached to it for a backup."""
+    machines = [(around.victim, around.instance_uuid), (around.machine, str(around.machine.job.uuid))]
+    proxy, proxy_uuid = source.choice(machines)
+    machine, machine_uuid = source.choice(machines)
+    disk = source.choice(_disks_of(proxy))
+    return {
+        "server_uuid": _server(around),
+        "proxy_moid": source.choice([proxy.moid, proxy.moid, proxy.moid, "vm-9999"]),
+        "proxy_uuid": proxy_uuid,
+        "file": disk["file"],
+        "disk_uuid": disk["uuid"],
+        "vm_moid": machine.moid,
+        "vm_uuid": machine_uuid,
+        "access": source.choice(["read", "write", "write"]),
+        "device_key": source.choice([disk["key"], disk["key"], None]),
+        "bus": 0,
+        "unit": 0,
+    }
 
 
 def _server(around: Surroundings) -> str:

@@ -585,17 +585,23 @@ class Session:
         return self.read_many([obj], type(obj), paths)[obj._moId]
 
     def read_each(self, *wanted: Tuple[Any, Sequence[str]]) -> List[Dict[str, Any]]:
-        """Properties of several objects of any types in one call: (object, paths), ... -> path -> value for each."""
+        """Properties of several objects of any types in one call: (object, paths), ... -> path -> value for each.
+
+        :raises NotFoundError: one of them is gone.
+        """
         contents = self.retrieve([filter_spec([obj], {type(obj): paths}) for obj, paths in wanted])
-        found = {content.obj._moId: content for content in contents}
+        found = _all_of([obj for obj, _paths in wanted], contents)
         return [_values(found[obj._moId], paths, strict=True) for obj, paths in wanted]
 
     def read_many(self, objs: Sequence[Any], kind: Any, paths: Sequence[str]) -> Dict[str, Dict[str, Any]]:
-        """Properties of several objects of one type in one call: moid -> (path -> value or ``None``)."""
+        """Properties of several objects of one type in one call: moid -> (path -> value or ``None``).
+
+        :raises NotFoundError: one of them is gone.
+        """
         if not objs:
             return {}
-        spec = filter_spec(objs, {kind: paths})
-        return {content.obj._moId: _values(content, paths, strict=True) for content in self.retrieve([spec])}
+        found = _all_of(objs, self.retrieve([filter_spec(objs, {kind: paths})]))
+        return {moid: _values(content, paths, strict=True) for moid, content in found.items()}
 
     def find(self, kind: Any, paths: Sequence[str], root: Any = None) -> List[Tuple[Any, Dict[str, Any]]]:
         """All objects of a type below *root* (the whole inventory): [(object, path -> value or ``None``)]."""
@@ -846,6 +852,20 @@ def filter_spec(
             collector.PropertySpec(type=kind, pathSet=list(paths), all=False) for kind, paths in properties.items()
         ],
     )
+
+
+def _all_of(objs: Sequence[Any], contents: Sequence[Any]) -> Dict[str, Any]:
+    """What was answered, by moid. A server leaves out what it does not have, or has as another type."""
+    found = {content.obj._moId: content for content in contents}
+    gone = [obj._moId for obj in objs if obj._moId not in found]
+    if gone:
+        raise NotFoundError(
+            "An object of the inventory is gone",
+            subject=", ".join(gone[:5]),
+            reason="the server does not answer for it",
+            remedy="Run again",
+        )
+    return found
 
 
 def _values(content: Any, paths: Sequence[str], strict: bool) -> Dict[str, Any]:

@@ -131,6 +131,21 @@ def test_privilege_is_named(session, stub, vm):
         session.call(vm.obj.RefreshStorageInfo, what="x")
 
 
+def test_an_object_that_the_server_leaves_out_is_gone(session, stub, vm):
+    """A moid out of a record may be that of an object of another type, or of none."""
+    other = vim.VirtualMachine("vm-99", stub)
+    content = Collector.ObjectContent(obj=vm.obj, propSet=[vmodl.DynamicProperty(name="name", val="app01")])
+    asked = (
+        lambda: session.read(other, "name"),
+        lambda: session.read_many([vm.obj, other], vim.VirtualMachine, ["name"]),
+        lambda: session.read_each((vm.obj, ["name"]), (other, ["name"])),
+    )
+    for ask in asked:
+        stub.methods["RetrievePropertiesEx"] = [Collector.RetrieveResult(objects=[content])]
+        with pytest.raises(NotFoundError, match="gone: vm-99"):
+            ask()
+
+
 def test_unreadable_property_is_an_error_not_none(session, stub, vm):
     missing = vmodl.MissingProperty if hasattr(vmodl, "MissingProperty") else Collector.MissingProperty
     content = Collector.ObjectContent(
