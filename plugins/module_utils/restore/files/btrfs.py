@@ -48,6 +48,7 @@ _INLINE, _REGULAR, _PREALLOCATED = 0, 1, 2
 _COMPRESSIONS = (0, 1, 2, 3)
 # The kernel compresses 128 KiB at a time.
 _MOST_COMPRESSED = 1 << 20
+_PANIC = "PanicException"
 # Seconds of 64 bits, in nanoseconds: btrfs' are signed, its parser takes them for unsigned.
 _SIGN = (1 << 63) * 10**9
 
@@ -269,7 +270,13 @@ class Btrfs(FileSystem):
 
     def _unpacked(self, stored: bytes, compression: int, whole: int) -> bytes:
         """A compressed extent of *whole* bytes. What it lacks at its end are zeros."""
-        unpacked = bytes(parsers.btrfs_stream().decode_extent(stored, compression, 0, self.fs.sector_size))
+        try:
+            unpacked = bytes(parsers.btrfs_stream().decode_extent(stored, compression, 0, self.fs.sector_size))
+        except BaseException as error:
+            # LZO is a library in Rust, whose panics are no Exception.
+            if type(error).__name__ != _PANIC:
+                raise
+            raise ValueError("its compressed data are damaged") from None
         return unpacked[:whole].ljust(whole, b"\0")
 
     def _extents_of(self, node: Any) -> Iterator[Tuple[int, bytes]]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import stat
 import struct
+import zlib
 from abc import ABC, abstractmethod
 from typing import Any, BinaryIO, Dict, Iterator, List, NamedTuple, Optional, Tuple, Type, Union
 
@@ -33,6 +34,7 @@ _BROKEN: Tuple[Type[BaseException], ...] = (
     TypeError,
     ValueError,
     struct.error,
+    zlib.error,
 )
 
 Piece = Union[bytes, int]

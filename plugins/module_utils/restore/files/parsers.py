@@ -13,6 +13,8 @@ PYTHON = (3, 10)
 #: import name -> what to install
 PACKAGES = {"dissect.btrfs": "dissect.btrfs"}
 _ERRORS = ("dissect.btrfs",)
+# What it decompresses with, which says of damaged data what nothing else says.
+_ZSTD = ("compression.zstd", "backports.zstd")
 
 
 def missing() -> List[str]:
@@ -48,6 +50,10 @@ def btrfs_stream() -> Any:
 def errors() -> Tuple[Type[BaseException], ...]:
     """The base classes of what the parsers raise that were imported: each takes a tenth of a second."""
     found = []
+    for name in _ZSTD:
+        error = getattr(sys.modules.get(name), "ZstdError", None)
+        if isinstance(error, type) and issubclass(error, Exception):
+            found.append(error)
     for package in _ERRORS:
         for name in (f"{package}.exceptions", f"{package}.exception"):
             error = getattr(sys.modules.get(name), "Error", None)
