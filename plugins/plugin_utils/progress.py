@@ -360,21 +360,13 @@ class ProgressAction(ActionBase):
         self._async_status(job, "cleanup", variables)
 
     def _async_status(self, job: Job, mode: str, variables: Dict[str, Any]) -> Dict[str, Any]:
-        task = self._task.copy()
-        task.args = {"jid": job.job_id, "mode": mode}
-        action = self._shared_loader_obj.action_loader.get(
-            "ansible.legacy.async_status",
-            task=task,
-            connection=self._connection,
-            play_context=self._play_context,
-            loader=self._loader,
-            templar=self._templar,
-            shared_loader_obj=self._shared_loader_obj,
-        )
+        # Not by the action of that name: it works the folder out once more, by another user's home perhaps.
+        where = {"jid": job.job_id, "mode": mode, "_async_dir": os.path.dirname(job.results_file)}
+        module = "ansible.legacy.async_status"
         try:
-            return dict(action.run(task_vars=variables))
+            return dict(self._execute_module(module_name=module, module_args=where, task_vars=variables))
         finally:
-            action.cleanup()
+            self.cleanup()
 
     def _end_job(self, job: Job) -> None:
         for pid in self._try_command(job.processes_command()).split():

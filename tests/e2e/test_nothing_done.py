@@ -141,3 +141,12 @@ def test_every_variable_works_as_text(backups: Backups, simulator: Simulator, tm
     )
     backups.ansible.run("openvadp.backup.restore", variables=options).ok()
     assert [path.suffix for path in restored.iterdir()] == [".qcow2"]
+
+
+def test_become_of_the_user_one_already_is(backups: Backups) -> None:
+    """A job's folder is where the job says: ``~`` is another one where HOME is not that of the passwd file."""
+    options = {"repository": str(backups.repository), "vm_name": "nobody", "dest": str(backups.repository.parent)}
+    task = {"name": "restored", "openvadp.backup.vadp_disk_restore": options, "become": True}
+    outcome = backups.ansible.run([{"hosts": "localhost", "gather_facts": False, "tasks": [task]}])
+    assert "holds no such virtual machine: nobody" in outcome.result("vadp_disk_restore")["msg"], outcome
+    assert not list(backups.ansible.folder.rglob(".ansible_async/*"))
