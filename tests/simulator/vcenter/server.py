@@ -50,16 +50,20 @@ class Server:
     def __init__(self, simulator: "Simulator", port: int = 0) -> None:
         methods.load()
         self.simulator = simulator
-        self.sockets = _listen([simulator.host, *(host.name for host in simulator.hosts())], port)
-        self.port = simulator.port = self.sockets[0].getsockname()[1]
-        simulator.web_hosts = {one.getsockname()[0] for one in self.sockets[1:]}
+        self.socket, *self._at_hosts = _listen([simulator.host, *(host.name for host in simulator.hosts())], port)
+        self.port = simulator.port = self.socket.getsockname()[1]
+        simulator.web_hosts = {one.getsockname()[0] for one in self._at_hosts}
         self._connections: set[socket.socket] = set()
         self._lock = threading.Lock()
         self._stopping = False
-        for one in self.sockets:
-            threading.Thread(target=self._accept, args=(one,), name="vcenter", daemon=True).start()
+        threading.Thread(target=self._accept, name="vcenter", daemon=True).start()
 
-    def _accept(self, listener: socket.socket) -> None:
+    def _accept(self) -> None:
+        for one in self._at_hosts:
+            threading.Thread(target=self._accept_at, args=(one,), name="vcenter", daemon=True).start()
+        self._accept_at(self.socket)
+
+    def _accept_at(self, listener: socket.socket) -> None:
         while True:
             try:
                 connection, address = listener.accept()
@@ -103,7 +107,7 @@ class Server:
         with self._lock:
             self._stopping = True
             open_connections = list(self._connections)
-        for one in self.sockets:
+        for one in (self.socket, *self._at_hosts):
             with contextlib.suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
             one.close()
