@@ -111,8 +111,6 @@ def maker(context: Context, folder: Folder, spec: Any, pool: Any, host: Any) -> 
                 used.add(simulator.inventory.datastore(datastore_of(name), folder).name)
         if isinstance(change.device, vim.vm.device.VirtualEthernetCard):
             context.require("Network.Assign", folder)
-    if not spec.name:
-        raise vim.fault.InvalidName(name=spec.name)
     with simulator.lock:
         _free_name(context, folder, spec.name)
     where = _host_for(context, pool, host, datastore.name)
