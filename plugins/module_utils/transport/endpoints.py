@@ -53,10 +53,11 @@ _OPEN_RETRIES = 4
 # nbdkit asks for SIGTERM at its parent's death, in place of the SIGKILL that Child asked for, and after a SIGTERM it
 # waits for requests that VDDK does not end. So a guard in its process group waits for the end of a pipe that only we
 # hold open, and kills the group some seconds later; a line through the pipe says that it is not needed any more. It
-# outlives the SIGTERM to its group: we may die between that and nbdkit's end. $1 is the pipe, $2 the seconds.
+# outlives the SIGTERM to its group, from its first moment on: we may die between that and nbdkit's end. $1 is the pipe,
+# $2 the seconds.
 _GUARDED = (
-    '(trap "" TERM; read -r line || { sleep "$2"; kill -s KILL -- "-$$"; })'
-    ' <"/proc/self/fd/$1" >/dev/null 2>&1 & shift 2; exec "$@"'
+    'trap "" TERM; (read -r line || { sleep "$2"; kill -s KILL -- "-$$"; })'
+    ' <"/proc/self/fd/$1" >/dev/null 2>&1 & trap - TERM; shift 2; exec "$@"'
 )
 #: So long at most does a server outlive a module that was killed.
 GUARD_SECONDS = 3

@@ -13,6 +13,7 @@ CONNECTION = {
     "port": 443,
     "validate_certs": True,
     "ca_path": None,
+    "reconnect_timeout": 60,
     "thumbprint": None,
 }
 DEFAULTS = {
