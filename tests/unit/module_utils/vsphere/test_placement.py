@@ -152,3 +152,22 @@ def test_a_pool_is_named_as_it_is_shown_or_escaped(found, asked, pool):
 def test_what_does_not_fit_exactly_is_refused(found, asked, words):
     with pytest.raises(VsphereError, match=words):
         found(**asked)
+
+
+def test_a_datastore_cluster_and_a_host_of_its_own(session, stub):
+    """A datastore of a cluster lies in a folder of its kind; a stand-alone host has a compute resource of its name."""
+    tree = Tree(stub)
+    roots = {kind: vim.Folder(f"group-{kind[0]}0", stub) for kind in ("host", "store")}
+    pod = tree.add(vim.StoragePod, "group-p9", "Pod", roots["store"])
+    host, pool = vim.HostSystem("host-9", stub), vim.ResourcePool("resgroup-9", stub)
+    mounts = [vim.Datastore.HostMount(key=host, mountInfo=vim.host.MountInfo(accessMode="readWrite"))]
+    facts = {"summary__accessible": True, "summary__freeSpace": 1 << 40, "host": mounts}
+    tree.add(vim.Datastore, "datastore-9", "pod01", pod, **facts)
+    alone = tree.add(vim.ComputeResource, "domain-9", "esx9", roots["host"], host=[host], resourcePool=pool)
+    connected = {"runtime__connectionState": "connected", "runtime__inMaintenanceMode": False}
+    tree.add(vim.HostSystem, "host-9", "esx9", alone, **connected)
+    tree.add(vim.ResourcePool, "resgroup-9", "Resources", alone)
+    for was in ({**WAS, "host": "esx9", "cluster": None}, {**WAS, "host": "gone", "cluster": None}):
+        placement = place(session, wanted(home="pod01", datastores={"pod01": 1}, was=was), "app01")
+        assert placement.host._moId == "host-9" and placement.pool._moId == "resgroup-9"
+        assert {name: one._moId for name, one in placement.datastores.items()} == {"pod01": "datastore-9"}
