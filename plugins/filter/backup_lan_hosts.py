@@ -68,6 +68,14 @@ options:
   portgroup:
     description: The backup port group. A NIC on it counts as the host's backup NIC even if it has no tag yet.
     type: str
+  datacenter:
+    description: Datacenter that the hosts are in, as the input names it, where clusters of two have one name.
+    type: str
+  address_scope:
+    description: V(datacenter) leaves aside what hosts of other datacenters have, whose networks are isolated.
+    type: str
+    choices: [vcenter, datacenter]
+    default: vcenter
   host_options:
     description: Options of module M(openvadp.backup.vmkernel_backup_nic) for single hosts, by host.
     type: dict
@@ -109,6 +117,8 @@ def backup_lan_hosts(facts: Sequence[Mapping[str, Any]], **lan: Any) -> List[Dic
         "proxies",
         "portgroup",
         "host_options",
+        "datacenter",
+        "address_scope",
     }
     unknown = sorted(set(lan) - known)
     if unknown or "subnet" not in lan:

@@ -26,9 +26,12 @@ attributes:
     support: full
 options:
   dvswitch:
-    description: Name of the distributed switch. Two of one name are an error.
+    description: Name of the distributed switch. Two of one name are an error, unless O(datacenter) tells them apart.
     type: str
     required: true
+  datacenter:
+    description: Name or path of the datacenter that O(dvswitch) is in, for a vCenter that has two of that name.
+    type: str
   shares:
     description: V(low), V(normal), V(high), or a number from 1 to 100. It counts only where an uplink is full.
     type: str
@@ -99,6 +102,7 @@ from ..module_utils.vsphere.session import Connection, Session
 OPTIONS = Options(
     dict(
         dvswitch=dict(type="str", required=True),
+        datacenter=dict(type="str"),
         shares=dict(type="str"),
         limit=dict(type="int"),
         reservation=dict(type="int"),

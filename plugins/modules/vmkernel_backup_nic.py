@@ -108,7 +108,9 @@ options:
     description: Name of the standard switch that the port group is on, or is made on.
     type: str
   dvswitch:
-    description: Name of the distributed switch that the port group is on, or is made on. The host must be its member.
+    description:
+      - Name of the distributed switch that the port group is on, or is made on. The host must be its member.
+      - Where several datacenters have a switch of that name, it is the one that the host is a member of.
     type: str
   uplinks:
     description:
@@ -165,6 +167,14 @@ options:
     description: Whether the NIC may share its subnet with another NIC of the host. It is a warning then.
     type: bool
     default: false
+  address_scope:
+    description:
+      - Where an address may be used once. V(datacenter) is for isolated networks, where hosts of several datacenters
+        have the same subnet, and the same addresses in it.
+      - An address of a host elsewhere in that scope is refused.
+    type: str
+    choices: [vcenter, datacenter]
+    default: vcenter
   force:
     description:
       - Whether a NIC is changed or removed that is not for backup traffic alone. It is not tagged, or it carries other
@@ -367,6 +377,7 @@ OPTIONS = Options(
         dhcp=dict(type="bool", default=False),
         tcpip_stack=dict(type="str", default="defaultTcpipStack"),
         allow_shared_subnet=dict(type="bool", default=False),
+        address_scope=dict(type="str", choices=["vcenter", "datacenter"], default="vcenter"),
         force=dict(type="bool", default=False),
         timeout=dict(type="int", default=120),
         parallel_hosts=dict(type="int", default=16),

@@ -39,7 +39,7 @@ options:
     description: Name of a datastore, whose hosts are reported. Two of one name are an error.
     type: str
   datacenter:
-    description: Name of the datacenter that datastore and hosts lie in.
+    description: Name or path of the datacenter that datastore and hosts lie in.
     type: str
 notes:
   - NICs that may share a subnet are not in RV(hosts[].shared_subnets). They are those of multi-NIC vMotion, NSX tunnel
@@ -83,6 +83,12 @@ hosts:
       description: Name of the cluster that the host is in; null if it is in none.
       type: str
       sample: Cluster0
+    datacenter:
+      description:
+        - Name of the datacenter that the host is in, or its path where two have that name. Null if the user may not see
+          it.
+      type: str
+      sample: DC0
     connected:
       description: Whether the host is connected to vCenter. If not, what its NICs carry is not known.
       type: bool

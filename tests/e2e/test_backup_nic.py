@@ -55,6 +55,12 @@ def run(lan: Simulator, tmp_path: Path) -> Any:
     def call(module: str = NIC, check: bool = False, **options: Any) -> Dict[str, Any]:
         return modules.run(module, **lan.connection, **options, _ansible_check_mode=check, _ansible_diff=True)
 
+    def twice(**options: Any) -> List[Dict[str, Any]]:
+        """The same at the same time."""
+        options = {**lan.connection, **options}
+        return [modules.result(process) for process in [modules.start(NIC, options) for _number in range(2)]]
+
+    call.twice = twice  # type: ignore[attr-defined]
     return call
 
 
@@ -258,6 +264,59 @@ def test_a_distributed_switch(lan: Simulator, ansible: Ansible) -> None:
     assert sorted(calls) == ["AddVirtualNic"] * 3 + ["CreateDVPortgroup_Task"] + ["SelectVnicForNicType"] * 3
     again = ansible.module(NIC, options)
     assert not again["changed"] and {one["vlan_id"] for one in again["hosts"]} == {77}
+
+
+def test_two_datacenters_with_switches_and_subnets_alike(lan: Simulator, run: Any, host: str) -> None:
+    """The host's membership tells which switch; the networks may be isolated, with the same addresses."""
+    other = "127.0.1.3"
+    for datacenter, member in (("DC0", host), ("DC1", other)):
+        lan.control.call("add_dvswitch", name="Twin", datacenter=datacenter, hosts=[member])
+    where = address()
+    hosts = [{"esxi_hostname": host, "ip_address": where}, {"esxi_hostname": other, "ip_address": where}]
+    options = {"dvswitch": "Twin", "portgroup": "twin-backup", "vlan_id": 9, "hosts": hosts}
+    since = lan.last_call()
+    refused = run(**options)
+    assert refused["failed"] and "Two hosts are to have one address" in refused["msg"]
+    options["address_scope"] = "datacenter"
+    assert run(check=True, **options)["changed"] and lan.changing_calls(since) == []
+    made = run(**options)
+    assert not made["failed"] and [one["switch"] for one in made["hosts"]] == ["Twin", "Twin"], made
+    assert lan.changing_calls(since).count("CreateDVPortgroup_Task") == 2
+    assert not run(**options)["changed"]
+    refused = run(esxi_hostname=host, dvswitch="Twin", portgroup="twin-backup", ip_address=where)
+    assert refused["failed"] and f"of host '{other}' has it" in refused["msg"]
+    told = run(INFO, esxi_hostnames=[host, other])
+    assert [one["datacenter"] for one in told["hosts"]] == ["DC1", "DC0"]
+
+    assert "Give the datacenter" in run(NIOC, dvswitch="Twin", shares="low")["msg"]
+    for datacenter in ("DC0", "/DC1"):
+        assert run(NIOC, dvswitch="Twin", shares="low", datacenter=datacenter)["changed"]
+        assert not run(NIOC, dvswitch="Twin", shares="low", datacenter=datacenter)["changed"]
+    # Names are unique in a folder, whatever has them there.
+    for name, holder in (("VM Network", "the network"), ("dv-vmotion", "the port group of a distributed switch")):
+        for check in (True, False):
+            refused = run(check=check, esxi_hostname=host, dvswitch="Twin", portgroup=name, ip_address="10.9.8.7/24")
+            assert refused["failed"] and f"{holder} '{name}'" in refused["msg"], refused
+
+
+@pytest.mark.parametrize("place", ["standard", "distributed"])
+def test_two_runs_that_make_the_same_converge(lan: Simulator, run: Any, host: str, place: str) -> None:
+    """Both have looked before either has changed anything."""
+    options = standard(host, ip_address=address())
+    if place == "distributed":
+        options = {**options, "vswitch": None, "uplinks": None, "dvswitch": "DSwitch0", "portgroup": "dv-converge"}
+    first = "CreateDVPortgroup_Task" if place == "distributed" else "AddVirtualSwitch"
+    for name in (first, "AddPortGroup", "AddVirtualNic"):
+        lan.control.call("inject", target="call", name=name, delay=1.0, count=2)
+    results = run.twice(**options)
+    assert [one["failed"] for one in results] == [False, False], results
+    assert {one["vmkernel_nic"]["device"] for one in results} == {"vmk1"}
+    assert nics(lan, host).keys() == {"vmk0", "vmk1"} and not run(**options)["changed"]
+    lan.control.call("inject", target="call", name="RemoveVirtualNic", delay=1.0, count=2)
+    gone = {"esxi_hostname": host, "portgroup": options["portgroup"], "state": "absent"}
+    results = run.twice(**gone)
+    assert [one["failed"] for one in results] == [False, False], results
+    assert list(nics(lan, host)) == ["vmk0"]
 
 
 # --- DHCP -----------------------------------------------------------------------------------------------------------

@@ -244,6 +244,14 @@ def choose_hosts(facts: Sequence[Mapping[str, Any]], names: Sequence[str], clust
         chosen.append(by_name[name.lower()])
     for cluster in clusters:
         members = sorted(fact["name"] for fact in facts if fact.get("cluster") == cluster)
+        homes = sorted({str(fact.get("datacenter")) for fact in facts if fact.get("cluster") == cluster})
+        if len(homes) > 1:
+            raise InputError(
+                "More than one cluster fits",
+                subject=f"'{cluster}'",
+                reason=f"there is one in each of {', '.join(homes)}",
+                remedy="Give the datacenter, or name the hosts",
+            )
         if not members:
             known = sorted({fact["cluster"] for fact in facts if fact.get("cluster")})
             raise InputError(
@@ -303,11 +311,15 @@ def backup_lan_hosts(facts: Sequence[Mapping[str, Any]], lan: Mapping[str, Any])
 
     :param facts: ``hosts`` of module vmkernel_backup_nic_info, of the whole vCenter.
     :param lan: ``subnet``; ``hosts``, ``clusters``; ``addresses`` (by host), ``pool``, ``exclude``, ``gateway``,
-        ``proxies`` (their addresses), ``portgroup``, ``host_options`` (options of single hosts).
+        ``proxies`` (their addresses), ``portgroup``, ``host_options`` (options of single hosts); ``datacenter`` (the
+        hosts are in it), ``address_scope`` (``datacenter``: what hosts of other datacenters have does not matter).
     :raises InputError: the description makes no sense.
     """
     subnet = parse_subnet(str(lan["subnet"]))
-    hosts = choose_hosts(facts, lan.get("hosts") or (), lan.get("clusters") or ())
+    inside = facts
+    if lan.get("datacenter"):
+        inside = [fact for fact in facts if fact.get("datacenter") == lan["datacenter"]]
+    hosts = choose_hosts(inside, lan.get("hosts") or (), lan.get("clusters") or ())
     names = {host.lower(): host for host in hosts}
 
     def known(mapping: Optional[Mapping[str, Any]]) -> Dict[str, Any]:
@@ -334,6 +346,10 @@ def backup_lan_hosts(facts: Sequence[Mapping[str, Any]], lan: Mapping[str, Any])
                 reason="the address comes from the plan",
                 remedy="Give the host's address in addresses, or leave these out",
             )
+    if lan.get("address_scope") == "datacenter":
+        homes = {fact.get("datacenter") for fact in facts if fact["name"] in hosts}
+        # A host whose datacenter is not known may be in any.
+        facts = [fact for fact in facts if None in homes or fact.get("datacenter") in {None, *homes}]
     existing, reserved = occupied(facts, hosts, subnet, lan.get("portgroup"), fixed)
     if lan.get("gateway"):
         reserved[parse_address("gateway", str(lan["gateway"]), subnet)] = "the gateway's"

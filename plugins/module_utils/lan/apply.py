@@ -13,13 +13,13 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from ..errors import ConnectionLostError, InputError, VadpError, VsphereError
 from ..libraries import vim, vmodl
-from ..vsphere import dvswitch, host_network, host_storage
+from ..vsphere import datacenters, dvswitch, host_network, host_storage
 from ..vsphere.dvswitch import DvPortGroup
 from ..vsphere.host_network import BACKUP_SERVICE, HostNetwork, Nic
 from ..vsphere.session import Session
 from . import neighbours
 from .plan import Plan, Step, Target, World, make_plan, subnet_refusal, sure
-from .request import NicRequest
+from .request import NicRequest, check_addresses
 from .subnets import conflicts
 
 _PAUSE = 0.5
@@ -67,14 +67,23 @@ def _text(lines: Dict[str, List[str]]) -> str:
 
 def _read(session: Session, request: NicRequest) -> Tuple[World, Dict[str, HostNetwork]]:
     """What the inventory has, in a few calls however many hosts there are."""
-    world = World(storage=lambda host: host_storage.read(session, host))
+    world = World(
+        storage=lambda host: host_storage.read(session, host),
+        beside=lambda switch: dvswitch.beside(session, switch),
+    )
     everyone = host_network.all_hosts(session)
     for host in everyone:
         world.add_host(host)
     named = {one.host: host_network.pick(everyone, one.host) for one in request.hosts}
     _check_twice(named)
+    if request.by_datacenter:
+        everywhere = datacenters.all_datacenters(session)
+        world.datacenters = {moid: one.moid for moid, one in datacenters.of_hosts(session, everywhere).items()}
+        homes = {name: world.datacenters.get(host.moid) for name, host in named.items()}
+        for home in set(homes.values()):
+            check_addresses([one for one in request.hosts if homes[one.host] == home])
     for name in sorted({one.dvswitch for one in request.hosts if one.dvswitch}):
-        world.dv_switches[name] = dvswitch.find_switch(session, name)
+        world.dv_switches[name] = dvswitch.find_switches(session, name)
     distributed = any(nic.port_key for host in named.values() for nic in host.nics)
     if world.dv_switches or distributed:
         world.dv_port_groups = dvswitch.read_port_groups(session)
@@ -202,6 +211,7 @@ class _Runner:
     ) -> Tuple[Dict[Tuple[str, str], DvPortGroup], List[Plan]]:
         """Make the distributed port groups that are missing, each once. Hosts whose port group fails, fail."""
         made: Dict[Tuple[str, str], DvPortGroup] = {}
+        met: Dict[Tuple[str, str], DvPortGroup] = {}
         failed: Dict[Tuple[str, str], VadpError] = {}
         left = []
         for plan in plans:
@@ -209,38 +219,54 @@ class _Runner:
                 left.append(plan)
                 continue
             key = (plan.dv_switch.moid, plan.made_port_group)
-            if key not in made and key not in failed:
+            if key not in made and key not in met and key not in failed:
                 try:
-                    made[key] = self._make_port_group(plan)
+                    group, ours = self._make_port_group(plan)
+                    (made if ours else met)[key] = group
                 except VadpError as error:
                     failed[key] = error
             if key in failed:
                 outcomes[plan.request.host] = failed[key]
             else:
-                plan.dv_port_group = made[key]
+                plan.dv_port_group = made.get(key) or met[key]
                 left.append(plan)
         return made, left
 
-    def _make_port_group(self, plan: Plan) -> DvPortGroup:
+    def _make_port_group(self, plan: Plan) -> Tuple[DvPortGroup, bool]:
+        """-> (the port group, whether it was made here; if not, another run made the same meanwhile)"""
         try:
-            return self._create_port_group(plan)
+            return self._create_port_group(plan), True
         except VadpError as error:
             if _is_taken(error):
-                raise
+                return self._met_port_group(plan, error), False
             # What is not known to have failed is looked for: it may be there.
             there = self._find_made(plan)
             if there is not None:
-                return there
+                return there, True
             if not isinstance(error, ConnectionLostError):
                 raise
         try:
-            return self._create_port_group(plan)
+            return self._create_port_group(plan), True
         except VadpError as error:
             # The first call was carried out after all, while nobody saw it yet.
             there = self._find_made(plan) if _is_taken(error) else None
             if there is None:
                 raise
+            return there, True
+
+    def _met_port_group(self, plan: Plan, error: VadpError) -> DvPortGroup:
+        """The port group that came between the look and the change. :raises VadpError: it is another one than asked."""
+        there = self._find_made(plan)
+        if there is not None and there.vlan_id == (plan.request.vlan_id or 0) and not there.uplink:
             return there
+        switch, name = sure(plan.dv_switch), sure(plan.made_port_group)
+        holder = dvswitch.beside(self.session, switch).get(name)
+        if there is not None:
+            vlan = "no single VLAN" if there.vlan_id is None else f"VLAN {there.vlan_id}"
+            error.reason = f"it was made meanwhile, and has {vlan}, not {plan.request.vlan_id or 0}"
+        elif holder is not None:
+            error.reason = f"{holder} has the name, in the folder of the switch"
+        raise error
 
     def _create_port_group(self, plan: Plan) -> DvPortGroup:
         return dvswitch.create_port_group(
@@ -278,7 +304,8 @@ class _Runner:
                 dvswitch.destroy_port_group(self.session, group, self.request.timeout)
                 return
             except VsphereError as error:
-                if isinstance(error.fault, vmodl.fault.ManagedObjectNotFound):
+                # Gone, or in use by somebody else's NIC by now.
+                if isinstance(error.fault, (vmodl.fault.ManagedObjectNotFound, vim.fault.ResourceInUse)):
                     return
                 if last:
                     raise
@@ -306,6 +333,8 @@ class _HostRun:
         self.host = plan.host
         self.device = plan.nic.device if plan.nic is not None else None
         self.lease: Optional[Nic] = None
+        # Steps whose work somebody else did between the look and the change: not ours to undo.
+        self.met: List[Step] = []
 
     def run(self) -> Dict[str, Any]:
         """:raises VadpError: a step failed; the host is as it was, or the message says what is left."""
@@ -334,11 +363,54 @@ class _HostRun:
         except ConnectionLostError:
             if self._appears(step):
                 return
+        except VsphereError as error:
+            if not self._is_met(step, error):
+                raise
+            self.met.append(step)
+            return
         try:
             action(step)
         except VsphereError as error:
             if not (_is_taken(error) and self._happened(step, self._read())):
                 raise
+
+    def _is_met(self, step: Step, error: VsphereError) -> bool:
+        """Whether a step was refused as another run has just done the same; what can't be read was not."""
+        try:
+            return self._found_done(step, error)
+        except VsphereError:
+            return False
+
+    def _found_done(self, step: Step, error: VsphereError) -> bool:
+        if step.kind == "remove_nic":
+            gone = (vim.fault.NotFound, vmodl.fault.ManagedObjectNotFound)
+            return isinstance(error.fault, gone) and self._read().nic(self.device) is None
+        if step.kind == "add_nic":
+            # A port group that is taken, or an address that is: a host has several faults for these.
+            return self._meets_nic(self._read())
+        if not _is_taken(error):
+            return False
+        network = self._read()
+        if step.kind == "add_switch":
+            wanted = sure(step.switch)
+            switch = network.switch(wanted.name)
+            return switch is not None and set(switch.uplinks) == set(wanted.uplinks) and switch.mtu >= wanted.mtu
+        if step.kind == "add_port_group":
+            return network.port_group(sure(step.port_group).name) == step.port_group
+        return False
+
+    def _meets_nic(self, network: HostNetwork) -> bool:
+        """Whether the host has got just the NIC that was to be made."""
+        expected = sure(self.plan.expected)
+        made = [
+            nic
+            for nic in self._new_nics(network)
+            if not _differs(nic, expected) and not nic.other_services and nic.stack == expected.stack
+        ]
+        if len(made) != 1:
+            return False
+        self.device = made[0].device
+        return True
 
     def _appears(self, step: Step) -> bool:
         """Whether a step's work is there, or comes within seconds: the host may be at it while nobody listens."""
@@ -534,7 +606,11 @@ class _HostRun:
             return []
         failed = begun[-1]
         # What somebody else has made meanwhile is not ours to remove.
-        candidates = [step for step in begun if not (_is_taken(error) and step is failed)]
+        candidates = [
+            step
+            for step in begun
+            if not (_is_taken(error) and step is failed) and not any(step is one for one in self.met)
+        ]
         try:
             network = self._read()
             done = [step for step in candidates if self._happened(step, network)]
@@ -558,6 +634,8 @@ class _HostRun:
 
     def _undo_add_switch(self, step: Step) -> None:
         switch = sure(step.switch)
+        if any(group.switch == switch.name for group in self._read().port_groups):
+            return  # somebody else has a port group on it by now
         self._call(
             self.host.network_system.RemoveVirtualSwitch,
             switch.name,
@@ -567,6 +645,8 @@ class _HostRun:
 
     def _undo_add_port_group(self, step: Step) -> None:
         group = sure(step.port_group)
+        if any(nic.portgroup == group.name and nic.port_key is None for nic in self._read().nics):
+            return  # somebody else has a NIC on it by now
         self._call(
             self.host.network_system.RemovePortGroup,
             group.name,

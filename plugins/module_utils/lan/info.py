@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from ..errors import AmbiguousError, NotFoundError, PrivilegeError
 from ..libraries import vim
-from ..vsphere import dvswitch, host_network, host_storage
+from ..vsphere import datacenters, dvswitch, host_network, host_storage
 from ..vsphere.host_network import HostNetwork
 from ..vsphere.inventory import readable
 from ..vsphere.session import Session
@@ -19,7 +19,8 @@ def gather(
     session: Session, names: Optional[Sequence[str]], datastore: Optional[str], datacenter: Optional[str]
 ) -> Dict[str, Any]:
     """The result of ``vmkernel_backup_nic_info``: of the hosts of these names, of a datastore's, or of all."""
-    root = _datacenter(session, datacenter) if datacenter else None
+    everywhere = datacenters.all_datacenters(session)
+    root = datacenters.find_datacenter(session, datacenter).obj if datacenter else None
     hosts = host_network.all_hosts(session, root)
     if datastore is not None:
         moids = _mounted(session, datastore, root)
@@ -32,8 +33,13 @@ def gather(
         groups = dvswitch.read_port_groups(session)
     warnings: List[str] = []
     clusters = _clusters(session, root)
+    homes = datacenters.of_hosts(session, everywhere)
     told = [
-        {**_host(session, network, warnings), "cluster": clusters.get(network.moid)}
+        {
+            **_host(session, network, warnings),
+            "cluster": clusters.get(network.moid),
+            "datacenter": datacenters.shown(homes[network.moid], everywhere) if network.moid in homes else None,
+        }
         for network in host_network.read(session, hosts, groups)
     ]
     return {
@@ -42,23 +48,6 @@ def gather(
         "untagged_hosts": [host["name"] for host in told if not host["tagged"]],
         "warnings": warnings,
     }
-
-
-def _datacenter(session: Session, name: str) -> Any:
-    found = [
-        obj
-        for obj, values in session.find(vim.Datacenter, ["name"])
-        if name in (values["name"], readable(values["name"] or ""))
-    ]
-    if len(found) != 1:
-        kind = AmbiguousError if found else NotFoundError
-        raise kind(
-            "More than one datacenter fits" if found else "There is no such datacenter",
-            subject=f"'{name}'",
-            reason=", ".join(obj._moId for obj in found) or None,
-            remedy="Check the spelling, or leave datacenter out",
-        )
-    return found[0]
 
 
 def _clusters(session: Session, root: Any) -> Dict[str, str]:

@@ -9,6 +9,7 @@ from typing import Any, Dict, List, Optional
 
 from ..errors import InputError, VsphereError
 from ..vsphere import dvswitch
+from ..vsphere.datacenters import find_datacenter
 from ..vsphere.dvswitch import BACKUP_POOL, DvSwitch, Pool
 from ..vsphere.session import Session, check_timeout
 
@@ -21,6 +22,7 @@ class Wanted:
     """Options of ``dvswitch_backup_nioc``; what is None stays."""
 
     dvswitch: str
+    datacenter: Optional[str] = None
     level: Optional[str] = None
     shares: Optional[int] = None
     limit: Optional[int] = None
@@ -51,12 +53,21 @@ class Wanted:
                     subject=str(number),
                     remedy="Give Mbit/s; -1 is no limit" if name == "limit" else "Give Mbit/s, 0 for none",
                 )
-        return cls(params["dvswitch"], level, shares, limit, reservation, check_timeout(params["timeout"]))
+        return cls(
+            params["dvswitch"],
+            params["datacenter"],
+            level,
+            shares,
+            limit,
+            reservation,
+            check_timeout(params["timeout"]),
+        )
 
 
 def ensure(session: Session, wanted: Wanted, check_mode: bool) -> Dict[str, Any]:
     """Give the pool its values. -> the module's result"""
-    switch = dvswitch.find_switch(session, wanted.dvswitch)
+    root = find_datacenter(session, wanted.datacenter).obj if wanted.datacenter else None
+    switch = dvswitch.find_switch(session, wanted.dvswitch, root)
     before = _pool(switch)
     after = Pool(
         key=before.key,

@@ -84,12 +84,17 @@ class World:
     """What the hosts of the whole inventory have, beside the host in question.
 
     :param addresses: address -> (moid of the host, its name, device).
+    :param dv_switches: name -> the distributed switches of that name, in whichever datacenter.
+    :param datacenters: moid of a host -> its datacenter, where addresses are unique in a datacenter only.
+    :param beside: what is in a distributed switch's folder, by name; only asked for where a port group is to be made.
     :param storage: what of a host's storage goes over its NICs; only asked for where a NIC is changed or removed.
     """
 
     addresses: Dict[str, List[Tuple[str, str, str]]] = field(default_factory=dict)
-    dv_switches: Dict[str, DvSwitch] = field(default_factory=dict)
+    dv_switches: Dict[str, List[DvSwitch]] = field(default_factory=dict)
     dv_port_groups: Dict[str, DvPortGroup] = field(default_factory=dict)
+    datacenters: Dict[str, str] = field(default_factory=dict)
+    beside: Callable[[DvSwitch], Dict[str, str]] = field(default=lambda _switch: {})
     storage: Callable[[HostNetwork], HostStorage] = field(default=lambda _host: HostStorage())
 
     def add_host(self, host: HostNetwork) -> None:
@@ -100,8 +105,14 @@ class World:
 
     def elsewhere(self, host: HostNetwork, address: str) -> Optional[Tuple[str, str]]:
         """(host, device) that has an address, if it is another host's."""
+        own = self.datacenters.get(host.moid)
         return next(
-            ((name, device) for moid, name, device in self.addresses.get(address, ()) if moid != host.moid), None
+            (
+                (name, device)
+                for moid, name, device in self.addresses.get(address, ())
+                if moid != host.moid and self.datacenters.get(moid) == own
+            ),
+            None,
         )
 
 
@@ -134,7 +145,7 @@ def make_plan(host: HostNetwork, request: HostRequest, world: World) -> Plan:
     if plan.nic is not None:
         _adopt(plan, plan.nic, world)
     else:
-        _create(plan)
+        _create(plan, world)
     _warn(plan)
     _words(plan)
     return plan
@@ -263,13 +274,22 @@ def _check_dv(plan: Plan, world: World) -> None:
     request, host = plan.request, plan.host
     if request.dvswitch is None:
         return
-    plan.dv_switch = world.dv_switches[request.dvswitch]
-    if not any(one.uuid == plan.dv_switch.uuid for one in host.switches):
+    candidates = world.dv_switches[request.dvswitch]
+    # A name is unique in a folder only; of several switches, the one that the host is a member of is meant.
+    fitting = [switch for switch in candidates if any(one.uuid == switch.uuid for one in host.switches)]
+    if not fitting:
         raise InputError(
             "The host is not a member of the distributed switch",
-            subject=f"{host}, {plan.dv_switch}",
+            subject=f"{host}, {' and '.join(str(switch) for switch in candidates)}",
             remedy="Add the host to the switch with its uplinks first, or use a standard switch (vswitch)",
         )
+    if len(fitting) > 1:
+        raise InputError(
+            "The host is a member of two distributed switches of that name",
+            subject=f"{host}, {' and '.join(str(switch) for switch in fitting)}",
+            remedy="Rename one of them",
+        )
+    plan.dv_switch = fitting[0]
     for group in world.dv_port_groups.values():
         if group.switch_moid == plan.dv_switch.moid and group.name == request.portgroup:
             plan.dv_port_group = group
@@ -281,7 +301,7 @@ def _check_dv(plan: Plan, world: World) -> None:
         )
 
 
-def _create(plan: Plan) -> None:
+def _create(plan: Plan, world: World) -> None:
     request, host = plan.request, plan.host
     if request.portgroup is None:
         raise InputError(
@@ -294,6 +314,7 @@ def _create(plan: Plan) -> None:
     if plan.dv_switch is not None:
         switch = plan.dv_switch.name
         if plan.dv_port_group is None:
+            _check_name(plan.dv_switch, request.portgroup, world)
             plan.made_port_group, vlan_id = request.portgroup, request.vlan_id or 0
         else:
             vlan_id = plan.dv_port_group.vlan_id
@@ -318,6 +339,18 @@ def _create(plan: Plan) -> None:
     if request.dhcp:
         plan.steps.append(Step("await_lease"))
     plan.steps.append(Step("select"))
+
+
+def _check_name(switch: DvSwitch, name: str, world: World) -> None:
+    """:raises InputError: vCenter would refuse the port group, as something else in its folder has the name."""
+    holder = world.beside(switch).get(name)
+    if holder is not None:
+        raise InputError(
+            "The name of the port group is taken",
+            subject=f"'{name}' of {switch}",
+            reason=f"{holder} has it, in the folder of the switch",
+            remedy="Give another portgroup, or the switch that has that one",
+        )
 
 
 def _next_device(host: HostNetwork) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple
 
 from ..errors import InputError, VadpError, check_range
 from ..vsphere.host_network import DEFAULT_STACK
@@ -161,6 +161,7 @@ class NicRequest:
     """The options of ``vmkernel_backup_nic``.
 
     :param single: the host was given as ``esxi_hostname``: the result is that host's.
+    :param by_datacenter: an address is unique in a datacenter only, as its networks are isolated from those of others.
     """
 
     connection: Connection
@@ -168,6 +169,7 @@ class NicRequest:
     single: bool = True
     timeout: int = 120
     parallel_hosts: int = 16
+    by_datacenter: bool = False
 
     @classmethod
     def from_params(cls, params: Dict[str, Any]) -> NicRequest:
@@ -198,13 +200,17 @@ class NicRequest:
                 if len(entries) > 1 and f"'{entry['esxi_hostname']}'" not in str(error):
                     error.subject = f"{error.subject} (host '{entry['esxi_hostname']}')"
                 raise
-        _check_together(requests)
+        by_datacenter = params["address_scope"] == "datacenter"
+        _check_names(requests)
+        if not by_datacenter:
+            check_addresses(requests)
         return cls(
             connection=connection,
             hosts=requests,
             single=params["hosts"] is None and params["esxi_hostnames"] is None,
             timeout=check_timeout(params["timeout"]),
             parallel_hosts=params["parallel_hosts"],
+            by_datacenter=by_datacenter,
         )
 
 
@@ -220,14 +226,19 @@ def merged(common: Mapping[str, Any], entry: Mapping[str, Any]) -> Dict[str, Any
     return {**base, **own}
 
 
-def _check_together(requests: List[HostRequest]) -> None:
-    """:raises InputError: a host stands twice, or two hosts are to have one address."""
-    hosts: Dict[str, str] = {}
-    addresses: Dict[str, str] = {}
+def _check_names(requests: Sequence[HostRequest]) -> None:
+    """:raises InputError: a host stands twice."""
+    hosts: Set[str] = set()
     for request in requests:
         if request.host.lower() in hosts:
             raise InputError("A host is named twice", subject=f"'{request.host}'", remedy="Give each host once")
-        hosts[request.host.lower()] = request.host
+        hosts.add(request.host.lower())
+
+
+def check_addresses(requests: Sequence[HostRequest]) -> None:
+    """:raises InputError: two hosts are to have one address."""
+    addresses: Dict[str, str] = {}
+    for request in requests:
         own = [str(request.address.ip)] if request.address else []
         for address in own + [str(one.ip) for one in request.ipv6 or ()]:
             if address in addresses:

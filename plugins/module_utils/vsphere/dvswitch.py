@@ -72,20 +72,15 @@ class DvPortGroup:
     uplink: bool
 
 
-def find_switch(session: Session, name: str) -> DvSwitch:
-    """:raises NotFoundError: there is none of that name; :raises AmbiguousError: there are several."""
-    found = session.find(vim.DistributedVirtualSwitch, _SWITCH_PATHS)
+def find_switches(session: Session, name: str, root: Any = None) -> List[DvSwitch]:
+    """All of that name, which is unique in a folder only. :raises NotFoundError: there is none.
+
+    :param root: the datacenter to look in, instead of everywhere.
+    """
+    found = session.find(vim.DistributedVirtualSwitch, _SWITCH_PATHS, root)
     fitting = [(obj, values) for obj, values in found if name in (values["name"], readable(values["name"] or ""))]
-    if len(fitting) == 1:
-        obj, values = fitting[0]
-        return _switch(obj, values)
     if fitting:
-        raise AmbiguousError(
-            "More than one distributed switch fits",
-            subject=f"'{name}'",
-            reason=", ".join(obj._moId for obj, _values in fitting),
-            remedy="Rename one of them, or use a user that may see only one",
-        )
+        return [_switch(obj, values) for obj, values in fitting]
     names = ", ".join(sorted(readable(values["name"] or "") for _obj, values in found))
     raise NotFoundError(
         "There is no such distributed switch",
@@ -93,6 +88,43 @@ def find_switch(session: Session, name: str) -> DvSwitch:
         reason=f"there are {names}" if names else "no distributed switch that this user may see",
         remedy="Check the spelling; a standard switch is the option vswitch of module vmkernel_backup_nic",
     )
+
+
+def find_switch(session: Session, name: str, root: Any = None) -> DvSwitch:
+    """The only one. :raises NotFoundError: there is none of that name; :raises AmbiguousError: there are several."""
+    fitting = find_switches(session, name, root)
+    if len(fitting) == 1:
+        return fitting[0]
+    raise AmbiguousError(
+        "More than one distributed switch fits",
+        subject=f"'{name}'",
+        reason=", ".join(switch.moid for switch in fitting),
+        remedy="Give the datacenter of the one that is meant",
+    )
+
+
+def beside(session: Session, switch: DvSwitch) -> Dict[str, str]:
+    """What is in the switch's folder, where a port group's name must be unique: name -> what has it, in words."""
+    folder = session.read(switch.obj, "parent")["parent"]
+    children = (session.read(folder, "childEntity")["childEntity"] or ()) if folder is not None else ()
+    by_type: Dict[Any, List[Any]] = {}
+    for obj in children:
+        by_type.setdefault(type(obj), []).append(obj)
+    found = {}
+    for kind, objects in by_type.items():
+        names = session.read_many(objects, kind, ["name"])
+        for obj in objects:
+            name = readable(names[obj._moId]["name"] or "")
+            found[name] = f"{_kind(obj)} '{name}' ({obj._moId})"
+    return found
+
+
+def _kind(obj: Any) -> str:
+    if isinstance(obj, vim.dvs.DistributedVirtualPortgroup):
+        return "the port group of a distributed switch"
+    if isinstance(obj, vim.DistributedVirtualSwitch):
+        return "the distributed switch"
+    return "the folder" if isinstance(obj, vim.Folder) else "the network"
 
 
 def _switch(obj: Any, values: Dict[str, Any]) -> DvSwitch:

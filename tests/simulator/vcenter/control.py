@@ -60,6 +60,7 @@ class ControlServer:
             "set_host": simulator.set_host,
             "set_nfs_server": simulator.set_nfs_server,
             "add_hosts": simulator.add_hosts,
+            "add_dvswitch": simulator.add_dvswitch,
             "set_dvswitch": simulator.set_dvswitch,
             "networks": simulator.networks,
             "set_privileges": simulator.set_privileges,

@@ -5,12 +5,14 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pyVmomi import vim
 
 from . import disks, images, networking, proxy, vmspec
 from .inventory import Cluster, Datacenter, Datastore, Folder, Host, Network, ResourcePool, VirtualMachine
+from .model import SimulatorError
 
 if TYPE_CHECKING:
     from .simulator import Simulator
@@ -308,3 +310,29 @@ def add_hosts(simulator: "Simulator", count: int, dvswitch: str | None = None) -
     for switch in inventory.all(networking.DistributedSwitch):
         switch.save()
     return names
+
+
+def add_dvswitch(simulator: "Simulator", name: str, datacenter: str, hosts: Sequence[str]) -> str:
+    """A distributed switch, also of a name that another one has in another datacenter. -> its moid
+
+    :param hosts: names of those that become members, with vmnic3.
+    """
+    inventory = simulator.inventory
+    place = next((one for one in inventory.all(Datacenter) if one.name == datacenter), None)
+    members = [one for one in inventory.all(Host) if one.name in hosts]
+    if place is None or len(members) < len(hosts):
+        raise SimulatorError(f"there is no datacenter {datacenter}, or not all of the hosts {', '.join(hosts)}")
+    if any(inventory.datacenter_of(one) is not place for one in members):
+        raise SimulatorError("members of a distributed switch are hosts of its datacenter")
+    moid = simulator.new_moid("dvs")
+    switch = networking.DistributedSwitch(simulator, moid, name, place.p_networkFolder()._moId)
+    if any(one.name == name and one.parent == switch.parent for one in inventory.entities.values()):
+        raise SimulatorError(f"the name {name} is taken there")
+    switch.uuid = stable_uuid(moid)
+    switch.members = {one.moid: ["vmnic3"] for one in members}
+    inventory.add(switch)
+    group = networking.DistributedPortgroup(simulator, f"dvportgroup-{moid}", f"{name}-DVUplinks-{moid}", switch.parent)
+    group.switch, group.key, group.uplink = moid, group.moid, True
+    group.setting = networking.vlan_setting(0)
+    inventory.add(group)
+    return moid

@@ -325,6 +325,11 @@ class Simulator:
         with self.lock:
             return seed.add_hosts(self, count, dvswitch)
 
+    def add_dvswitch(self, name: str, datacenter: str, hosts: Sequence[str] = ()) -> str:
+        """A distributed switch in a datacenter's network folder; *hosts* become members with vmnic3. -> its moid"""
+        with self.lock:
+            return seed.add_dvswitch(self, name, datacenter, hosts)
+
     def set_dvswitch(self, name: str, **values: Any) -> None:
         """Change a distributed switch: ``nioc``, ``nioc_version``, ``mtu``, ``version``, ``pools`` (keys)."""
         with self.lock:
@@ -343,12 +348,13 @@ class Simulator:
         with self.lock:
             hosts = [one for one in self.hosts() if host in (None, one.name)]
             switches = self.inventory.all(DistributedSwitch)
+            names = [one.name for one in switches]
             return {
                 "hosts": {
                     one.name: {"network": to_json(networking.ensure(one)), "services": one.services} for one in hosts
                 },
                 "switches": {
-                    one.name: {
+                    one.name if names.count(one.name) == 1 else f"{one.name} ({one.moid})": {
                         "portgroups": sorted(group.name for group in one.portgroups()),
                         "pools": {pool.key: to_json(pool.allocationInfo) for pool in one.pools},
                         "config_version": one.config_version,

@@ -254,3 +254,15 @@ def test_a_host_that_is_away_keeps_its_address():
     several = [dict(nic("10.20.30.12", portgroup="X"), services=None), dict(nic("10.20.30.13"), services=None)]
     assert plan([fact("b", *several)], hosts=["b"])["b"] == "10.20.30.13/24"
     assert plan(facts, hosts=["c"], pool=["10.20.30.12-10.20.30.13"]) == {"c": "10.20.30.13/24"}
+
+
+def test_datacenters_with_the_same_subnet_and_clusters_of_one_name():
+    here = dict(fact("a", cluster="C"), datacenter="DC0")
+    there = dict(fact("b", nic("10.20.30.1"), cluster="C"), datacenter="DC1")
+    with pytest.raises(InputError, match="one in each of DC0, DC1"):
+        plan([here, there], clusters=["C"])
+    assert plan([here, there], clusters=["C"], datacenter="DC0") == {"a": "10.20.30.2/24"}
+    scope = {"datacenter": "DC0", "address_scope": "datacenter"}
+    assert plan([here, there], clusters=["C"], **scope) == {"a": "10.20.30.1/24"}
+    # Of a host whose datacenter is not known, the address counts.
+    assert plan([here, dict(there, datacenter=None)], hosts=["a"], **scope) == {"a": "10.20.30.2/24"}

@@ -61,10 +61,15 @@ def asked(**options):
     )
 
 
+def switch(moid, name, uuid):
+    return DvSwitch(None, moid, name, uuid, "8.0.3", True, "version3", [])
+
+
 def world():
     made = World()
-    made.dv_switches["DSwitch0"] = DvSwitch(None, "dvs-17", "DSwitch0", "dvs-uuid", "8.0.3", True, "version3", [])
-    made.dv_switches["Other"] = DvSwitch(None, "dvs-18", "Other", "other-uuid", "8.0.3", True, "version3", [])
+    made.dv_switches["DSwitch0"] = [switch("dvs-19", "DSwitch0", "elsewhere"), switch("dvs-17", "DSwitch0", "dvs-uuid")]
+    made.dv_switches["Other"] = [switch("dvs-18", "Other", "other-uuid")]
+    made.beside = lambda one: {"taken": "the network 'taken' (network-9)"} if one.moid == "dvs-17" else {}
     for key, name, uplink in (("pg-1", "dvb", False), ("pg-2", "up", True)):
         made.dv_port_groups[key] = DvPortGroup(None, key, name, "dvs-17", "DSwitch0", 12, uplink)
     made.add_host(HostNetwork(None, "host-11", "esx02", nics=[nic("vmk3", "10.0.0.9/24")]))
@@ -263,6 +268,7 @@ def test_another_stack_may_be_in_the_subnet():
         ({"portgroup": "Management Network"}, "has a VMkernel NIC already"),
         ({"dvswitch": "Other", "portgroup": "B"}, "not a member"),
         ({"dvswitch": "DSwitch0", "portgroup": "up"}, "uplinks"),
+        ({"dvswitch": "DSwitch0", "portgroup": "taken"}, "the network 'taken' .network-9. has it"),
         ({"portgroup": "Backup", "address": "10.0.0.9/24"}, "vmk3 of host 'esx02'"),
     ],
 )
@@ -276,6 +282,24 @@ def test_a_port_group_of_a_distributed_switch_is_made_for_all():
     assert made.made_port_group == "new" and kinds(made) == ["add_nic", "select"]
     made = plan(request=asked(dvswitch="DSwitch0", portgroup="dvb", address="10.0.0.5/24"))
     assert made.made_port_group is None and made.dv_port_group.key == "pg-1"
+
+
+def test_of_two_distributed_switches_it_is_the_hosts():
+    made = plan(request=asked(dvswitch="DSwitch0", portgroup="new", address="10.0.0.5/24"))
+    assert made.dv_switch.moid == "dvs-17"
+    both = [Switch("DSwitch0", 1500, (), "dvs-uuid"), Switch("DSwitch0", 1500, (), "elsewhere")]
+    with pytest.raises(InputError, match="a member of two"):
+        plan(request=asked(dvswitch="DSwitch0", portgroup="new", address="10.0.0.5/24"), switches=both)
+
+
+def test_an_address_may_be_used_in_another_datacenter():
+    around = world()
+    request = asked(portgroup="Backup", address="10.0.0.9/24")
+    around.datacenters = {"host-10": "datacenter-2", "host-11": "datacenter-2"}
+    with pytest.raises(InputError, match="vmk3 of host 'esx02'"):
+        make_plan(host(), request, around)
+    around.datacenters["host-11"] = "datacenter-21"
+    assert kinds(make_plan(host(), request, around)) == ["add_nic", "select"]
 
 
 @pytest.mark.parametrize(

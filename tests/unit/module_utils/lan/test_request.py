@@ -26,6 +26,7 @@ DEFAULTS = {
     "tcpip_stack": "defaultTcpipStack",
     "allow_shared_subnet": False,
     "force": False,
+    "address_scope": "vcenter",
     "timeout": 120,
     "parallel_hosts": 16,
 }
