@@ -380,11 +380,29 @@ def test_storage_goes_over_vmkernel_nics(sim):
         manager.QueryBoundVnics("vmhba65")
 
 
+def test_a_second_switch_of_a_name_is_in_another_datacenter(sim):
+    (name,) = sim.control.call("add_hosts", count=1)
+    moid = sim.control.call("add_dvswitch", name="Twin", datacenter="DC0", hosts=[name])
+    other = sim.control.call("add_dvswitch", name="Twin", datacenter="DC1")
+    first, second = (vim.dvs.VmwareDistributedVirtualSwitch(one, sim.si._stub) for one in (moid, other))
+    assert first.name == second.name == "Twin" and first.uuid != second.uuid and first.parent != second.parent
+    (proxy,) = sim.host(name).config.network.proxySwitch
+    assert (proxy.dvsName, proxy.dvsUuid) == ("Twin", first.uuid)
+    assert not second.summary.hostMember
+    # A name is unique in the folder, whatever has it there.
+    for taken in ("VM Network", "Twin"):
+        with pytest.raises(vim.fault.DuplicateName):
+            done(first.CreateDVPortgroup_Task(dv_spec(taken, 9)))
+    done(second.CreateDVPortgroup_Task(dv_spec("Backup Network", 9)))
+
+
 def test_control_refuses_what_is_not_there(sim):
     for op, fields in (
         ("set_dvswitch", {"name": "DSwitch9", "nioc": False}),
         ("set_dvswitch", {"name": "DSwitch0", "colour": "red"}),
         ("set_host", {"name": "esx99", "version": "7.0.0"}),
+        ("add_dvswitch", {"name": "DSwitch0", "datacenter": "DC0"}),
+        ("add_dvswitch", {"name": "DSwitch7", "datacenter": "DC1", "hosts": ["127.0.1.1"]}),
         ("set_nfs_server", {"datastore": "vmfs01", "server": "10.0.0.1"}),
     ):
         with pytest.raises(ControlError):
