@@ -11,6 +11,7 @@ import inspect
 import json
 import random
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -357,6 +358,40 @@ def test_sessions(sim, app):
     with pytest.raises(vim.fault.NotAuthenticated):
         idle.content.rootFolder.name  # noqa: B018
     sim.control.call("set_settings", session_idle=1800.0)
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_an_outage(sim, app, later):
+    """Connections are cut and refused, then sessions and tasks are unknown; what the hosts do for a task goes on."""
+    control = sim.control.call
+    control("inject", target="task", name="CreateSnapshot_Task", delay=0.5)
+    seen = control("calls")[-1]["seq"]
+    if later:
+        control("outage", seconds=1.5, at=2)
+    task = app.CreateSnapshot_Task("outage", "", False, False)
+    if not later:
+        control("outage", seconds=1.5)
+    with pytest.raises((OSError, http.client.HTTPException)):
+        app.name  # noqa: B018
+    assert len(control("calls", since=seen)) == 1 + later, "the call that it began with was done"
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((sim.info["host"], sim.info["port"]))
+    socket.create_connection(("127.0.1.1", sim.info["port"])).close()
+    sim.until(lambda: [one["name"] for one in control("state")["vms"][app._moId]["snapshots"]] == ["outage"])
+
+    def back() -> bool:
+        try:
+            socket.create_connection((sim.info["host"], sim.info["port"])).close()
+        except ConnectionRefusedError:
+            return False
+        return True
+
+    sim.until(back)
+    with pytest.raises(vim.fault.NotAuthenticated):
+        app.name  # noqa: B018
+    sim.si = sim.connect()
+    with pytest.raises(vmodl.fault.ManagedObjectNotFound):
+        vim.Task(task._moId, sim.si._stub).info  # noqa: B018
 
 
 def test_what_the_backup_user_may(sim, app):

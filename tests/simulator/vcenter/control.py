@@ -66,6 +66,8 @@ class ControlServer:
             "set_privileges": simulator.set_privileges,
             "set_settings": simulator.set_settings,
             "expire_sessions": simulator.expire_sessions,
+            "outage": self._outage,
+            "cancel_outage": self._cancel_outage,
             "inject": simulator.inject,
             "clear_injections": simulator.clear_injections,
             "calls": simulator.calls,
@@ -209,6 +211,12 @@ class ControlServer:
                     if file is not None:
                         file.write(piece)
         return {**result, "sha256": digest.hexdigest()}
+
+    def _outage(self, seconds: float, at: int = 0, done: bool = True) -> None:
+        self._simulator.server.outage(seconds, at, done)
+
+    def _cancel_outage(self) -> bool:
+        return bool(self._simulator.server.cancel_outage())
 
     # as the hardware
 

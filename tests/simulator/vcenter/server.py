@@ -10,12 +10,14 @@ import socket
 import ssl
 import threading
 import traceback
+from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
 from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any
 
 from . import folder, methods, nfc, rest, soap
 from .methods import leases
+from .model import SimulatorError
 from .services import DropConnection, Session, as_fault
 
 if TYPE_CHECKING:
@@ -44,24 +46,34 @@ def _listen(addresses: list[str], port: int) -> list[socket.socket]:
     raise OSError(f"no port is free on {', '.join(addresses)}")
 
 
+@dataclass
+class _Outage:
+    seconds: float
+    calls: int
+    done: bool
+
+
 class Server:
     """Accepts connections until :meth:`stop`."""
 
     def __init__(self, simulator: "Simulator", port: int = 0) -> None:
         methods.load()
         self.simulator = simulator
+        simulator.server = self
         self.socket, *self._at_hosts = _listen([simulator.host, *(host.name for host in simulator.hosts())], port)
         self.port = simulator.port = self.socket.getsockname()[1]
         simulator.web_hosts = {one.getsockname()[0] for one in self._at_hosts}
         self._connections: set[socket.socket] = set()
+        self._to_vcenter: set[ssl.SSLSocket] = set()
         self._lock = threading.Lock()
         self._stopping = False
-        threading.Thread(target=self._accept, name="vcenter", daemon=True).start()
+        self._out = False
+        self._next_outage: _Outage | None = None
+        for one in (self.socket, *self._at_hosts):
+            self._listen_to(one)
 
-    def _accept(self) -> None:
-        for one in self._at_hosts:
-            threading.Thread(target=self._accept_at, args=(one,), name="vcenter", daemon=True).start()
-        self._accept_at(self.socket)
+    def _listen_to(self, listener: socket.socket) -> None:
+        threading.Thread(target=self._accept_at, args=(listener,), name="vcenter", daemon=True).start()
 
     def _accept_at(self, listener: socket.socket) -> None:
         while True:
@@ -69,9 +81,10 @@ class Server:
                 connection, address = listener.accept()
             except OSError:
                 return
-            threading.Thread(target=self._serve, args=(connection, address), daemon=True).start()
+            at_vcenter = listener not in self._at_hosts
+            threading.Thread(target=self._serve, args=(connection, address, at_vcenter), daemon=True).start()
 
-    def _serve(self, connection: socket.socket, address: Any) -> None:
+    def _serve(self, connection: socket.socket, address: Any, at_vcenter: bool) -> None:
         with self._lock:
             if self._stopping:
                 connection.close()
@@ -89,8 +102,13 @@ class Server:
                 nfc.serve_plain(self.simulator, connection, address)
                 return
             connection.settimeout(30)
-            current = self.simulator.ssl_context.wrap_socket(connection, server_side=True)
+            current = secured = self.simulator.ssl_context.wrap_socket(connection, server_side=True)
             current.settimeout(600)
+            with self._lock:
+                if at_vcenter and self._out:
+                    return
+                if at_vcenter:
+                    self._to_vcenter.add(secured)
             Handler(current, address, self)
         except (OSError, ssl.SSLError, DropConnection):
             pass  # the client went away, or does not trust us: its own affair
@@ -99,9 +117,75 @@ class Server:
         finally:
             with self._lock:
                 self._connections.discard(connection)
+                self._to_vcenter.discard(current)  # type: ignore[arg-type]
             with contextlib.suppress(OSError):
                 current.shutdown(socket.SHUT_RDWR)
             current.close()
+
+    # outages
+
+    def outage(self, seconds: float, at: int = 0, done: bool = True) -> None:
+        """vCenter restarts: its port refuses, connections are cut, sessions and tasks are forgotten. Hosts go on.
+
+        :param at: it begins with the at-th call from now (0: at once), which is not answered.
+        :param done: that call is done before.
+        """
+        with self._lock:
+            if self._out or self._next_outage is not None:
+                raise SimulatorError("there is an outage already")
+            if at:
+                self._next_outage = _Outage(float(seconds), at, done)
+                return
+        self._go(float(seconds))
+
+    def cancel_outage(self) -> bool:
+        """-> whether one was announced that has not begun"""
+        with self._lock:
+            planned, self._next_outage = self._next_outage, None
+        return planned is not None
+
+    def outage_at_this_call(self) -> "_Outage | None":
+        """The outage that begins with the call that is being done."""
+        with self._lock:
+            planned = self._next_outage
+            if planned is None:
+                return None
+            planned.calls -= 1
+            if planned.calls:
+                return None
+            self._next_outage = None
+            return planned
+
+    def _go(self, seconds: float) -> None:
+        with self._lock:
+            if self._stopping or self._out:
+                return
+            self._out = True
+            cut = list(self._to_vcenter)
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+        self.socket.close()
+        for connection in cut:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        self.simulator.sessions.end_all()
+        self.simulator.tasks.forget()
+        timer = threading.Timer(seconds, self._come_back)
+        timer.daemon = True
+        timer.start()
+
+    def _come_back(self) -> None:
+        with self._lock:
+            if self._stopping:
+                return
+            self.socket = socket.create_server((self.simulator.host, self.port), backlog=128)
+            self._out = False
+        self._listen_to(self.socket)
+
+    def begin(self, outage: "_Outage") -> None:
+        """Begin an outage that was announced. The call that it begins with is not answered."""
+        self._go(outage.seconds)
+        raise DropConnection
 
     def stop(self) -> None:
         with self._lock:
@@ -244,7 +328,14 @@ class Handler(BaseHTTPRequestHandler):
         status = 200
         try:
             request = soap.decode_request(body)
-            result, declared = methods.call(context, request)
+            outage = self.server.outage_at_this_call()
+            if outage is not None and not outage.done:
+                self.server.begin(outage)
+            try:
+                result, declared = methods.call(context, request)
+            finally:
+                if outage is not None:
+                    self.server.begin(outage)
             with self.simulator.lock:  # nobody changes what is being written down
                 answer = soap.encode_response(request.method, result, declared, version)
         except DropConnection:

@@ -488,6 +488,12 @@ class Tasks:
     def of(self, moid: str) -> list[Task]:
         return [task for task in self.tasks.values() if task.entity is not None and task.entity.moid == moid][-5:]
 
+    def forget(self) -> None:
+        """vCenter was restarted. What its hosts do for a task goes on."""
+        with self.simulator.lock:
+            self.tasks.clear()
+        self.simulator.changed()
+
     def running(self) -> list[Task]:
         return [task for task in self.tasks.values() if not task.done.is_set()]
 

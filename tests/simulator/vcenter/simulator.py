@@ -79,6 +79,7 @@ class Simulator:
         self.generation = 0
         self.current = threading.local()  # .session: whose call this thread answers
         self.host = "127.0.0.1"
+        self.server: Any = None  # set by the server itself
         self.web_hosts: set[str] = set()  # names of the hosts at which the server listens too
         self.port = 0
         self.nfc: Any = None
