@@ -84,6 +84,11 @@ def repository_write_options() -> Options:
     )
 
 
+def lock_options() -> Options:
+    """Doc fragment ``openvadp.backup.lock``: of modules that take a virtual machine's lock."""
+    return Options(dict(lock_timeout=dict(type="int", default=60)))
+
+
 def repository_vm_options(required: bool = True) -> Options:
     """Doc fragment ``openvadp.backup.repository_vm``: a VM and a point, as the repository knows them."""
     return Options(

@@ -25,6 +25,7 @@ extends_documentation_fragment:
   - openvadp.backup.vm
   - openvadp.backup.repository
   - openvadp.backup.repository_write
+  - openvadp.backup.lock
   - openvadp.backup.transport
   - openvadp.backup.progress
   - openvadp.backup.attributes
@@ -348,6 +349,7 @@ from ..module_utils.repository.chain import MAX_CHAIN, MODES
 from ..module_utils.runner import (
     Options,
     connection_options,
+    lock_options,
     progress_options,
     repository_options,
     repository_write_options,
@@ -386,7 +388,7 @@ def body(module: AnsibleModule) -> Dict[str, Any]:
 
 def main() -> None:
     options = connection_options() + vm_options() + repository_options() + repository_write_options()
-    options += transport_options(TRANSPORTS) + progress_options() + OPTIONS
+    options += transport_options(TRANSPORTS) + progress_options() + lock_options() + OPTIONS
     run_module(options, body, libraries=["pyVmomi", "nbd", "blake3"])
 
 

@@ -22,6 +22,7 @@ extends_documentation_fragment:
   - openvadp.backup.repository
   - openvadp.backup.repository_vm
   - openvadp.backup.repository_vm.point
+  - openvadp.backup.lock
   - openvadp.backup.transport
   - openvadp.backup.progress
   - openvadp.backup.attributes
@@ -612,6 +613,7 @@ from ..module_utils.restore.request import FILE, FILE_FORMATS, IN_PLACE, NEW_VM,
 from ..module_utils.runner import (
     Options,
     connection_options,
+    lock_options,
     progress_options,
     repository_options,
     repository_vm_options,
@@ -666,6 +668,7 @@ def options() -> Options:
         + repository_vm_options()
         + transport_options(TRANSPORTS)
         + progress_options()
+        + lock_options()
         + Options(own, required_if=[("target", "file", ["dest"])])
     )
 

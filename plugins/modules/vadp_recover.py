@@ -31,6 +31,7 @@ extends_documentation_fragment:
   - openvadp.backup.vm
   - openvadp.backup.repository
   - openvadp.backup.repository_write
+  - openvadp.backup.lock
   - openvadp.backup.attributes
   - openvadp.backup.attributes.actiongroup_vadp
 attributes:
@@ -440,6 +441,7 @@ from ..module_utils.backup.recover import RecoverRequest, forget_repository, rec
 from ..module_utils.runner import (
     Options,
     connection_options,
+    lock_options,
     repository_options,
     repository_write_options,
     run_module,
@@ -498,7 +500,7 @@ def body(module: AnsibleModule) -> Dict[str, Any]:
 def main() -> None:
     # A proxy may be named instead of a virtual machine.
     options = connection_options() + Options(vm_options().argument_spec)
-    options += repository_options() + repository_write_options() + OPTIONS
+    options += repository_options() + repository_write_options() + lock_options() + OPTIONS
     run_module(options, body, libraries=["pyVmomi", "blake3"])
 
 

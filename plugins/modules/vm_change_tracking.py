@@ -16,6 +16,7 @@ author:
 extends_documentation_fragment:
   - openvadp.backup.connection
   - openvadp.backup.vm
+  - openvadp.backup.lock
   - openvadp.backup.attributes
   - openvadp.backup.attributes.actiongroup_vadp
 attributes:
@@ -146,7 +147,8 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ..module_utils.backup.run_steps import ensure_tracking
 from ..module_utils.errors import InputError
-from ..module_utils.runner import Options, connection_options, run_module, vm_options
+from ..module_utils.repository.lock import check_lock_timeout
+from ..module_utils.runner import Options, connection_options, lock_options, run_module, vm_options
 from ..module_utils.vsphere.change_tracking import ensure
 from ..module_utils.vsphere.inventory import find_vm, vm_selection
 from ..module_utils.vsphere.session import Connection, Session, check_timeout
@@ -169,16 +171,18 @@ def body(module: AnsibleModule) -> dict:
     timeout = check_timeout(params["timeout"])
     if params["force"] and params["state"] != "reset":
         raise InputError("The option force is for state=reset")
+    lock_timeout = check_lock_timeout(params["lock_timeout"])
     named, force = vm_selection(params), params["force"]
     wanted = (params["state"], params["activate"], timeout, module.check_mode)
     with Session.connect(Connection.from_params(params)) as session:
         if params["run_id"] is not None:
-            return ensure_tracking(session, params["repository"], params["run_id"], named, *wanted, force=force)
+            repository, run_id = params["repository"], params["run_id"]
+            return ensure_tracking(session, repository, run_id, named, *wanted, lock_timeout, force=force)
         return ensure(session, find_vm(session, **named), *wanted, force=force)
 
 
 def main() -> None:
-    run_module(connection_options() + vm_options() + OPTIONS, body, libraries=["pyVmomi"])
+    run_module(connection_options() + vm_options() + lock_options() + OPTIONS, body, libraries=["pyVmomi"])
 
 
 if __name__ == "__main__":

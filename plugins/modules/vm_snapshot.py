@@ -15,6 +15,7 @@ author:
 extends_documentation_fragment:
   - openvadp.backup.connection
   - openvadp.backup.vm
+  - openvadp.backup.lock
   - openvadp.backup.attributes
   - openvadp.backup.attributes.actiongroup_vadp
 attributes:
@@ -238,7 +239,8 @@ consolidated:
 from ansible.module_utils.basic import AnsibleModule
 
 from ..module_utils.backup.run_steps import ensure_snapshot
-from ..module_utils.runner import Options, connection_options, run_module, vm_options
+from ..module_utils.repository.lock import check_lock_timeout
+from ..module_utils.runner import Options, connection_options, lock_options, run_module, vm_options
 from ..module_utils.vsphere.inventory import find_vm, vm_selection
 from ..module_utils.vsphere.session import Connection, Session
 from ..module_utils.vsphere.snapshot_state import Wanted, ensure
@@ -266,16 +268,17 @@ OPTIONS = Options(
 def body(module: AnsibleModule) -> dict:
     wanted = Wanted.from_params(module.params)
     named = vm_selection(module.params)
+    lock_timeout = check_lock_timeout(module.params["lock_timeout"])
     with Session.connect(Connection.from_params(module.params)) as session:
         if module.params["run_id"] is not None:
             repository, run_id = module.params["repository"], module.params["run_id"]
-            return ensure_snapshot(session, repository, run_id, named, wanted, module.check_mode)
+            return ensure_snapshot(session, repository, run_id, named, wanted, module.check_mode, lock_timeout)
         vm = find_vm(session, **named)
         return ensure(session, vm, wanted, module.check_mode)
 
 
 def main() -> None:
-    run_module(connection_options() + vm_options() + OPTIONS, body, libraries=["pyVmomi"])
+    run_module(connection_options() + vm_options() + lock_options() + OPTIONS, body, libraries=["pyVmomi"])
 
 
 if __name__ == "__main__":

@@ -145,8 +145,9 @@ def export_point(request: ExportRequest, check_mode: bool) -> Dict[str, Any]:
         if store is None:
             store = Repository.open(request.repository, create=True).vm(vm.instance_uuid)
         store.repository.note_machine()
-        with store.lock(request.run_id or new_run_id(), "vadp_disk_export"), ExitStack() as stack:
-            source.warnings.extend(store.refuse_busy(_run_id_of(source, store, request), request.force))
+        own = _run_id_of(source, store, request)
+        with store.lock(own or new_run_id(), "vadp_disk_export", request.lock_timeout), ExitStack() as stack:
+            source.warnings.extend(store.refuse_busy(own, request.force))
             remove_orphans(store)
             return _export(Work(session, source, store, request, facts, stack, threading.Event()))
 

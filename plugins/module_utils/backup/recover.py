@@ -15,6 +15,7 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 from ..errors import InputError, LockedError, NotFoundError, RepositoryError, VadpError
 from ..repository import trust
 from ..repository.layout import Repository
+from ..repository.lock import LOCK_TIMEOUT, check_lock_timeout
 from ..repository.names import check_point_name, check_run_id, check_uuid, new_point_name
 from ..repository.store import VmStore
 from ..repository.runs import Run, new_run_id
@@ -57,6 +58,7 @@ class RecoverRequest:
     sysfs_dir: str = SYSFS_DIR
     create: bool = False
     adopt: Optional[str] = None
+    lock_timeout: int = LOCK_TIMEOUT
 
     @classmethod
     def from_params(cls, params: Dict[str, Any]) -> RecoverRequest:
@@ -69,6 +71,7 @@ class RecoverRequest:
             check_point_name(params["point"])
         if params["run_id"] is not None:
             check_run_id(params["run_id"])
+        check_lock_timeout(params["lock_timeout"])
         names = {field.name for field in fields(cls)} - {"connection", "vm", "disks", "exclude_disks"}
         export = params["export"] or {}
         request = cls(
@@ -138,7 +141,7 @@ def recover_vm(request: RecoverRequest, check_mode: bool) -> Dict[str, Any]:
         store.repository.note_machine()
         if not request.begin and not store.path.is_dir():
             return {"changed": made, "recovered": [], "report_only": False, "run": None, "warnings": told}
-        with store.lock(request.run_id or new_run_id(), "vadp_recover"):
+        with store.lock(request.run_id or new_run_id(), "vadp_recover", request.lock_timeout):
             ending = None if request.begin or request.run_id is None else request.run_id
             warnings = [] if ending else store.refuse_busy(force=request.force)
             if ending is None and vm is not None:

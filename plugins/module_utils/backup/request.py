@@ -11,6 +11,7 @@ from typing import Any, Dict, List, Mapping, Optional
 
 from ..errors import InputError
 from ..repository.chain import MAX_CHAIN, MODES
+from ..repository.lock import LOCK_TIMEOUT, check_lock_timeout
 from ..repository.names import check_point_name, check_run_id
 from ..transport.request import DEVICE_DIR, SYSFS_DIR, check_transport_options
 from ..vsphere.inventory import vm_selection
@@ -84,6 +85,7 @@ class ExportRequest:
     progress_file: Optional[str] = None
     create: bool = False
     adopt: Optional[str] = None
+    lock_timeout: int = LOCK_TIMEOUT
 
     @classmethod
     def from_params(cls, params: Dict[str, Any]) -> ExportRequest:
@@ -113,6 +115,7 @@ class ExportRequest:
         if self.disks is not None and not self.disks:
             raise InputError("No disk is asked for", reason="the list 'disks' is empty", remedy="Leave it out for all")
         check_transport_options(self)
+        check_lock_timeout(self.lock_timeout)
         if not 1 <= self.parallel_disks <= 16:
             raise InputError(
                 "The option parallel_disks is out of range", subject=str(self.parallel_disks), remedy="1 to 16"

@@ -76,10 +76,13 @@ def run_vm(session: Session, store: VmStore, run: Run) -> Optional[VmRef]:
 
 
 @contextmanager
-def step(session: Session, repository: str, run_id: str, named: Mapping[str, Any], what: str) -> Iterator[Step]:
+def step(
+    session: Session, repository: str, run_id: str, named: Mapping[str, Any], what: str, lock_timeout: float
+) -> Iterator[Step]:
     """Work in a run, under its VM's lock; what is begun and left behind is remembered in its record.
 
     :param named: the options that name the VM, for a record of another server.
+    :param lock_timeout: seconds to wait for the lock.
     :raises RepositoryError: there is no such run, or it is another VM's.
     """
     store, run = Repository.open(repository, writable=True).find_run(run_id)
@@ -91,7 +94,7 @@ def step(session: Session, repository: str, run_id: str, named: Mapping[str, Any
             reason=f"it is of {store.shown}, and {vm} is named",
             remedy="Begin a run of that virtual machine with vadp_recover",
         )
-    with store.lock(run_id, what):
+    with store.lock(run_id, what, lock_timeout):
         # Under the lock it may say more than before.
         current = store.run(run_id)
         if current is None or current.old:
@@ -151,11 +154,12 @@ def ensure_snapshot(
     named: Mapping[str, Any],
     wanted: snapshot_state.Wanted,
     check_mode: bool,
+    lock_timeout: float,
 ) -> Dict[str, Any]:
     """All of ``vm_snapshot`` for a run."""
     if check_mode:
         return _predicted(session, repository, run_id, named, wanted)
-    with step(session, repository, run_id, named, "vm_snapshot") as work:
+    with step(session, repository, run_id, named, "vm_snapshot", lock_timeout) as work:
         return make_snapshot(work, wanted) if wanted.present else remove_run_snapshot(work, wanted)
 
 
@@ -191,12 +195,13 @@ def ensure_tracking(
     activate: bool,
     timeout: float,
     check_mode: bool,
+    lock_timeout: float,
     force: bool = False,
 ) -> Dict[str, Any]:
     """All of ``vm_change_tracking`` for a run: the snapshot of its stun cycle carries the ids of the run."""
     if check_mode:
         return change_tracking.ensure(session, find_vm(session, **named), wanted, activate, timeout, True, force=force)
-    with step(session, repository, run_id, named, "vm_change_tracking") as work:
+    with step(session, repository, run_id, named, "vm_change_tracking", lock_timeout) as work:
         description = change_tracking.stun_description(repository_id=work.store.repository.id, run_id=run_id)
         return change_tracking.ensure(
             session, work.vm, wanted, activate, timeout, False, description=description, force=force

@@ -16,12 +16,23 @@ from types import TracebackType
 from typing import Any, Dict, Optional, Type
 
 from ..datapath import files
-from ..errors import LockedError, RepositoryError
+from ..errors import LockedError, RepositoryError, check_range
 from .shapes import format_time
 
 
+# Others hold it for moments while they look at the VM; whoever works longer has a run that is busy.
+LOCK_TIMEOUT = 60
+_POLL_SECONDS = 0.1
+
+
+def check_lock_timeout(seconds: int) -> int:
+    """*seconds* itself, if the lock can be waited for so long. InputError otherwise."""
+    check_range("lock_timeout", seconds, 0, 86400)
+    return seconds
+
+
 class VmLock:
-    """A context manager that holds a VM's lock. Taking it does not wait.
+    """A context manager that holds a VM's lock. Taking it waits no longer than *timeout* seconds.
 
     It is a ``flock`` on a file that is never removed (removing it would let two processes hold "the" lock). The
     lock belongs to the open file, so the kernel drops it when the process ends, however it ends; the descriptor is
@@ -29,10 +40,11 @@ class VmLock:
     too late.
     """
 
-    def __init__(self, path: Path, run_id: str, what: str) -> None:
+    def __init__(self, path: Path, run_id: str, what: str, timeout: float = 0) -> None:
         self.path = path
         self.run_id = run_id
         self.what = what
+        self.timeout = timeout
         self._descriptor: Optional[int] = None
 
     def _open(self) -> int:
@@ -57,6 +69,26 @@ class VmLock:
     def __enter__(self) -> VmLock:
         if self._descriptor is not None:
             raise RuntimeError("this lock is already held by the same object")
+        deadline = time.monotonic() + self.timeout
+        while True:
+            try:
+                self._take()
+            except LockedError:
+                if time.monotonic() >= deadline or self._is_hopeless():
+                    raise
+                time.sleep(_POLL_SECONDS)
+                continue
+            # Who waited may hold a file that was removed meanwhile.
+            if not (self.timeout and self.lost):
+                return self
+            self._release()
+
+    def _is_hopeless(self) -> bool:
+        """Whether it is known that the lock will not be free soon."""
+        return False
+
+    def _take(self) -> None:
+        """:raises LockedError: somebody holds it now."""
         try:
             descriptor = self._open()
         except OSError as error:
@@ -89,11 +121,13 @@ class VmLock:
                     "The VM's lock can't be written", subject=str(self.path), reason=error.strerror
                 ) from None
         self._descriptor = descriptor
-        return self
 
     def __exit__(
         self, kind: Optional[Type[BaseException]], value: Optional[BaseException], trace: Optional[TracebackType]
     ) -> None:
+        self._release()
+
+    def _release(self) -> None:
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
             # Closing drops the lock, whatever the emptying of the file comes to (a full or a vanished file system).
@@ -145,23 +179,8 @@ class VmLock:
 class RepositoryLock(VmLock):
     """The lock of who changes repository.json. It is held for moments, so taking it waits for a while."""
 
-    def __init__(self, path: Path, what: str, wait_seconds: float = 30) -> None:
-        super().__init__(path, "", what)
-        self._wait_seconds = wait_seconds
-
-    def __enter__(self) -> RepositoryLock:
-        deadline = time.monotonic() + self._wait_seconds
-        while True:
-            try:
-                super().__enter__()
-            except LockedError:
-                if time.monotonic() >= deadline:
-                    raise
-                time.sleep(0.05)
-                continue
-            if not self.lost:
-                return self
-            self.__exit__(None, None, None)
+    def __init__(self, path: Path, what: str, timeout: float = 30) -> None:
+        super().__init__(path, "", what, timeout)
 
     def _locked(self, holder: Dict[str, Any]) -> LockedError:
         who = "{what}, process {pid} on {host}, since {since}".format(**holder) if holder else "another process"

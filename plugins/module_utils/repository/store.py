@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from .layout import Repository
 
 
+# How often who waits for the lock looks for a run that is busy.
+_LOOK_SECONDS = 1
+
+
 class VmStore(VmPoints):
     """What a repository holds of one VM. Reading needs no lock; see each method for writing."""
 
@@ -37,13 +42,15 @@ class VmStore(VmPoints):
 
     # Writing. All of it needs the lock.
 
-    def lock(self, run_id: str, what: str) -> StoreLock:
-        """The VM's lock, as a context manager that does not wait.
+    def lock(self, run_id: str, what: str, timeout: float = 0) -> StoreLock:
+        """The VM's lock, as a context manager.
 
+        :param run_id: of the run that takes it, whose own record is in nobody's way.
         :param what: what is being done, for those who find the VM locked ("vadp_disk_export").
-        :raises LockedError: another run holds it (when entered).
+        :param timeout: seconds to wait for whoever holds it, as long as no other run is busy on this VM.
+        :raises LockedError: another holds it (when entered).
         """
-        return StoreLock(self, run_id, what)
+        return StoreLock(self, run_id, what, timeout)
 
     def boot_lock(self, run_id: str) -> VmLock:
         """The lock of those who boot points of this VM: one at a time, and beside backups, which need not wait.
@@ -441,17 +448,18 @@ class StoreLock(VmLock):
     Where restores left records on this machine, it is that folder's lock too: who holds it may act upon those.
     """
 
-    def __init__(self, store: VmStore, run_id: str, what: str) -> None:
+    def __init__(self, store: VmStore, run_id: str, what: str, timeout: float = 0) -> None:
         self._store = store
         self._second: Optional[VmLock] = None
-        super().__init__(store._work("lock"), run_id, what)
+        self._look_at_runs = 0.0
+        super().__init__(store._work("lock"), run_id, what, timeout)
 
     def __enter__(self) -> StoreLock:
         self._store.make_folder()
         super().__enter__()
         here = self._store._kept_here()
         if here is not None and here.is_dir() and here / "lock" != self.path:
-            second = VmLock(here / "lock", self.run_id, self.what)
+            second = VmLock(here / "lock", self.run_id, self.what, self.timeout)
             try:
                 second.__enter__()
             except BaseException:
@@ -460,6 +468,19 @@ class StoreLock(VmLock):
             self._second = second
         self._store._lock = self
         return self
+
+    def _is_hopeless(self) -> bool:
+        """Another run is busy, and holds the lock for as long as it works."""
+        now = time.monotonic()
+        if now < self._look_at_runs:
+            return False
+        self._look_at_runs = now + _LOOK_SECONDS
+        try:
+            # Nothing is written without the lock, not even to ask for the time.
+            self._store.refuse_busy(own=self.run_id, write=False)
+        except RepositoryError:
+            return True
+        return False
 
     def __exit__(
         self, kind: Optional[Type[BaseException]], value: Optional[BaseException], trace: Optional[TracebackType]

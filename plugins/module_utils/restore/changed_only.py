@@ -359,10 +359,10 @@ def _areas(session: Session, vm: VmRef, snapshot: Snapshot, disk: Disk, then: st
 # The snapshot's end
 
 
-def clear_leftovers(session: Session, vm: VmRef, store: VmStore) -> None:
+def clear_leftovers(session: Session, vm: VmRef, store: VmStore, lock_timeout: float) -> None:
     """Remove the snapshot that a killed restore of this virtual machine left: no disk is written below one."""
     if any(_may_have_left(run) for run in store.own_runs()):
-        with store.lock(new_run_id(), "vadp_disk_restore"):
+        with store.lock(new_run_id(), "vadp_disk_restore", lock_timeout):
             now = store.now()
             for run in store.own_runs():
                 if _may_have_left(run) and run.busy(now) is None:

@@ -64,7 +64,7 @@ def restore_point(request: RestoreRequest, check_mode: bool) -> Dict[str, Any]:
             own = point.repository.vm(vm.instance_uuid)
             if own.is_known:
                 own.refuse_busy(force=request.force)
-                clear_leftovers(session, vm, own)
+                clear_leftovers(session, vm, own, request.lock_timeout)
         targets, proxy = _look(session, vm, point, request)
         if check_mode or not request.changed_only:
             proven()
@@ -89,7 +89,7 @@ def _restore_locked(
     """
     store = _journal_store(point, vm, targets)
     run_id = new_run_id()
-    with store.lock(run_id, "vadp_disk_restore"), ExitStack() as stack:
+    with store.lock(run_id, "vadp_disk_restore", request.lock_timeout), ExitStack() as stack:
         store.refuse_busy(force=request.force)
         remove_orphans(store)
         safety = point.repository.vm(vm.instance_uuid)

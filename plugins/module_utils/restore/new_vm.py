@@ -138,7 +138,7 @@ def restore_point(request: RestoreRequest, check_mode: bool) -> Dict[str, Any]:
             store = point.repository.vm(planned.wishes.instance_uuid)
             run_id = new_run_id()
             try:
-                with store.lock(run_id, "vadp_disk_restore"), ExitStack() as stack:
+                with store.lock(run_id, "vadp_disk_restore", request.lock_timeout), ExitStack() as stack:
                     # The check of the point may have taken long.
                     planned = _look(session, point, saved, name, request, planned.wishes.instance_uuid)
                     run = store.create_run(None, vm_name=name, run_id=run_id, server_uuid=session.server_uuid)
@@ -425,7 +425,7 @@ def _clear_crashed(session: Session, point: Point, name: str, request: RestoreRe
         if not any(_is_same(intent, point, name) for run in store.runs() for intent in run.intents()):
             continue
         try:
-            with store.lock(new_run_id(), "vadp_disk_restore"):
+            with store.lock(new_run_id(), "vadp_disk_restore", request.lock_timeout):
                 store.refuse_busy(force=request.force)
                 runs = [run for run in store.own_runs() if any(_is_same(item, point, name) for item in run.intents())]
                 for run in runs:

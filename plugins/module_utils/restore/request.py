@@ -10,6 +10,7 @@ from typing import Any, Dict, List, Mapping, Optional
 
 from ..datapath.image import FORMATS
 from ..errors import InputError
+from ..repository.lock import LOCK_TIMEOUT, check_lock_timeout
 from ..repository.names import check_run_id
 from ..transport.request import DEVICE_DIR, SYSFS_DIR, check_transport_numbers, check_transport_options
 from ..vsphere.session import Connection
@@ -88,6 +89,7 @@ class RestoreRequest:
     safety_run_id: Optional[str] = None
     verify: bool | str = True
     progress_file: Optional[str] = None
+    lock_timeout: int = LOCK_TIMEOUT
     connection: Optional[Connection] = None
     vm: Mapping[str, Any] = field(default_factory=dict)
     transports: List[str] = field(default_factory=lambda: ["hotadd", "nbdssl", "nbd", "https"])
@@ -145,6 +147,7 @@ class RestoreRequest:
                 remedy="Give the whole path, from / on",
             )
         check_transport_numbers(self)
+        check_lock_timeout(self.lock_timeout)
         keys = [choice.key for choice in self.disks]
         twice = sorted({key for key in keys if keys.count(key) > 1})
         if twice:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,38 @@ def test_a_lock_excludes_names_its_holder_and_dies_with_it(world: World) -> None
         process.wait()
     with world.store.lock(new_run_id(), "test"):
         pass
+
+
+def test_a_step_waits_for_who_holds_the_lock_for_a_moment(world: World) -> None:
+    """Its own run is busy, which is in nobody's way; the file may be another one when the wait is over."""
+    with world.store.lock(new_run_id(), "test"):
+        own = world.store.create_run("p1", controller=True)
+    holder = world.repository.vm(UUID).lock(new_run_id(), "a second run")
+    holder.__enter__()
+    path = world.store.path / "lock"
+    path.rename(path.with_name("removed"))
+    path.touch()
+    other = world.repository.vm(UUID).lock(new_run_id(), "a third run")
+    other.__enter__()
+    ends = threading.Timer(0.5, lambda: [one.__exit__(None, None, None) for one in (holder, other)])
+    ends.start()
+    with world.store.lock(own.run_id, "test", timeout=30) as lock:
+        assert not lock.lost
+    ends.join()
+
+
+def test_the_wait_for_a_lock_ends_in_time_and_where_another_run_is_busy(world: World) -> None:
+    with world.repository.vm(UUID).lock(new_run_id(), "a second run"):
+        began = time.monotonic()
+        with pytest.raises(LockedError), world.store.lock(new_run_id(), "test", timeout=0.5):
+            pass
+        assert 0.5 <= time.monotonic() - began < 10
+    with world.store.lock(new_run_id(), "test"):
+        world.store.create_run("p1", controller=True)
+        began = time.monotonic()
+        with pytest.raises(LockedError), world.repository.vm(UUID).lock(new_run_id(), "test", timeout=30):
+            pass
+        assert time.monotonic() - began < 10
 
 
 def test_writing_needs_the_lock(world: World) -> None:
