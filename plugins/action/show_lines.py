@@ -24,12 +24,17 @@ class ActionModule(ActionBase):
         result = super().run(tmp, task_vars)
         del tmp
         dummy, arguments = self.validate_argument_spec(
-            argument_spec={"lines": {"type": "list", "elements": "str", "required": True}}
+            argument_spec={
+                "lines": {"type": "list", "elements": "str", "default": []},
+                "warnings": {"type": "list", "elements": "str", "default": []},
+            }
         )
         # A callback that prints JSON owns stdout; the lines go beside it then.
         callback = str(C.DEFAULT_STDOUT_CALLBACK)  # type: ignore[attr-defined]
         machine_readable = callback.rsplit(".", 1)[-1] in ("json", "jsonl")
         for line in arguments["lines"]:
             display.display(shown(line), stderr=machine_readable)
+        if arguments["warnings"]:
+            result["warnings"] = [shown(warning) for warning in arguments["warnings"]]
         result["changed"] = False
         return result

@@ -18,7 +18,8 @@ author: openvadp maintainers (@openvadp)
 description:
   - Renders the facts C(vm_backup_result) that role P(openvadp.backup.vm_backup#role) leaves for each virtual machine.
   - Each disk is one line. Why a disk was read as it was, by this transport and by none before it, and why a virtual
-    machine failed, stands below the table. Virtual machines that failed come first, and the last line is the total.
+    machine failed, stands below the table, and so does what could not be cleaned up. Virtual machines that failed come
+    first, and the last line is the total.
 options:
   _input:
     description: Results of role P(openvadp.backup.vm_backup#role), in the order of the table, but for failures.
@@ -109,7 +110,7 @@ def backup_table(results: Sequence[Mapping[str, Any]], width: int = 140) -> List
     """The lines of the table.
 
     :param results: ``vm_backup_result`` of each VM: ``vm``, ``state`` (complete, unchanged, planned, failed),
-        ``point``, ``reason``, ``notes``, ``verified``, and ``disks`` as module vadp_disk_export returns them.
+        ``point``, ``reason``, ``notes``, ``left``, ``verified``, and ``disks`` as module vadp_disk_export returns them.
     :param width: columns for the text below the table.
     """
     require_results(results, "backup_table", "role vm_backup leaves in vm_backup_result")
@@ -128,6 +129,8 @@ def backup_table(results: Sequence[Mapping[str, Any]], width: int = 140) -> List
         else:
             rows += [_disk_row(result, disk, notes) for disk in disks]
         said = _STATES[state] + [str(note) for note in result.get("notes") or []]
+        if state != "failed":
+            said += [f"NOT CLEANED UP: {text}" for text in result.get("left") or []]
         if said:
             text = f"{result.get('vm')}: {'; '.join(said)}"
             below += fold(text, width)

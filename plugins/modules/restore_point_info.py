@@ -35,6 +35,12 @@ options:
         V(2026-11-20T03:00Z) or V(before 2026-11-20T03:00Z), the one whose snapshot was taken last before it. Where
         points of several servers are there, one of each server.
     type: str
+  run_id:
+    description:
+      - Only the point that this run has made, or that was there when it began. The list is empty if there is none.
+      - RV(complete) then says whether it has all its files, and nothing but the repository is asked. Role
+        P(openvadp.backup.vm_backup#role) does so where vCenter can't be reached at the end.
+    type: str
   manifests:
     description: Whether each point carries its whole manifest, with the hashes of all its files.
     type: bool
@@ -73,6 +79,12 @@ EXAMPLES = r"""
     vm_name: app01
     query: "[?mode == 'full'].point"
 
+- name: What a backup has come to, without vCenter
+  openvadp.backup.restore_point_info:
+    repository: /backup/vms
+    run_id: 3f9a2b1c7d5e4a0b9a3c2f1e0d9c8b7a
+  register: outcome
+
 - name: Manifests that are damaged
   openvadp.backup.restore_point_info:
     repository: /backup/vms
@@ -80,6 +92,11 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
+complete:
+  description: Whether the run has a point, and all its files are there, as far as their sizes and headers tell.
+  returned: with O(run_id)
+  type: bool
+  sample: true
 points:
   description:
     - The points, sorted by the virtual machine's name, oldest first, by the time of their snapshots.
@@ -186,10 +203,18 @@ from ansible.module_utils.basic import AnsibleModule, missing_required_lib
 
 from ..module_utils.libraries import first_missing
 from ..module_utils.repository.layout import Repository
-from ..module_utils.repository.report import describe_points, search
+from ..module_utils.repository.report import describe_outcome, describe_points, search
 from ..module_utils.runner import Options, repository_options, repository_vm_options, run_module
 
-OPTIONS = Options(dict(point=dict(type="str"), manifests=dict(type="bool", default=False), query=dict(type="str")))
+OPTIONS = Options(
+    dict(
+        point=dict(type="str"),
+        run_id=dict(type="str"),
+        manifests=dict(type="bool", default=False),
+        query=dict(type="str"),
+    ),
+    mutually_exclusive=[("run_id", name) for name in ("vm_uuid", "vm_name", "point")],
+)
 
 
 def body(module: AnsibleModule) -> Dict[str, Any]:
@@ -197,8 +222,12 @@ def body(module: AnsibleModule) -> Dict[str, Any]:
     name, what, trace = first_missing("jmespath")
     if params["query"] is not None and name:
         module.fail_json(msg=missing_required_lib(what), exception=trace)
+    repository = Repository.open(params["repository"])
+    if params["run_id"] is not None:
+        outcome = describe_outcome(repository, params["run_id"], manifests=params["manifests"])
+        return {"changed": False, **outcome, "points": search(params["query"], outcome["points"])}
     points = describe_points(
-        Repository.open(params["repository"]),
+        repository,
         vm_uuid=params["vm_uuid"],
         vm_name=params["vm_name"],
         point=params["point"],

@@ -17,7 +17,12 @@ options:
     description: What to print.
     type: list
     elements: str
-    required: true
+    default: []
+  warnings:
+    description: What to warn of, as modules do.
+    type: list
+    elements: str
+    default: []
 extends_documentation_fragment:
   - openvadp.backup.attributes
 attributes:

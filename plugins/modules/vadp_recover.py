@@ -73,7 +73,7 @@ options:
       - With O(begin=true), the id of the run that is begun, 32 random hexadecimal digits. The controller chooses it,
         and gives it to the modules that follow. Then there is a record of the run also where the point exists already.
       - Otherwise the run that is ended. What it left is removed, and that of no other run, and RV(run) says what it has
-        come to.
+        come to. Where the module fails, the run is over all the same, and the next recovery removes what it left.
       - Without a record of it here (the folder was restored from a copy, say), a snapshot of the virtual machine that
         carries the marker of this repository and this run is removed. It is for you to know that the run is over.
     type: str

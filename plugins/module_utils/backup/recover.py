@@ -121,8 +121,26 @@ def recover_vm(request: RecoverRequest, check_mode: bool) -> Dict[str, Any]:
     """The whole of ``vadp_recover``: {changed, recovered, report_only, run, warnings}.
 
     :raises LockedError: another run is at work on this VM.
-    :raises VadpError: something of ours could not be removed; what stands before it in the order is gone.
+    :raises VadpError: something of ours could not be removed; what stands before it in the order is gone. A run that
+        was to be ended is over all the same, so that the next recovery need not wait for its deadline.
     """
+    try:
+        return _recover_vm(request, check_mode)
+    except VadpError:
+        if request.run_id is not None and not request.begin and not check_mode:
+            _end_without_recovery(request, request.run_id)
+        raise
+
+
+def _end_without_recovery(request: RecoverRequest, run_id: str) -> None:
+    """Its leader has said that the run is over, though nothing of it could be looked for."""
+    with suppress(VadpError):
+        store, _run = Repository.open(request.repository, writable=True).find_run(run_id)
+        with store.lock(run_id, "vadp_recover"):
+            _end(store, run_id)
+
+
+def _recover_vm(request: RecoverRequest, check_mode: bool) -> Dict[str, Any]:
     with Session.connect(request.connection) as session:
         vm, uuid = _find(session, request)
         begun = _About(vm, look(session, vm)) if request.begin and vm is not None else None

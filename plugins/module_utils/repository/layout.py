@@ -12,6 +12,7 @@ import errno
 import os
 import stat
 import uuid as uuid_module
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -397,7 +398,17 @@ class Repository:
 
         :raises InputError: it can't be the id of a run. :raises RepositoryError: it has made none.
         """
-        check_run_id(run_id)
+        found = self._search_point_of(check_run_id(run_id))
+        if found is None:
+            raise RepositoryError(
+                "There is no restore point of this run",
+                subject=run_id,
+                reason="no manifest names it",
+                remedy="See restore_point_info",
+            )
+        return found
+
+    def _search_point_of(self, run_id: str) -> Optional[Tuple[VmStore, Dict[str, Any]]]:
         folders = [(_changed_at(store.path / "points"), store) for store in self.vms()]
         for _moment, store in sorted(folders, key=lambda item: item[0], reverse=True):
             paths = [store.manifest_path(name) for name in store.point_names()]
@@ -410,12 +421,19 @@ class Repository:
                 manifest = store.point(path.stem)
                 if manifest is not None and manifest["run_id"] == run_id:
                     return store, manifest
-        raise RepositoryError(
-            "There is no restore point of this run",
-            subject=run_id,
-            reason="no manifest names it",
-            remedy="See restore_point_info",
-        )
+        return None
+
+    def outcome_of(self, run_id: str) -> Optional[Tuple[VmStore, Dict[str, Any]]]:
+        """The point that a run has made, or that was there when it began, and its VM; None where there is none.
+
+        :raises InputError: it can't be the id of a run. :raises DamagedError: the point can't be read.
+        """
+        with suppress(RepositoryError):  # it has no record any more
+            store, run = self.find_run(run_id)
+            if run.data.get("complete_before"):
+                manifest = store.point(str(run.data["point"]))
+                return None if manifest is None else (store, manifest)
+        return self._search_point_of(check_run_id(run_id))
 
     def _no_vm(self, named: str) -> RepositoryError:
         known = [store.shown for store in self.vms()]

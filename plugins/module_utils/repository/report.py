@@ -60,6 +60,21 @@ def describe_points(
     return [described for group in groups for described in group]
 
 
+def describe_outcome(repository: Repository, run_id: str, *, manifests: bool = False) -> Dict[str, Any]:
+    """What has come of a run, from the repository alone.
+
+    :returns: {points, complete}: the point that it has made, or that was there when it began, as
+        :func:`describe_points` does; and whether there is one with all its files, as far as sizes and headers tell.
+    :raises RepositoryError: it can't be read.
+    """
+    found = repository.outcome_of(run_id)
+    if found is None:
+        return {"points": [], "complete": False}
+    store, manifest = found
+    points = _points_of(store, str(manifest["point"]), manifests)
+    return {"points": points, "complete": not store.stored_problems(manifest)}
+
+
 def _points_of(store: VmStore, point: Optional[str], manifests: bool) -> List[Dict[str, Any]]:
     readable, problems = store.read_points()
     numbers = store.sequences(readable)

@@ -67,7 +67,7 @@ class ControlServer:
             "set_settings": simulator.set_settings,
             "expire_sessions": simulator.expire_sessions,
             "outage": self._outage,
-            "cancel_outage": self._cancel_outage,
+            "end_outage": self._end_outage,
             "inject": simulator.inject,
             "clear_injections": simulator.clear_injections,
             "calls": simulator.calls,
@@ -215,8 +215,8 @@ class ControlServer:
     def _outage(self, seconds: float, at: int = 0, done: bool = True) -> None:
         self._simulator.server.outage(seconds, at, done)
 
-    def _cancel_outage(self) -> bool:
-        return bool(self._simulator.server.cancel_outage())
+    def _end_outage(self) -> Any:
+        return self._simulator.server.end_outage()
 
     # as the hardware
 

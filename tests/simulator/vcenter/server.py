@@ -138,11 +138,13 @@ class Server:
                 return
         self._go(float(seconds))
 
-    def cancel_outage(self) -> bool:
-        """-> whether one was announced that has not begun"""
+    def end_outage(self) -> str | None:
+        """-> announced or begun: what was ended"""
         with self._lock:
             planned, self._next_outage = self._next_outage, None
-        return planned is not None
+        if planned is not None:
+            return "announced"
+        return "begun" if self._come_back() else None
 
     def outage_at_this_call(self) -> "_Outage | None":
         """The outage that begins with the call that is being done."""
@@ -170,17 +172,19 @@ class Server:
                 connection.shutdown(socket.SHUT_RDWR)
         self.simulator.sessions.end_all()
         self.simulator.tasks.forget()
-        timer = threading.Timer(seconds, self._come_back)
-        timer.daemon = True
-        timer.start()
+        self._timer = threading.Timer(seconds, self._come_back)
+        self._timer.daemon = True
+        self._timer.start()
 
-    def _come_back(self) -> None:
+    def _come_back(self) -> bool:
         with self._lock:
-            if self._stopping:
-                return
+            if self._stopping or not self._out:
+                return False
+            self._timer.cancel()
             self.socket = socket.create_server((self.simulator.host, self.port), backlog=128)
             self._out = False
         self._listen_to(self.socket)
+        return True
 
     def begin(self, outage: "_Outage") -> None:
         """Begin an outage that was announced. The call that it begins with is not answered."""

@@ -172,6 +172,16 @@ def test_the_transport_says_how_and_why():
     assert "[2] nbdssl: it failed: port 902 is closed; 'app01' can't be migrated meanwhile" in lines
 
 
+def test_what_is_left_of_a_complete_backup_stands_below():
+    result = {"vm": "app01", "state": "complete", "point": "p1", "disks": [disk()], "left": ["Left behind: a disk."]}
+    lines = backup_table([result])
+    assert lines[-1] == "app01: NOT CLEANED UP: Left behind: a disk."
+    assert not any("FAILED" in line for line in lines)
+    # The reason of one that failed holds it already.
+    failed = backup_table([{**result, "state": "failed", "reason": "x"}])
+    assert not any("NOT CLEANED UP" in line for line in failed)
+
+
 def test_it_is_registered():
     assert FilterModule().filters() == {"backup_table": backup_table}
 

@@ -81,8 +81,9 @@ def test_lines_on_the_screen(module: Any, monkeypatch: pytest.MonkeyPatch) -> No
     else:
         action = show_lines.ActionModule.__new__(show_lines.ActionModule)
         monkeypatch.setattr(show_lines.ActionBase, "run", lambda *_args: {})
-        monkeypatch.setattr(action, "validate_argument_spec", lambda **_spec: (None, {"lines": [EVIL]}), raising=False)
-        action.run()
+        given = (None, {"lines": [EVIL], "warnings": [EVIL]})
+        monkeypatch.setattr(action, "validate_argument_spec", lambda **_spec: given, raising=False)
+        printed += action.run()["warnings"]
     assert printed and dangerous("".join(printed)) == []
 
 

@@ -67,6 +67,28 @@ def test_names_in_results_move_no_cursor_and_can_be_given_back(held: World, call
         assert [point["point"] for point in call(restore_point_info, vm_name=name)["points"]] == ["zulu", "alpha"]
 
 
+def test_what_a_run_has_come_to(held: World, call: Call) -> None:
+    """From the repository alone: its own point, or the one that was there before; and whether its files are there."""
+    run_id = str(held.store.resolve("alpha")["run_id"])
+    outcome = call(restore_point_info, run_id=run_id)
+    assert outcome["complete"] is True and [point["point"] for point in outcome["points"]] == ["alpha"]
+    with held.store.lock(new_run_id(), "test"):
+        before = held.store.create_run("alpha", controller=True, complete_before=True)
+        begun = held.store.create_run("omega", controller=True)
+    outcome = call(restore_point_info, run_id=before.run_id)
+    assert outcome["complete"] is True and [point["point"] for point in outcome["points"]] == ["alpha"]
+    for other in (begun.run_id, new_run_id()):
+        outcome = call(restore_point_info, run_id=other)
+        assert outcome["complete"] is False and outcome["points"] == []
+    assert call(restore_point_info, run_id="../../x")["failed"]
+    held.store.layer_path(KEY, "alpha").unlink()
+    for one in (run_id, before.run_id):
+        assert call(restore_point_info, run_id=one)["complete"] is False
+    flip(held.store.manifest_path("alpha"), 40)
+    assert call(restore_point_info, run_id=before.run_id).get("complete") is not True
+    assert call(restore_point_info, run_id=run_id).get("complete") is not True
+
+
 def test_info(held: World, call: Call) -> None:
     points = call(restore_point_info)["points"]
     assert [(point["point"], point["mode"], point["disks"][0]["parent"]) for point in points] == [
