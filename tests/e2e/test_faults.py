@@ -526,7 +526,11 @@ def test_vcenter_restarts_after_the_export(own_world: World, when: str) -> None:
     if when == "during the removal":
         # The task is lost with vCenter, and the snapshot still stands in the tree.
         own_world.control("inject", target="task", name="RemoveSnapshot_Task", fault="Timedout", delay=600)
-    running = own_world.role("one", change_tracking=False, snapshot_removal_retries=60, snapshot_removal_delay=1)
+    options: Dict[str, Any] = {"change_tracking": False, "snapshot_removal_retries": 60, "snapshot_removal_delay": 1}
+    if when == "before the removal":
+        # A module would wait for vCenter, and this is about tries that fail.
+        options["reconnect_timeout"] = 1
+    running = own_world.role("one", **options)
     own_world.wait_for(lambda: own_world.points() == ["one"], running.process)
     if when == "during the removal":
         own_world.wait_for(lambda: "RemoveSnapshot_Task" in simulator.changing_calls(0), running.process)
