@@ -14,6 +14,7 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional
 
 from ..errors import InputError, NotFoundError, RepositoryError
 from ..repository.layout import Repository
+from ..repository.lock import LOCK_TIMEOUT
 from ..repository.store import VmStore
 from ..repository.runs import Run
 from ..vsphere import change_tracking, snapshot_state
@@ -154,7 +155,7 @@ def ensure_snapshot(
     named: Mapping[str, Any],
     wanted: snapshot_state.Wanted,
     check_mode: bool,
-    lock_timeout: float,
+    lock_timeout: float = LOCK_TIMEOUT,
 ) -> Dict[str, Any]:
     """All of ``vm_snapshot`` for a run."""
     if check_mode:
@@ -195,7 +196,7 @@ def ensure_tracking(
     activate: bool,
     timeout: float,
     check_mode: bool,
-    lock_timeout: float,
+    lock_timeout: float = LOCK_TIMEOUT,
     force: bool = False,
 ) -> Dict[str, Any]:
     """All of ``vm_change_tracking`` for a run: the snapshot of its stun cycle carries the ids of the run."""
