@@ -280,7 +280,9 @@ boot:
       type: str
       sample: /backup/vms/vms/500c1a2b-7d5e-0a4b-9a3c-2f1e0d9c8b7a/boots/20261122T084203Z.png
     serial_log:
-      description: What it said on its serial console. Of more than 1 MiB, the beginning and the end are kept.
+      description: >-
+        File with what it said on its serial console, of more than 1 MiB the beginning and the end; null if nothing was
+        booted.
       type: str
       sample: /backup/vms/vms/500c1a2b-7d5e-0a4b-9a3c-2f1e0d9c8b7a/boots/20261122T084203Z.serial.log
 """

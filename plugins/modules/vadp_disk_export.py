@@ -256,6 +256,43 @@ point:
       type: list
       elements: dict
       sample: [{key: 2002, label: Hard disk 3, reason: 'named in exclude_disks'}]
+    format:
+      description: Version of the manifest's format.
+      type: int
+      sample: 2
+    vm_moid:
+      description: Managed object ID of the virtual machine at that time.
+      type: str
+      sample: vm-101
+    started:
+      description: When the export began.
+      type: str
+      sample: '2026-11-22T08:42:04Z'
+    finished:
+      description: When the export ended.
+      type: str
+      sample: '2026-11-22T08:47:31Z'
+    seconds:
+      description: How long it took.
+      type: float
+      sample: 327.18
+    configuration:
+      description: The file of the saved configuration, with its size and hash.
+      type: dict
+      sample: {file: configs/20261122T084203Z.json, size_bytes: 20331, blake3: 6b0f...}
+    nvram:
+      description: The file of the saved NVRAM, with its size and hash; null if the virtual machine has none.
+      type: dict
+      sample: {file: configs/20261122T084203Z.nvram, size_bytes: 74232, blake3: 91ac...}
+    tools:
+      description: Versions of the programs that made the point, by name; null where one is not known.
+      type: dict
+      sample: {nbdkit: 1.32.5, qemu: 7.2.11}
+    warnings:
+      description: What the export warned of.
+      type: list
+      elements: str
+      sample: []
     manifest_blake3:
       description: BLAKE3 of the manifest's canonical JSON without this key.
       type: str
@@ -275,7 +312,7 @@ disks:
       type: str
       sample: Hard disk 1
     mode:
-      description: V(full), V(incremental) or V(differential).
+      description: V(full), V(incremental) or V(differential); null for a disk that is not in the point.
       type: str
       sample: incremental
     parent:
@@ -283,11 +320,12 @@ disks:
       type: str
       sample: 20261121T084158Z
     reason:
-      description: Why it is that mode.
+      description: Why it is that mode; null for a disk that is not in the point.
       type: str
       sample: what changed since point 20261121T084158Z
     transport:
-      description: The transport that was really used, V(none) if nothing had changed.
+      description: >-
+        The transport that was really used, V(none) if nothing had changed; null for a disk that is not in the point.
       type: str
       sample: nbdssl
     method:
@@ -310,7 +348,7 @@ disks:
       elements: str
       sample: ["'app01' can't be migrated or powered on meanwhile"]
     capacity_bytes:
-      description: Size of the disk.
+      description: Size of the disk; null for a disk that is not in the point.
       type: int
       sample: 8589934592
     bytes_read:
@@ -334,7 +372,7 @@ disks:
       type: bool
       sample: false
     skip_reason:
-      description: Why it is not.
+      description: Why it is not; null for a disk that is.
       type: str
       sample: named in exclude_disks
 """

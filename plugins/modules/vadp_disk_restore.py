@@ -497,7 +497,9 @@ restored:
       type: str
       sample: sampled
     sampled_percent:
-      description: The share of the rest that the sample compared, in percent, where it was not all of it.
+      description: >-
+        The share of the rest that the sample compared, in percent, where it was not all of it; null if no sample was
+        compared.
       type: float
       sample: 1.0
     changed_only:

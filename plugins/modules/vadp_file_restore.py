@@ -262,7 +262,7 @@ volumes:
       type: str
       sample: ext4
     label:
-      description: Label of the file system.
+      description: Label of the file system; null if it has none.
       type: str
       sample: root
     uuid:
@@ -274,7 +274,7 @@ volumes:
       type: bool
       sample: true
     problem:
-      description: Why not.
+      description: Why not; null if it can be.
       type: str
       sample: null
     clean:
@@ -347,7 +347,7 @@ files:
       type: int
       sample: 0
     target:
-      description: Where a link points to.
+      description: Where a link points to; null for what is not a link.
       type: str
       sample: null
     sha256:

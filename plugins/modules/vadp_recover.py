@@ -368,7 +368,7 @@ run:
       type: bool
       sample: false
     point:
-      description: Name of the restore point.
+      description: Name of the restore point; null for a run that makes none, as a restore.
       type: str
       sample: 20261122T084203Z
     complete:

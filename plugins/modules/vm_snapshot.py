@@ -131,7 +131,7 @@ snapshot:
   type: dict
   contains:
     moid:
-      description: Managed object id.
+      description: Managed object ID; null in check mode for a snapshot that would be made.
       type: str
       sample: snapshot-47
     name:
@@ -143,7 +143,7 @@ snapshot:
       type: str
       sample: ''
     created:
-      description: When it was made (UTC).
+      description: When it was made (UTC); null in check mode for a snapshot that would be made.
       type: str
       sample: '2026-11-22T08:42:03Z'
     quiesced:
@@ -164,7 +164,7 @@ quiesce:
       type: str
       sample: quiesced
     reason:
-      description: Why it is not V(quiesced).
+      description: Why it is not V(quiesced); null if it is.
       type: str
       sample: VMware Tools don't run in the guest
 disks:
@@ -206,7 +206,7 @@ disks:
       type: bool
       sample: true
     skip_reason:
-      description: Why it does not.
+      description: Why it does not; null if it does.
       type: str
       sample: an independent disk (independent_persistent) is in no snapshot
     controller:

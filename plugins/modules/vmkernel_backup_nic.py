@@ -264,19 +264,19 @@ vmkernel_nic:
       type: str
       sample: vmk2
     ip:
-      description: IPv4 address.
+      description: IPv4 address; null where it has none, or before DHCP has given one.
       type: str
       sample: 10.20.30.11
     netmask:
-      description: IPv4 netmask.
+      description: IPv4 netmask; null without an address.
       type: str
       sample: 255.255.255.0
     dhcp:
-      description: Whether the address is DHCP's.
+      description: Whether the address is DHCP's; null where the NIC does not exist.
       type: bool
       sample: false
     ipv6:
-      description: IPv6 addresses with their prefixes, without link-local ones.
+      description: IPv6 addresses with their prefixes, without link-local ones; null where the NIC does not exist.
       type: list
       elements: str
       sample: []
@@ -285,15 +285,15 @@ vmkernel_nic:
       type: str
       sample:
     mtu:
-      description: MTU.
+      description: MTU; null where the NIC does not exist.
       type: int
       sample: 9000
     portgroup:
-      description: Port group.
+      description: Port group; null where the NIC does not exist.
       type: str
       sample: Backup
     switch:
-      description: Switch.
+      description: Switch; null where the NIC does not exist.
       type: str
       sample: vSwitch1
     vlan_id:
@@ -301,7 +301,7 @@ vmkernel_nic:
       type: int
       sample: 120
     tcpip_stack:
-      description: TCP/IP stack.
+      description: TCP/IP stack; null where the NIC does not exist.
       type: str
       sample: defaultTcpipStack
     services:
