@@ -96,6 +96,8 @@ class Marking:
         for disk in self.disks:
             value = mark_value(self.keys.vm_instance_uuid, self.run.run_id, WRITING, disk.change_id)
             changes[mark_key(mark_name(disk))] = value
+        # A try before this one, by another transport, may have had no answer.
+        before = self.remains
         try:
             # Set before the call: what became of one without an answer is not known.
             self.remains = True
@@ -108,10 +110,10 @@ class Marking:
             )
             self.marked = True
         except ConcurrentChange:
-            self.remains = False
+            self.remains = before
             raise
         except PrivilegeError as error:
-            self.remains = False
+            self.remains = before
             if self.mandatory:
                 error.remedy = (
                     f"Give the user's role {vm_keys.PRIVILEGE}: without a record in the repository the mark is what"

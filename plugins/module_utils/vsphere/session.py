@@ -672,6 +672,7 @@ class Session:
                         reason=f"vCenter no longer knows the task {task._moId} (it may have been restarted)",
                         remedy="Look at the object in the vSphere client, then run again",
                         retryable=True,
+                        details={"task": task._moId, "forgotten": True},
                     ) from error
                 raise
             state = info["info.state"]

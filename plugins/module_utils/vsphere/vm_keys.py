@@ -359,7 +359,8 @@ def compare_and_set(
 ) -> Any:
     """Carry out a reconfiguration whose ``changeVersion`` is set (VADP facts 54); the task's result.
 
-    A busy machine is waited for. An answer that was lost is asked for again: the server carries it out once at most.
+    A busy machine is waited for. What had no answer, or became a task that a restarted vCenter does not know, is asked
+    for again: the server carries it out once at most.
 
     :param done: whether what was wanted is there, asked after an answer was lost.
     :raises ConcurrentChange: the configuration has another version.
@@ -384,7 +385,9 @@ def compare_and_set(
             if error.details.get("timed_out"):
                 session.leave(task, what, str(vm))
             concurrent = isinstance(error.fault, vim.fault.ConcurrentAccess)
-            if not concurrent and not (faults.is_busy(error.fault) and session.clock() < busy_until):
+            forgotten = bool(error.details.get("forgotten")) and session.clock() < deadline
+            lost = lost or forgotten
+            if not (concurrent or forgotten) and not (faults.is_busy(error.fault) and session.clock() < busy_until):
                 raise
         if concurrent:
             if lost and done is not None and done():

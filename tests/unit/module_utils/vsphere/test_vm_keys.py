@@ -257,6 +257,19 @@ def test_an_answer_that_was_lost_is_asked_for_again_and_counts_once(session, vm,
     assert vm_keys.write(session, vm, {mark_key(DISK): "2"}, "8") == "9"
 
 
+def test_a_task_that_a_restarted_vcenter_has_forgotten_is_asked_for_again(session, stub, vm, machine):
+    reconfigure = stub.methods["ReconfigVM_Task"]
+
+    def forgotten(obj, spec):
+        task = reconfigure(obj, spec)
+        del stub.objects[task._moId]
+        return task
+
+    stub.methods["ReconfigVM_Task"] = forgotten
+    assert vm_keys.write(session, vm, {mark_key(DISK): "1"}, "7") == "8"
+    assert [spec.changeVersion for spec in machine.specs] == ["7", "7"]
+
+
 def test_what_can_not_be_read_back_was_not_written(session, stub, vm, machine):
     stub.methods["ReconfigVM_Task"] = lambda _obj, spec: stub.add(vim.Task("task-1", stub), info__state="success")
     with pytest.raises(ConcurrentChange):
