@@ -255,7 +255,9 @@ def change_folder(repository: Path, outside: Path, source: random.Random) -> str
 
 
 def odd(path: Path) -> bool:
-    return not stat.S_ISREG(path.lstat().st_mode) and not stat.S_ISDIR(path.lstat().st_mode)
+    """Whether a copy of it would hang, or fill the disk."""
+    status = path.lstat()
+    return not stat.S_ISDIR(status.st_mode) and not (stat.S_ISREG(status.st_mode) and status.st_size < 1 << 28)
 
 
 def mutate(repository: Path, outside: Path, source: random.Random) -> List[str]:

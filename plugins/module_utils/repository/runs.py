@@ -26,6 +26,7 @@ from ..datapath.image import atomic_write, fsync_dir
 from ..datapath.processes import Child, children_of, start_time
 from ..datapath.proof import boot_id, machine_id, owner_is_dead, pid_namespace
 from ..errors import DamagedError, RepositoryError
+from .intents import COMMON, INTENTS, check_intent
 from .manifest import check_disk, check_finished_disk
 from .shapes import (
     LARGEST_SEQUENCE,
@@ -49,7 +50,6 @@ from .shapes import (
 )
 
 FORMAT = 2
-INTENTS = ("snapshot", "process", "attachment", "access", "temporary_file", "restore", "task")
 
 # Whoever works renews the deadline each minute. Between two modules of one run Ansible may take its time.
 RENEW_SECONDS = 60
@@ -66,7 +66,6 @@ _COMMON = {
     "host": text(),
     "pid": integer(1),
     "boot_id": text(UUID_PATTERN),
-    "intents": list_of(record({"id": integer(1), "what": one_of(*INTENTS), "recorded": time})),
     "snapshot": nullable(
         record(
             {"moid": nullable(text()), "created": time, "change_ids": mapping(r"[0-9]+", nullable(text()))},
@@ -87,6 +86,7 @@ _RUN = record(
         "controller": boolean,
         "sequence": nullable(integer(1, LARGEST_SEQUENCE)),
         "finished_disks": mapping(r"[0-9]+", check_disk),
+        "intents": list_of(check_intent),
     },
     {"complete_before": boolean},
 )
@@ -96,6 +96,8 @@ _OLD_RUN = record(
         "format": one_of(1),
         "run_id": text(RUN_ID_PATTERN),
         "finished_disks": mapping(r"[0-9]+", check_finished_disk),
+        # It is reported, and not acted upon.
+        "intents": list_of(COMMON),
     }
 )
 

@@ -32,6 +32,7 @@ from ..libraries import vim
 from ..repository.store import VmStore
 from ..repository.run_files import remove_files_of, remove_orphans
 from ..repository.runs import Run, new_run_id
+from ..repository.saved import read_configuration
 from ..repository.verify import point_problems
 from ..transport.facts import datastore_facts, proxy_facts
 from ..transport.hotadd_recovery import recover
@@ -163,7 +164,7 @@ def _read_saved(point: Point) -> _Saved:
             remedy="Restore another point, or the disks alone into a machine that exists (target in_place or file)",
             details={"problems": problems},
         )
-    facts = files.parse(files.read(str(point.store.config_path(point.name))))
+    facts = read_configuration(point.store.config_path(point.name), ("format", "server", "vm", "disks", "config"))
     nvram = None
     if point.manifest["nvram"] is not None:
         nvram = files.read(str(point.store.nvram_path(point.name)))

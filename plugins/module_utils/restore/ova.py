@@ -24,6 +24,7 @@ from ..datapath.files import Folder, Stage
 from ..datapath.hashes import hash_file
 from ..datapath.progress import Progress
 from ..errors import DamagedError, DataPathError, InputError
+from ..repository.saved import read_configuration
 from ..repository.shapes import parse_time
 from .dest import (
     dest_folder,
@@ -165,9 +166,8 @@ def _warnings(point: Point) -> List[str]:
 
 def _configuration(point: Point) -> Dict[str, Any]:
     path = point.store.config_path(point.name)
-    data = _stored(path, point.manifest["configuration"], "The saved configuration of the restore point is damaged")
-    saved: Dict[str, Any] = files.parse(data)
-    return saved
+    _stored(path, point.manifest["configuration"], "The saved configuration of the restore point is damaged")
+    return read_configuration(path)
 
 
 def _nvram(point: Point) -> Optional[bytes]:

@@ -27,6 +27,7 @@ from ...repository.layout import Repository
 from ...repository.store import VmStore
 from ...repository.report import verify
 from ...repository.runs import new_run_id
+from ...repository.saved import read_configuration
 from ...repository.verify import STRUCTURE
 from .accelerator import ACCELERATORS, AUTO, KVM, Probe
 from .channels import Agent, Console, Qmp
@@ -241,12 +242,7 @@ def not_booted(result: Dict[str, Any]) -> BootError:
 def _planned(store: VmStore, point: str, request: BootRequest, folder: str) -> Iterator[_Plan]:
     """The machine of a point, with overlays that are there until this is left."""
     manifest = store.point(point)
-    try:
-        saved = files.parse(files.read(str(store.config_path(point))))
-    except (OSError, ValueError, RecursionError) as error:
-        raise RepositoryError(
-            "The saved configuration can't be read", subject=str(store.config_path(point)), reason=str(error)
-        ) from None
+    saved = read_configuration(store.config_path(point))
     if manifest is None:
         raise RepositoryError("The restore point has gone meanwhile", subject=f"{point} of {store.shown}")
     descriptors: List[int] = []

@@ -55,6 +55,14 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Dict[str, Any]:
         trust.mark(store, KEY, "restored", change_id=f"{PREFIX}/1")
         run = store.create_run("p2")
         run.record("snapshot", name="backup")
+        run.record("process", name="nbdkit", pid=1, start_time=2)
+        run.record("attachment", file="[a] b.vmdk", proxy_moid="vm-1", device_key=None, proxy_uuid="")
+        run.record("access", identity="openvadp", vm_moid="vm-2")
+        run.record("temporary_file", key=2000, files=["a"], lease=None)
+        run.record("task", task="task-1", failed="it", subject=None, server_uuid=None)
+        disk = {"key": 2000, "uuid": None, "file": "[a] b.vmdk", "capacity_bytes": 512}
+        new = {"target": "new_vm", "name": "a", "instance_uuid": "b", "folder_moid": "c", "vm_moid": None}
+        run.record("restore", **new, disks=[2000], half_written=[], leased=False, made_disks=[disk])
         run.set_snapshot("snapshot-1", "2026-11-22T08:42:03Z", {KEY: None}, "of a template")
         run.finish_disk(KEY, disk_entry("p2"))
         world.commit("p1", world.layer("p1", 1 << 20, [(0, b"a" * 512)]), warnings=["disk left out"])

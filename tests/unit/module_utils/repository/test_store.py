@@ -157,7 +157,7 @@ def test_a_run_keeps_its_record_through_crashes(world: World) -> None:
     with store.lock(new_run_id(), "test"):
         run = store.create_run("p1", vm_moid="vm-16", vm_name="app01")
         snapshot = run.record("snapshot", name="backup")
-        process = run.record("process", pid=1)
+        process = run.record("process", pid=1, start_time=1)
         run.update(snapshot, moid="snapshot-7")
         run.done(process)
         run.set_snapshot("snapshot-7", "2026-11-22T08:42:03Z", {2000: f"{PREFIX}/1", 2001: None})
