@@ -19,7 +19,7 @@ import re
 import struct
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, BinaryIO, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
+from typing import Any, BinaryIO, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, cast
 
 from ..errors import DamagedError, DataPathError
 from ..libraries import blake3
@@ -196,8 +196,27 @@ def read_hashes(path: str) -> Tuple[Dict[str, Any], Iterator[Piece]]:
     :raises DamagedError: now or while iterating: not such a file, or pieces that are unsorted, overlap, lie outside
         the capacity or are larger than a block.
     """
+    header, stream = _open(path)
+    # The iterator closes it.
+    return header, _read_pieces(path, stream, header["block_bytes"], header["capacity_bytes"])
+
+
+def read_content_id(path: str) -> Optional[str]:
+    """The content ID in the header of a ``.hashes`` file; None in one of format 1 of the repository.
+
+    :raises DamagedError: there is no such file, or its header is none.
+    """
+    header, stream = _open(path)
+    stream.close()
+    found = header.get("content_id")
+    if found is not None and not isinstance(found, str):
+        raise _damaged(path, 1, "content_id is not text")
+    return found
+
+
+def _open(path: str) -> Tuple[Dict[str, Any], io.TextIOWrapper]:
+    """The header, and the open file behind it."""
     try:
-        # The iterator closes it.
         stream = io.TextIOWrapper(files.open_stream(path, what=_DAMAGED), encoding="utf-8", errors="replace")
     except OSError as error:
         raise DamagedError("A file of hashes can't be read", subject=path, reason=error.strerror) from error
@@ -211,20 +230,7 @@ def read_hashes(path: str) -> Tuple[Dict[str, Any], Iterator[Piece]]:
     except BaseException:
         stream.close()
         raise
-    return header, _read_pieces(path, stream, header["block_bytes"], header["capacity_bytes"])
-
-
-def read_content_id(path: str) -> Optional[str]:
-    """The content ID in the header of a ``.hashes`` file; None in one of format 1 of the repository.
-
-    :raises DamagedError: there is no such file, or its header is none.
-    """
-    header, pieces = read_hashes(path)
-    pieces.close()  # type: ignore[attr-defined]
-    found = header.get("content_id")
-    if found is not None and not isinstance(found, str):
-        raise _damaged(path, 1, "content_id is not text")
-    return found
+    return header, stream
 
 
 def _read_pieces(path: str, stream: Any, block_bytes: int, capacity_bytes: int) -> Iterator[Piece]:
@@ -293,10 +299,11 @@ def hash_file(path: str, on_bytes: Optional[Callable[[int], None]] = None) -> st
     try:
         # The next piece is read while this one is hashed: neither holds the interpreter.
         with files.open_stream(path, buffering=0) as stream, ThreadPoolExecutor(1, "read ahead") as reader:
-            reading = reader.submit(stream.readinto, spare)  # type: ignore[attr-defined]
+            read_into = cast(io.FileIO, stream).readinto
+            reading = reader.submit(read_into, spare)
             while count := reading.result():
                 spare, filled = filled, spare
-                reading = reader.submit(stream.readinto, spare)  # type: ignore[attr-defined]
+                reading = reader.submit(read_into, spare)
                 hasher.update(filled[:count])
                 if on_bytes is not None:
                     on_bytes(count)

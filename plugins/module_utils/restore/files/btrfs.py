@@ -99,10 +99,10 @@ class Btrfs(FileSystem):
         self._subvolume = self.fs.default_subvolume
 
     def _opened(self, volume: BinaryIO) -> Any:
-        kinds = parsers.btrfs()
+        parser: Any = parsers.btrfs().Btrfs
         reader = self
 
-        class Checked(kinds.Btrfs):  # type: ignore[name-defined]
+        class Checked(parser):
             """Each node of a tree is the one that was asked for."""
 
             def _read_node(self, address: int) -> bytes:

@@ -84,7 +84,7 @@ class Fat(FileSystem):
             raise Unreadable("its first sector makes no sense")
         self._table = (reserved + active * fat_sectors) * bytes_per_sector
         self._table_bytes = fat_sectors * bytes_per_sector
-        self._page = lru_cache(64)(self._page)  # type: ignore[method-assign]
+        self._cached_page = lru_cache(64)(self._page)
         self._root = _Node(root if wide else 0, 0, True, 0)
         at = 67 if wide else 39
         serial = sector[at : at + 4]
@@ -196,9 +196,9 @@ class Fat(FileSystem):
 
     def _number(self, offset: int, length: int) -> int:
         page, inside = divmod(offset, _PAGE)
-        data = self._page(page)[inside : inside + length]
+        data = self._cached_page(page)[inside : inside + length]
         if len(data) < length:
-            data += self._page(page + 1)[: length - len(data)]
+            data += self._cached_page(page + 1)[: length - len(data)]
         if len(data) < length:
             raise ValueError("its chain of clusters is damaged")
         return int.from_bytes(data, "little")

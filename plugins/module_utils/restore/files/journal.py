@@ -9,7 +9,7 @@ committed, blocks lie with the number of their place; later ones win, and revoke
 from __future__ import annotations
 
 import struct
-from typing import BinaryIO, Dict, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import BinaryIO, Dict, Iterator, List, NamedTuple, Sequence, Tuple, cast
 
 from .disk import ReadOnly
 from .filesystem import Unreadable, bytes_at, require_known
@@ -95,7 +95,7 @@ def replayed(volume: BinaryIO, size: int, block_size: int, blocks: Sequence[int]
     kept = {
         block: (place, escaped) for block, (number, place, escaped) in places.items() if revoked.get(block, -1) < number
     }
-    return Replayed(volume, size, block_size, kept)  # type: ignore[return-value]
+    return cast(BinaryIO, Replayed(volume, size, block_size, kept))
 
 
 _Content = Tuple[List[Tuple[int, int, bool]], List[int]]

@@ -12,7 +12,7 @@ import re
 import struct
 import zlib
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, BinaryIO, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, cast
 
 from .disk import ReadOnly
 from .filesystem import Unreadable, broken, bytes_at
@@ -269,7 +269,7 @@ def _volume(
         if int(volume["segment_count"]) != len(segments) or not _are_gapless(pieces, made.size):
             raise Unreadable("its segments do not fit together")
         made.key = pieces[0].parts[0][0].key
-        made.stream = _Logical(pieces, made.size)  # type: ignore[assignment]
+        made.stream = cast(BinaryIO, _Logical(pieces, made.size))
     except broken() as error:
         made.problem = str(error)
     return made

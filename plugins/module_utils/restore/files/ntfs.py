@@ -167,7 +167,7 @@ class Ntfs(FileSystem):
         self.uuid = f"{struct.unpack_from('<Q', boot, 72)[0]:016x}"
         # Its own record says where the others are.
         self._mft: List[Run] = [(mft, max(1, -(-self._record_bytes // self.cluster_size)))]
-        self._record_of = lru_cache(4096)(self._record_of)  # type: ignore[method-assign]
+        self._cached_record_of = lru_cache(4096)(self._record_of)
         self._open_mft()
         self._check_volume()
 
@@ -194,7 +194,7 @@ class Ntfs(FileSystem):
         self._mft_records = parts[0].size // self._record_bytes
 
     def _check_volume(self) -> None:
-        record = self._record_of(_VOLUME)
+        record = self._cached_record_of(_VOLUME)
         information = self._resident(record, _VOLUME_INFORMATION)
         version = (information[8], information[9])
         if version not in _VERSIONS:
@@ -208,7 +208,7 @@ class Ntfs(FileSystem):
     def _state_of_log(self) -> Optional[str]:
         """Why it is not known that nothing waits in its log; Windows alone replays that."""
         try:
-            content = self._content(self._record_of(_LOG_FILE), _DATA)
+            content = self._content(self._cached_record_of(_LOG_FILE), _DATA)
             if content is None or content.value is not None:
                 return "its log makes no sense"
             length = min(content.valid, _LOG_BEGIN)
@@ -380,7 +380,7 @@ class Ntfs(FileSystem):
     # Files
 
     def _loaded(self, node: _Node) -> _Record:
-        record = self._record_of(node.number)
+        record = self._cached_record_of(node.number)
         if node.sequence not in (None, record.sequence):
             raise ValueError("its record is another one's")
         return record

@@ -135,7 +135,7 @@ class Xfs(FileSystem):
         else:
             self.unclean = "its log lies on another device"
             self.linux_replays = False
-        self._inode = lru_cache(4096)(self._inode)  # type: ignore[method-assign]
+        self._cached_inode = lru_cache(4096)(self._inode)
 
     def _checked_features(self, sb: bytes, version: int) -> bool:
         """Whether entries of directories have a type. :raises Unreadable: it has a feature that is not known."""
@@ -183,7 +183,7 @@ class Xfs(FileSystem):
         return node
 
     def root(self) -> Any:
-        return self._inode(self._root)
+        return self._cached_inode(self._root)
 
     def info(self, node: Any) -> Info:
         node = self._loaded(node)
@@ -208,7 +208,7 @@ class Xfs(FileSystem):
 
     def _loaded(self, node: Any) -> _Node:
         if not isinstance(node, _Node):
-            node = self._inode(node)
+            node = self._cached_inode(node)
         require_known(node.number_at("H", 90), _FLAGS, {}, "flags")
         require_known(node.flags2, _FLAGS2, _FLAGS2_NAMES, "flags")
         return node
