@@ -13,7 +13,7 @@ options:
     type: path
   lease:
     description:
-      - Who waits for this module. It ends when nobody does any more, and leaves what a failed one leaves.
+      - Who waits for this module. It ends when nobody does any longer, and leaves what a failed one leaves.
       - The action plugin of this module sets it. A task with C(async) of its own goes on without a controller.
     type: dict
     suboptions:

@@ -25,7 +25,7 @@ attributes:
     support: full
 options:
   udev_files:
-    description: Rules of udev. A path counts also where no file is there any more.
+    description: Rules of udev. A path also counts where its file was removed.
     type: list
     elements: path
     default: []

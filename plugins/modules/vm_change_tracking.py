@@ -62,7 +62,7 @@ options:
     description:
       - With O(state=reset), remove the marks of restores in place that were cut, once change tracking has restarted.
         A mark that can't be removed because no change ID proves the reset becomes one that waits for the next reset.
-      - Use it only when nothing writes to the disks any more and their content is as you want it. A restore that was
+      - Use it only when nothing writes to the disks any longer and their content is as you want it. A restore that was
         cut has left a mixture; running it again is what makes the disks whole.
     type: bool
     default: false

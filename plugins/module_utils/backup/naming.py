@@ -244,7 +244,7 @@ def require_own_folder(
 
 
 def require_own_point(store: VmStore, manifest: Dict[str, Any], server_uuid: Optional[str]) -> None:
-    """A point that is there already is no backup of a replica, or of the original, on another server.
+    """A point that is there already is not a backup of a replica, or of the original, on another server.
 
     :raises RepositoryError: the point of that name was made from another server.
     """

@@ -209,7 +209,7 @@ def _require_still_there(vm: Optional[VmRef], recovery: Recovery) -> None:
     """:raises NotFoundError: the recovery has removed the machine, which a restore had made by half."""
     if any(_is_removal(item) for item in recovery.found):
         raise NotFoundError(
-            "There is no virtual machine to back up any more",
+            "The virtual machine to back up is no longer there",
             subject=str(vm),
             reason="it was half restored, by a restore that did not finish, and was removed",
             remedy="Run the restore again",

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 """The proxy's own interface to the backup LAN: whether what its file says is in force, and bringing it into force.
 
-What counts is the interface as the kernel has it. A file that was written is no proof: the reload may have been lost.
+What counts is the interface as the kernel has it. A file that was written does not prove it: a reload may get lost.
 """
 
 from __future__ import annotations

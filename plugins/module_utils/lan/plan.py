@@ -233,7 +233,7 @@ def _check_host_stays(plan: Plan, nic: Nic, expected: Nic) -> None:
         raise InputError(
             "The last management NIC keeps its address",
             subject=f"{nic} of {plan.host}",
-            reason="the host could not be reached any more",
+            reason="the host could no longer be reached",
             remedy="Change it at the host's console",
         )
 
@@ -519,7 +519,7 @@ def _absent(plan: Plan, world: World) -> Plan:
         raise InputError(
             "The last management NIC is not removed",
             subject=f"{nic} of {host}",
-            reason="the host could not be reached any more",
+            reason="the host could no longer be reached",
             remedy="Take the backup tag off it in the vSphere client, if that is what is meant",
         )
     plan.warnings += uses.check(host, nic, world.storage(host), "removed", "", request.force)

@@ -28,7 +28,7 @@ def find_nic(host: HostNetwork, request: HostRequest) -> Optional[Nic]:
 
     Of a NIC that is to go, all that names it holds; one that is to be made may still differ from what is asked.
 
-    :raises InputError: it is none that can be the backup NIC; or what names it belongs to several NICs.
+    :raises InputError: it can't be the backup NIC; or what names it belongs to several NICs.
     """
     if not request.present:
         return _find_absent(host, request)

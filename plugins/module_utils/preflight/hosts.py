@@ -79,7 +79,7 @@ def nics_of(host: str, vnics: Sequence[Any], net_config: Optional[Sequence[Any]]
         try:
             found.append(Nic.from_option(option))
         except InputError:
-            continue  # an address that is none lies in no subnet
+            continue  # what is not an address lies in no subnet
     return found
 
 

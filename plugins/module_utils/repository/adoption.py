@@ -205,7 +205,7 @@ def _prove_same(repository: Repository, path: str) -> None:
             "This is not the same storage, but a copy",
             subject=str(repository.path),
             reason=f"what is written to it does not show in {path}",
-            remedy="Set adopt to copy, or to moved if the other is not used any more",
+            remedy="Set adopt to copy, or to moved if the other is no longer used",
         )
 
 

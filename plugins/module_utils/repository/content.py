@@ -44,7 +44,7 @@ def new_content_id() -> str:
 def pins_of(manifest: Dict[str, Any], parents: Mapping[str, Dict[str, Any]]) -> Optional[Dict[str, Any]]:
     """The document that pins what the disks of a point of format 1 stand on. Pure.
 
-    A parent that is no sound one is not pinned: what is written down here is believed from then on.
+    A parent that is not sound is not pinned: what is written down here is believed from then on.
 
     :param parents: manifests by the point's name.
     :returns: None where there is nothing to pin.

@@ -428,7 +428,7 @@ class Repository:
 
         :raises InputError: it can't be the id of a run. :raises DamagedError: the point can't be read.
         """
-        with suppress(RepositoryError):  # it has no record any more
+        with suppress(RepositoryError):  # its record is gone
             store, run = self.find_run(run_id)
             if run.data.get("complete_before"):
                 manifest = store.point(str(run.data["point"]))

@@ -61,7 +61,7 @@ def moment_of(point: str) -> Optional[datetime]:
     """The time that *point* states instead of a name: ``2026-11-20T03:00Z``, ``before 2026-11-20T03:00:00+01:00``.
 
     :returns: in UTC; None if it states none, and so is a name or ``latest``.
-    :raises InputError: it is meant as a time, but is none, or has no zone.
+    :raises InputError: it is meant as a time and is not one, or has no zone.
     """
     if not isinstance(point, str) or not (":" in point or point.startswith("before ")):
         return None

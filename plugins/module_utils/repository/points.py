@@ -233,7 +233,7 @@ class VmPoints:
             The latest point is meant to be one of it.
         :raises RepositoryError: there is none, or the latest one can't be determined: points of several servers, or
             two of one number. DamagedError: it is damaged, or (without a name) another that may be newer is.
-        :raises InputError: a time that is none.
+        :raises InputError: it is not a time.
         """
         moment = moment_of(point)
         if point != LATEST and moment is None:

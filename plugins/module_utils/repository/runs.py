@@ -267,7 +267,7 @@ class Run:
         )
 
     def over(self) -> None:
-        """Nobody works in this run any more."""
+        """Nobody works in this run any longer."""
         with self._mutex:
             self._change(deadline=self._deadline(0))
 
@@ -320,7 +320,7 @@ class Run:
                 return
 
     def require_held(self) -> None:
-        """:raises RepositoryError: the run was lost meanwhile, so that nothing may be written any more."""
+        """:raises RepositoryError: the run was lost meanwhile, so that nothing more may be written."""
         if self._lost is not None or not self.path.exists():
             raise RepositoryError(
                 "The run is no longer ours, and nothing more is written",
@@ -449,7 +449,7 @@ class Run:
             return None if entry is None else dict(entry)
 
     def forget_disks(self) -> None:
-        """What was read is of no use any more."""
+        """What was read is no longer of use."""
         with self._mutex:
             self._change(finished_disks={})
 

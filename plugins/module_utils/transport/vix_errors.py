@@ -124,7 +124,7 @@ _CAUSES = (
     ),
     Cause(
         "thumbprint",
-        "the server's certificate is not the one whose thumbprint was given, or it is not valid any more",
+        "the server's certificate is not the one whose thumbprint was given, or it is no longer valid",
         _THUMBPRINT,
         "vadp_preflight, check certificate",
     ),

@@ -49,7 +49,7 @@ _COMPRESSIONS = (0, 1, 2, 3)
 # The kernel compresses 128 KiB at a time.
 _MOST_COMPRESSED = 1 << 20
 _PANIC = "PanicException"
-# Seconds of 64 bits, in nanoseconds: btrfs' are signed, its parser takes them for unsigned.
+# Seconds of 64 bits, in nanoseconds: btrfs' are signed, its parser reads them as unsigned.
 _SIGN = (1 << 63) * 10**9
 
 
