@@ -341,6 +341,27 @@ def put_subvolumes(disks: Disks) -> None:
     disks.chain(image, layers=2)
 
 
+def xfs_prototype(tree: Path, path: Path, files: str = "---644 0 0") -> Path:
+    """What mkfs.xfs fills a file system from.
+
+    :param files: mode, owner and group of each file.
+    """
+    lines = ["/", "0 0", "d--755 0 0"]
+
+    def describe(folder: Path) -> None:
+        for entry in sorted(folder.iterdir()):
+            if entry.is_dir():
+                lines.append(f"{entry.name} d--755 0 0")
+                describe(entry)
+            else:
+                lines.append(f"{entry.name} {files} {entry}")
+        lines.append("$")
+
+    describe(tree)
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
 @pytest.fixture(scope="session")
 def c() -> Any:
     """What this file has, for tests that can't import it."""
@@ -353,6 +374,7 @@ def c() -> Any:
         put_odd_names=put_odd_names,
         put_subvolumes=put_subvolumes,
         make_tree=make_tree,
+        xfs_prototype=xfs_prototype,
         Disks=Disks,
         PlainDisk=_PlainDisk,
     )

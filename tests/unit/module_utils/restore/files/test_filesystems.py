@@ -131,20 +131,7 @@ def test_xfs_in_an_mbr_partition(c: Any, disks: Any, tree: Path, tmp_path: Path)
     for number in range(600):
         (many / f"file-with-a-long-name-{number}").write_bytes(b"%d" % number)
     (tree / "sparse").unlink()
-    lines = ["/", "0 0", "d--755 0 0"]
-
-    def describe(folder: Path) -> None:
-        for entry in sorted(folder.iterdir()):
-            if entry.is_dir():
-                lines.append(f"{entry.name} d--755 0 0")
-                describe(entry)
-            else:
-                lines.append(f"{entry.name} ---640 7 70000 {entry}")
-        lines.append("$")
-
-    describe(tree)
-    prototype = tmp_path / "prototype"
-    prototype.write_text("\n".join(lines) + "\n")
+    prototype = c.xfs_prototype(tree, tmp_path / "prototype", "---640 7 70000")
     image = disks.image(48 * c.MIB)
     ((start, size),) = partition(c, image, "dos", "start=2048, type=83")
     part = tmp_path / "part"

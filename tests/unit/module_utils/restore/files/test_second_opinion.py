@@ -489,7 +489,7 @@ def filled_by_mkfs(
     if kind.name == "xfs":
         shutil.rmtree(tree / "names", ignore_errors=True)
         shutil.rmtree(tree / "links", ignore_errors=True)
-        more = ["-p", str(prototype(tree, folder / "prototype"))]
+        more = ["-p", str(c.xfs_prototype(tree, folder / "prototype"))]
     elif not kind.name.startswith("ext"):
         raise NotMade(why)
     image.unlink()
@@ -505,24 +505,6 @@ def filled_by_mkfs(
     expected = {path: facts[:-1] for path, facts in truth(tree, True).items()}
     expected[b"/lost+found"] = ("made by mkfs",)
     return expected
-
-
-def prototype(tree: Path, path: Path) -> Path:
-    """What mkfs.xfs fills a file system from."""
-    lines = ["/", "0 0", "d--755 0 0"]
-
-    def describe(folder: Path) -> None:
-        for entry in sorted(folder.iterdir()):
-            if entry.is_dir():
-                lines.append(f"{entry.name} d--755 0 0")
-                describe(entry)
-            else:
-                lines.append(f"{entry.name} ---644 0 0 {entry}")
-        lines.append("$")
-
-    describe(tree)
-    path.write_text("\n".join(lines) + "\n")
-    return path
 
 
 def filled_by_tools(
