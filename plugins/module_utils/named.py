@@ -12,10 +12,11 @@ from typing import Optional
 FILE, FOLDER = "file", "folder"
 
 
-def path_problem(path: str, kind: str) -> Optional[str]:
+def path_problem(path: str, kind: str, *, write: bool = False) -> Optional[str]:
     """Why *path* is not a file or folder that this user can read; None: it is.
 
     :param kind: :data:`FILE` or :data:`FOLDER`.
+    :param write: whether it must be writable instead.
     """
     try:
         mode = os.stat(path).st_mode
@@ -27,8 +28,8 @@ def path_problem(path: str, kind: str) -> Optional[str]:
         return str(getattr(error, "strerror", None) or error)
     if not (stat.S_ISDIR(mode) if kind == FOLDER else stat.S_ISREG(mode)):
         return f"it is not a {kind}"
-    if not os.access(path, os.R_OK | (os.X_OK if kind == FOLDER else 0)):
-        return f"permission denied: {_user()} may not read it"
+    if not os.access(path, (os.W_OK if write else os.R_OK) | (os.X_OK if kind == FOLDER else 0)):
+        return f"permission denied: {_user()} may not {'write' if write else 'read'} it"
     return None
 
 

@@ -32,7 +32,7 @@ from ..datapath.files import nameless
 from ..datapath.image import atomic_write, create_overlay, layer_opts, overlay_opts
 from ..datapath.processes import is_listening, require_program, start_detached
 from ..errors import DamagedError, DataPathError, InputError, check_range
-from ..named import FOLDER, path_problem
+from ..named import FILE, FOLDER, path_problem
 from ..repository.layout import Repository
 from ..repository.store import VmStore
 from ..repository.shapes import format_time, parse_time
@@ -327,8 +327,14 @@ def _plan(
         _require_socket_places(request, served, ours)
     else:
         _require_tls(request, len(served))
-    if request.writable_overlay and not os.access(request.overlay_dir, os.W_OK | os.X_OK):
-        raise InputError("No overlay can be made there", subject=request.overlay_dir, remedy="Name another overlay_dir")
+    problem = path_problem(request.overlay_dir, FOLDER, write=True) if request.writable_overlay else None
+    if problem is not None:
+        raise InputError(
+            "No overlay can be made there",
+            subject=request.overlay_dir,
+            reason=problem,
+            remedy="Name another overlay_dir",
+        )
     return {
         "point": manifest["point"],
         "vm_uuid": store.uuid,
@@ -375,12 +381,12 @@ def _require_tls(request: ServeRequest, count: int) -> None:
         )
     if request.port + count - 1 > 65535:
         raise InputError("There are not enough ports", subject=f"{count} from {request.port} on")
-    missing = [name for name in CERTIFICATES if not os.access(os.path.join(request.tls_certificates, name), os.R_OK)]
-    if missing:
+    problems = {name: path_problem(os.path.join(request.tls_certificates, name), FILE) for name in CERTIFICATES}
+    if any(problems.values()):
         raise InputError(
             "The folder of certificates is not complete",
             subject=request.tls_certificates,
-            reason=f"{', '.join(missing)} can't be read",
+            reason="; ".join(f"{name}: {problem}" for name, problem in problems.items() if problem is not None),
             remedy="Put the certificate authority, the server's certificate and its key there, under these names",
         )
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Dict, Optional
 
 from ..datapath.processes import Child
 from ..errors import InputError, TransportError
+from ..named import FOLDER, path_problem
 from . import access_process
 from .vddk import Vddk, temporary_folder, thumbprints_to_try, write_config
 from .vix_errors import Finding, decode_log, explain_code, may_be_thumbprint
@@ -231,7 +232,7 @@ def _library(vddk: Vddk) -> str:
         raise TransportError(
             "VDDK is not there",
             subject=str(folder),
-            reason="no libvixDiskLib.so.* in it",
+            reason=path_problem(str(folder), FOLDER) or "no libvixDiskLib.so.* in it",
             remedy="Name the folder that holds lib64 in 'vddk_libdir'",
         )
     return str(found[0])

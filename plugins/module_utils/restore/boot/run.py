@@ -23,6 +23,7 @@ from ...datapath import files
 from ...datapath.image import create_overlay, overlay_opts
 from ...datapath.processes import Child, RuntimeDir, require_program
 from ...errors import BootError, DataPathError, InputError, RepositoryError, check_range
+from ...named import FOLDER, path_problem
 from ...repository.layout import Repository
 from ...repository.store import VmStore
 from ...repository.report import verify
@@ -151,9 +152,13 @@ def verify_by_boot(request: BootRequest, check_mode: bool) -> Dict[str, Any]:
     store = repository.find_vm(vm_uuid=request.vm_uuid, vm_name=request.vm_name)
     program = require_program(PROGRAM)
     require_program("prlimit")
-    if not os.access(request.boot_overlay_dir, os.W_OK | os.X_OK):
+    problem = path_problem(request.boot_overlay_dir, FOLDER, write=True)
+    if problem is not None:
         raise InputError(
-            "No overlay can be made there", subject=request.boot_overlay_dir, remedy="Name another boot_overlay_dir"
+            "No overlay can be made there",
+            subject=request.boot_overlay_dir,
+            reason=problem,
+            remedy="Name another boot_overlay_dir",
         )
     with ExitStack() as stack:
         if not check_mode:
